@@ -1,0 +1,43 @@
+# Two commands: `make demo` adapts a small speech encoder, `make test` runs the tests. Each sets up what it needs in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint types docs clean
+
+demo: .venv/ready-demo
+	$(BIN)/python examples/spoken_commands.py
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/ready-dev
+	$(BIN)/pyright
+
+docs: .venv/ready-dev
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv site
+
+.venv/ready-python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "peft_elp needs Python 3.10 or newer, this is %s. Name one: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/ready-torch: constraints.txt .venv/ready-python
+	@echo "Installing PyTorch and what is built on it into .venv; this takes a few minutes the first time."
+	$(INSTALL) torch
+	touch $@
+
+.venv/ready-demo: pyproject.toml .venv/ready-torch
+	$(INSTALL) --editable '.[examples]'
+	touch $@
+
+.venv/ready-dev: pyproject.toml .venv/ready-torch
+	$(INSTALL) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,20 @@
+"""ELP-adapter tuning for speech encoders, on PEFT's terms.
+
+Importing the package makes PEFT know the method: `get_peft_model(model, ELPConfig())` adapts a Transformers speech
+encoder with any of its heads. See Inoue et al. 2024, [arXiv:2407.21066](https://arxiv.org/abs/2407.21066).
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .config import ELPConfig
+from .model import ELPModel, count_parameters
+from .registry import register
+
+try:
+    __version__ = version("peft-elp")
+except PackageNotFoundError:  # a source tree that is on the path without being installed
+    __version__ = "0.0.0"
+
+register(ELPConfig, ELPModel)
+
+__all__ = ["ELPConfig", "ELPModel", "__version__", "count_parameters"]

@@ -1,0 +1,214 @@
+"""ELPConfig: every choice a user has, with its default, range and help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftType
+
+from .adapters import ACTIVATIONS
+
+LETTERS = "ELP"
+E_PLACES = ("feed_forward", "attention")
+L_OUTPUTS = ("head", "project", "residual")
+P_POSITIONS = ("append", "prepend")
+
+
+@dataclass
+class ELPConfig(PeftConfig):
+    """Configuration of ELP-adapters ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)).
+
+    The defaults adapt any supported speech encoder with E-, L- and P-adapters and train the model's head with them.
+    A field that is None is decided by the model at hand; the decision is written into the saved `adapter_config.json`.
+
+    Args:
+        adapters: Any non-empty subset of the letters E, L and P.
+        e_dim: Width of the E-adapters' bottleneck.
+        e_activation: Activation of the E-adapters.
+        e_dropout: Dropout in the E-adapters' bottleneck, in [0, 1).
+        e_layers: 0-based layers that get E-adapters. None: all but the last together with L, else all.
+        e_after: Where in a layer: "feed_forward", "attention" or both.
+        l_dim: Width of the L-adapter's taps.
+        l_activation: Activation of the L-adapter.
+        l_dropout: Dropout in the L-adapter's taps, in [0, 1).
+        l_layers: 0-based layers that the L-adapter taps. None: all.
+        l_output: "head", "project" or "residual". None: "head" where a known, trained head reads the encoder, else
+            "project".
+        p_length: Number of pseudo features of the P-adapter.
+        p_position: "append" puts them after each utterance's last valid frame, "prepend" before its first.
+        p_init_std: Standard deviation of the pseudo features at the start.
+        train_layer_norms: Whether the layer norms of each layer with an E- or L-adapter are trained, as copies that
+            belong to the adapter.
+        init_weights: True: the paper's near-identity. False: PyTorch's default.
+        init_std: Standard deviation of the linear weights where `init_weights` is True.
+        modules_to_save: None: every module of the model outside its base encoder. A list: exactly that.
+        exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
+
+    Raises:
+        ValueError: A value is out of its range. The message names value, range and remedy.
+
+    Example:
+        >>> config = ELPConfig(adapters="EL", e_dim=64)
+        >>> config.e_after
+        ('feed_forward',)
+    """
+
+    adapters: str = field(
+        default="ELP",
+        metadata={"help": "Any non-empty subset of the letters E, L and P: which adapters are placed and trained."},
+    )
+    e_dim: int = field(default=256, metadata={"help": "Width of the E-adapters' bottleneck, at least 1."})
+    e_activation: str = field(
+        default="gelu", metadata={"help": f"Activation of the E-adapters: {', '.join(sorted(ACTIVATIONS))}."}
+    )
+    e_dropout: float = field(default=0.0, metadata={"help": "Dropout in the E-adapters' bottleneck, in [0, 1)."})
+    e_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "0-based layers that get E-adapters. None: all but the last together with an L-adapter, else all."
+        },
+    )
+    e_after: Sequence[str] | str = field(
+        default=("feed_forward",),
+        metadata={"help": "Where in a layer E-adapters sit: 'feed_forward', 'attention' or both."},
+    )
+    l_dim: int = field(default=512, metadata={"help": "Width of the L-adapter's taps, at least 1."})
+    l_activation: str = field(
+        default="gelu", metadata={"help": f"Activation of the L-adapter: {', '.join(sorted(ACTIVATIONS))}."}
+    )
+    l_dropout: float = field(default=0.0, metadata={"help": "Dropout in the L-adapter's taps, in [0, 1)."})
+    l_layers: list[int] | None = field(
+        default=None, metadata={"help": "0-based layers that the L-adapter taps. None: all."}
+    )
+    l_output: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the L-adapter's sum goes. 'head': to the head, whose first linear layer is re-made at width "
+            "l_dim (the paper). 'project': through one linear layer back to the encoder's width. 'residual': as "
+            "'project', zero-initialised and added to the encoder's own output. None: 'head' where a known, trained "
+            "head reads the encoder, else 'project'."
+        },
+    )
+    p_length: int = field(default=16, metadata={"help": "Number of pseudo features of the P-adapter, at least 1."})
+    p_position: str = field(
+        default="append",
+        metadata={
+            "help": "'append': the pseudo features follow each utterance's own last valid frame; 'prepend': they come "
+            "before its first."
+        },
+    )
+    p_init_std: float = field(
+        default=0.02, metadata={"help": "Standard deviation of the pseudo features at the start, at least 0."}
+    )
+    train_layer_norms: bool = field(
+        default=True,
+        metadata={
+            "help": "Train the layer norms of each layer that has an E- or L-adapter, as copies that belong to the "
+            "adapter. With L alone, False spares the backward pass through the backbone."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: linear weights N(0, init_std^2), a near-identity start. False: PyTorch's default."},
+    )
+    init_std: float = field(
+        default=1e-3, metadata={"help": "Standard deviation of the linear weights where init_weights is True."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules trained whole and saved with the adapter. None: every module of the model outside its "
+            "base encoder (the head). A list: exactly that; full paths, or endings of paths as elsewhere in PEFT."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules inside the encoder layers that get neither an E-adapter nor a trained layer norm: a "
+            "regular expression for the whole path, or a list of paths or path endings."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("ELP")
+        self.adapters = _letters(self.adapters)
+        self.e_after = _places(self.e_after)
+        self.e_layers = _layers("e_layers", self.e_layers)
+        self.l_layers = _layers("l_layers", self.l_layers)
+        for name in ("e_dim", "l_dim", "p_length"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("e_activation", "l_activation"):
+            _one_of(name, getattr(self, name), sorted(ACTIVATIONS))
+        for name in ("e_dropout", "l_dropout"):
+            _number(name, getattr(self, name), 0, 1)
+        for name in ("p_init_std", "init_std"):
+            _number(name, getattr(self, name), 0, float("inf"))
+        if self.l_output is not None:
+            _one_of("l_output", self.l_output, L_OUTPUTS)
+        _one_of("p_position", self.p_position, P_POSITIONS)
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                f"modules_to_save is a list of module names or None, got the string {self.modules_to_save!r}. "
+                f"Write modules_to_save=[{self.modules_to_save!r}]."
+            )
+        if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
+            self.exclude_modules = sorted(self.exclude_modules)
+
+
+def _letters(value: Any) -> str:
+    letters = value if isinstance(value, str) else ""
+    if not letters or set(letters) - set(LETTERS) or len(set(letters)) < len(letters):
+        wanted = "".join(letter for letter in LETTERS if letter in letters.upper())
+        raise ValueError(
+            f"adapters is a non-empty subset of the letters E, L and P, each at most once, got {value!r}. "
+            f"Write adapters={wanted or LETTERS!r}."
+        )
+    return "".join(letter for letter in LETTERS if letter in letters)
+
+
+def _places(value: Any) -> tuple[str, ...]:
+    places = (value,) if isinstance(value, str) else tuple(value)
+    if not places or set(places) - set(E_PLACES) or len(set(places)) < len(places):
+        raise ValueError(
+            f"e_after takes 'feed_forward', 'attention' or both, each at most once, got {value!r}. "
+            "Write e_after=('feed_forward',), or leave it out."
+        )
+    return tuple(place for place in E_PLACES if place in places)
+
+
+def _layers(name: str, value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    layers = [value] if isinstance(value, int) else list(value)
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise ValueError(f"{name} holds whole numbers, got {value!r}. Write for example {name}=[0, 1].")
+    if any(layer < 0 for layer in layers):
+        raise ValueError(
+            f"{name} counts from 0, negative numbers name no layer, got {value!r}. Name layers as 0, 1, ..."
+        )
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{name} names a layer twice, got {value!r}. Write {name}={sorted(set(layers))}.")
+    if not layers:
+        raise ValueError(
+            f"{name} is empty. Leave it at None for the default, or drop {name[0].upper()} from adapters."
+        )
+    return sorted(layers)
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is a whole number of {least} or more, got {value!r}. Write for example {name}=64.")
+
+
+def _number(name: str, value: Any, least: float, below: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < below:
+        upper = "any number" if below == float("inf") else f"less than {below}"
+        raise ValueError(f"{name} is at least {least} and {upper}, got {value!r}. Write for example {name}=0.1.")
+
+
+def _one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}. Choose one of them.")

@@ -1,0 +1,144 @@
+"""The task's layers after the backbone: which modules they are, and how each adapter gets its own copy of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def canonical(name: str) -> str:
+    """The name that a module or tensor had before wrappers came around it."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
+
+
+def join(*parts: str) -> str:
+    """A module path from parts that may be empty."""
+    return ".".join(part for part in parts if part)
+
+
+def find_head(model: nn.Module, encoder_path: str) -> list[str]:
+    """The modules outside the base encoder, by full path.
+
+    Compares the model with its base encoder rather than knowing names: everything that lies beside the way from the model
+    to the encoder and has parameters. A list of modules is named entry by entry, since it is never called itself.
+
+    Args:
+        model: The whole model.
+        encoder_path: Where in it the base encoder is; empty if the model is the encoder.
+    """
+    head: list[str] = []
+    steps = encoder_path.split(".") if encoder_path else []
+    here, path = model, ""
+    for step in steps:
+        bare = [name for name, _ in here.named_parameters(recurse=False)]
+        if bare:
+            warnings.warn(
+                f"{', '.join(bare)} of {type(here).__name__} stay frozen and are not saved with the adapter: PEFT trains "
+                "modules, these are bare parameters. For a trained sum over layers use an L-adapter instead of "
+                "use_weighted_layer_sum.",
+                stacklevel=2,
+            )
+        for name, child in here.named_children():
+            if name != step:
+                head += _callable_parts(join(path, name), child)
+        here, path = here.get_submodule(step), join(path, step)
+    return head
+
+
+def _callable_parts(path: str, module: nn.Module) -> list[str]:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [part for name, child in module.named_children() for part in _callable_parts(join(path, name), child)]
+    return [path] if any(True for _ in module.parameters()) else []
+
+
+def resolve(model: nn.Module, names: list[str], stack_path: str, head: list[str]) -> list[str]:
+    """The full paths of the modules that a user named.
+
+    A name that is a module's full path means that module alone; else it means every module whose path ends with it.
+
+    Raises:
+        ValueError: A name means no module, or one around or inside the encoder stack, which holds adapters itself.
+    """
+    modules = {canonical(name): module for name, module in model.named_modules() if ".modules_to_save." not in name}
+    paths: list[str] = []
+    for name in names:
+        found = [name] if name in modules else [path for path in modules if path.endswith(f".{name}")]
+        found = [part for path in found for part in _callable_parts(path, modules[path])]
+        if not found:
+            raise ValueError(
+                f"modules_to_save names {name!r}, and {type(model).__name__} has no such module with parameters. "
+                f"Its head is {head or 'empty: it is a bare encoder'}; modules_to_save=None takes that."
+            )
+        for path in found:
+            if f"{stack_path}.".startswith(f"{path}.") or path.startswith(f"{stack_path}."):
+                raise ValueError(
+                    f"modules_to_save names {name!r}, which means {path!r}: that lies around or inside the encoder "
+                    f"{stack_path!r}, where the adapters sit. Name modules outside of it, such as {head or 'a head'}."
+                )
+        paths += [path for path in found if path not in paths]
+    return paths
+
+
+def head_copy(module: nn.Module, adapter_name: str) -> nn.Module:
+    """The copy of a head's module that belongs to an adapter."""
+    assert isinstance(module, ModulesToSaveWrapper)
+    return module.modules_to_save[adapter_name]
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module of the backbone, without PEFT's wrapper."""
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def place_head(
+    model: nn.Module,
+    paths: list[str],
+    adapter_name: str,
+    active: bool,
+    inference_mode: bool,
+    replacements: dict[str, nn.Module],
+) -> None:
+    """Give an adapter its own copy of the modules at `paths`, which are trained and saved with it.
+
+    PEFT's own function finds modules by the end of their path, which cannot tell the linear layer `feature_extractor` of
+    an x-vector head from the CNN of the same name.
+
+    Args:
+        model: The whole model.
+        paths: Full paths of the modules.
+        adapter_name: The adapter's name.
+        active: Whether it is the active one.
+        inference_mode: Whether its copy is frozen.
+        replacements: Modules that take the place of a copy, by path.
+    """
+    for path in paths:
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        module = getattr(parent, name)
+        if isinstance(module, ModulesToSaveWrapper):
+            wrapper: Any = module
+            wrapper.update(adapter_name)
+        else:
+            wrapper = ModulesToSaveWrapper(module, adapter_name)
+            wrapper.set_adapter([])
+            setattr(parent, name, wrapper)
+        if path in replacements:
+            wrapper.modules_to_save[adapter_name] = replacements[path]
+        wrapper.modules_to_save[adapter_name].train(wrapper.original_module.training)
+        if active:
+            wrapper.set_adapter(adapter_name, inference_mode=inference_mode)
+        else:
+            wrapper.modules_to_save[adapter_name].requires_grad_(False)
+
+
+def remove_head(model: nn.Module, only_unused: bool = False) -> None:
+    """Put the backbone's own modules back in place of PEFT's wrappers; with `only_unused`, of those without a copy."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ModulesToSaveWrapper) and not (only_unused and child.modules_to_save):
+                setattr(parent, name, child.original_module)
