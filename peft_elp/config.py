@@ -143,9 +143,9 @@ class ELPConfig(PeftConfig):
         for name in ("e_activation", "l_activation"):
             _one_of(name, getattr(self, name), sorted(ACTIVATIONS))
         for name in ("e_dropout", "l_dropout"):
-            _number(name, getattr(self, name), 0, 1)
+            _number(name, getattr(self, name), 0.0, 1.0)
         for name in ("p_init_std", "init_std"):
-            _number(name, getattr(self, name), 0, float("inf"))
+            _number(name, getattr(self, name), 0.0, float("inf"))
         if self.l_output is not None:
             _one_of("l_output", self.l_output, L_OUTPUTS)
         _one_of("p_position", self.p_position, P_POSITIONS)
@@ -205,8 +205,8 @@ def _whole(name: str, value: Any, least: int) -> None:
 
 def _number(name: str, value: Any, least: float, below: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < below:
-        upper = "any number" if below == float("inf") else f"less than {below}"
-        raise ValueError(f"{name} is at least {least} and {upper}, got {value!r}. Write for example {name}=0.1.")
+        upper = "any number" if below == float("inf") else f"less than {below:g}"
+        raise ValueError(f"{name} is at least {least:g} and {upper}, got {value!r}. Write for example {name}=0.1.")
 
 
 def _one_of(name: str, value: Any, known: Sequence[str]) -> None:

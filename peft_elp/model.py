@@ -218,6 +218,17 @@ class ELPModel(BaseTuner):
         parts.encoder.register_forward_hook(trim_hidden_states)
         return stack
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The embeddings of a text vocabulary, None for an encoder of speech.
+
+        PEFT asks for them when it saves a model whose vocabulary is not that of its base, such as a CTC head for a new
+        language. Transformers raises for most speech models.
+        """
+        try:
+            return self.model.get_input_embeddings()
+        except NotImplementedError:
+            return None
+
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("ELP places its adapters in inject_adapter, by a plan.")
 
@@ -272,7 +283,7 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """
     taken = {part for name, _ in model.named_parameters() for part in canonical(name).split(".")}
     taken |= {"base_layer", "original_module", "modules_to_save", "base_model", "model", "taps", "down", "up", "norm"}
-    others = set(getattr(model, "peft_config", {}))
+    others = set(getattr(model, "peft_config", {})) - {adapter_name}
     if adapter_name in taken - others:
         raise ValueError(
             f"An adapter cannot be named {adapter_name!r}, since a module of {type(model).__name__} or of ELP has that "
@@ -502,7 +513,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     for layer in model.modules():
         if isinstance(layer, ELPLayer):
             for container in layer.adapter_layer_names:
-                getattr(layer, container).pop(adapter_name) if adapter_name in getattr(layer, container) else None
+                if adapter_name in getattr(layer, container):
+                    del getattr(layer, container)[adapter_name]
         if isinstance(layer, ELPStack):
             layer.tapped_layers.pop(adapter_name, None)
             layer._switch_layerdrop()

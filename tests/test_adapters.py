@@ -1,0 +1,105 @@
+import pytest
+import torch
+from torch import nn
+
+from peft_elp.adapters import ACTIVATIONS, EAdapter, LAdapter, PAdapter, TapSum
+
+
+def test_e_adapter_is_its_formula():
+    torch.manual_seed(0)
+    adapter = EAdapter(hidden_size=6, bottleneck_size=4, init_std=None)
+    nn.init.normal_(adapter.norm.weight)
+    nn.init.normal_(adapter.norm.bias)
+    z = torch.randn(2, 5, 6)
+    down = torch.einsum("btd,rd->btr", z, adapter.down.weight) + adapter.down.bias
+    bottleneck = down * 0.5 * (1 + torch.erf(down / 2**0.5))
+    up = torch.einsum("btr,dr->btd", bottleneck, adapter.up.weight) + adapter.up.bias
+    centred = up - up.mean(-1, keepdim=True)
+    norm = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * adapter.norm.weight + adapter.norm.bias
+    torch.testing.assert_close(adapter(z), z + norm)
+
+
+def test_a_fresh_e_adapter_is_nearly_the_identity():
+    torch.manual_seed(0)
+    z = torch.randn(2, 5, 768)
+    change = EAdapter(hidden_size=768)(z) - z
+    assert 0 < change.norm() / z.norm() < 0.1  # PyTorch's own initialisation gives 1
+
+
+def test_l_adapter_is_its_formula_and_starts_uniform():
+    torch.manual_seed(0)
+    adapter = LAdapter(hidden_size=6, num_taps=3, tap_size=4, init_std=None)
+    torch.testing.assert_close(adapter.layer_weights, torch.full((3,), 1 / 3))
+    nn.init.normal_(adapter.layer_weights)
+    layers = [torch.randn(2, 5, 6) for _ in range(3)]
+    weights = adapter.layer_weights.exp() / adapter.layer_weights.exp().sum()
+    expected = torch.zeros(2, 5, 4)
+    for weight, tap, x in zip(weights, adapter.taps, layers, strict=True):
+        y = nn.functional.gelu(x @ tap.down.weight.T + tap.down.bias)
+        expected = (
+            expected + weight * (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        )
+    torch.testing.assert_close(adapter(layers), expected)
+
+
+def test_a_missing_tap_is_noticed():
+    adapter = LAdapter(hidden_size=6, num_taps=3, tap_size=4)
+    taps = TapSum(adapter)
+    taps.add(0, torch.zeros(1, 2, 6))
+    taps.add(2, torch.zeros(1, 2, 6))
+    with pytest.raises(RuntimeError, match=r"3 taps was given taps \[0, 2\].*layerdrop at 0"):
+        taps.result()
+
+
+def test_a_residual_output_starts_at_zero():
+    adapter = LAdapter(hidden_size=6, num_taps=2, tap_size=4, output="residual")
+    assert adapter.residual
+    torch.testing.assert_close(adapter([torch.randn(1, 2, 6)] * 2), torch.zeros(1, 2, 6))
+
+
+@pytest.mark.parametrize("position", ["append", "prepend"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, None])
+def test_pseudo_features_join_each_utterance_and_leave_again(position, dtype):
+    torch.manual_seed(0)
+    adapter = PAdapter(hidden_size=2, length=2, position=position)
+    x, lengths = torch.randn(3, 5, 2), [5, 3, 0]
+    mask = None if dtype is None else (torch.arange(5) < torch.tensor(lengths)[:, None]).to(dtype)
+    joined, joined_mask, real = adapter(x, mask)
+    assert joined.shape == (3, 7, 2)
+    torch.testing.assert_close(real.of(joined), x)
+    for row, length in enumerate(lengths):
+        start = 0 if position == "prepend" else 5 if mask is None else length
+        torch.testing.assert_close(joined[row, start : start + 2], adapter.rows.detach())
+        if mask is not None:
+            assert joined_mask is not None
+            assert joined_mask.dtype == dtype
+            assert joined_mask[row].tolist() == [1] * (length + 2) + [0] * (5 - length)
+
+
+def test_pseudo_features_start_at_their_standard_deviation():
+    torch.manual_seed(0)
+    rows = PAdapter(hidden_size=768, length=64, init_std=0.02).rows
+    assert rows.std().item() == pytest.approx(0.02, rel=0.05)
+    assert rows.mean().item() == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EAdapter(8, bottleneck_size=0), "bottleneck_size of 1 or more, got 0"),
+        (lambda: LAdapter(8, num_taps=0), "num_taps of 1 or more, got 0"),
+        (lambda: LAdapter(8, num_taps=2, tap_size=-1), "tap_size of 1 or more, got -1"),
+        (lambda: LAdapter(8, num_taps=2, output="sum"), "'taps', 'project' or 'residual', got 'sum'"),
+        (lambda: PAdapter(8, length=0), "length of 1 or more, got 0"),
+        (lambda: PAdapter(8, position="middle"), "'append' or 'prepend', got 'middle'"),
+        (lambda: EAdapter(8, 4, activation="swish"), "Unknown activation 'swish'; known are gelu"),
+    ],
+)
+def test_a_bad_size_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_every_activation_runs(activation):
+    assert EAdapter(4, 2, activation=activation)(torch.ones(1, 2, 4)).isfinite().all()

@@ -1,0 +1,389 @@
+"""The life cycle of an adapter on PEFT's terms: guards, saving, loading, switching off, unloading."""
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from backbones import ELP, HEADS, NORMS, build, has, result, shaken, waveforms
+from peft import AutoPeftModel, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, BertConfig, BertModel
+
+from peft_elp import ELPConfig, count_parameters
+from peft_elp.layer import ELPLayer, TappedLayer
+
+EVERY = [(family, head) for family in ("wav2vec2", "hubert", "wavlm") for head in HEADS if has(family, head)]
+
+
+def logits(model, seed=1):
+    waveform, mask = waveforms(seed=seed)
+    with torch.no_grad():
+        return result(model(waveform, attention_mask=mask))
+
+
+def snapshot(model):
+    """Everything that an error or unload() must leave as it was: modules, tensors, settings, hooks."""
+    return (
+        [(name, type(module), id(module), module.training) for name, module in model.named_modules()],
+        {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()},
+        copy.deepcopy(model.config.to_dict()),
+        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        getattr(getattr(model.base_model, "feature_extractor", None), "_requires_grad", None),
+    )
+
+
+def assert_untouched(model, before, trainable=True):
+    after = snapshot(model)
+    assert after[0] == before[0]
+    assert after[2:] == before[2:]
+    assert after[1].keys() == before[1].keys()
+    for name, (identity, requires_grad, tensor) in before[1].items():
+        assert after[1][name][0] == identity, name
+        assert torch.equal(after[1][name][2], tensor), name
+        assert not trainable or after[1][name][1] == requires_grad, name
+
+
+# Guards -------------------------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = build("wavlm", "Model"), build("hubert", "Model")
+        self.config, self.base_model = self.left.config, self.left
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)),
+         {}, "BertModel contains no speech encoder that ELP knows.*WavLMEncoder.*AutoModelForCTC"),
+        (Two, {}, r"several speech encoders: left.encoder \(WavLMEncoder\), right.encoder \(HubertEncoder\)"),
+        (lambda: build("wavlm", "ForSequenceClassification", use_weighted_layer_sum=True), {"adapters": "EL"},
+         "use_weighted_layer_sum=True.*past the L-adapter.*use_weighted_layer_sum=False"),
+        (build, {"e_layers": [0, 3, 7]}, r"e_layers=\[0, 3, 7\] names \[3, 7\], and WavLMForCTC has 3 layers: 0 to 2"),
+        (build, {"l_layers": [3]}, r"l_layers=\[3\] names \[3\]"),
+        (build, {"modules_to_save": ["nothing"]}, r"names 'nothing'.*no such module.*\['lm_head'\]"),
+        (build, {"modules_to_save": ["wavlm"]}, "around or inside the encoder 'wavlm.encoder'"),
+        (build, {"modules_to_save": ["layers.0.feed_forward"]}, "around or inside the encoder"),
+        (build, {"modules_to_save": [], "l_output": "head"}, "l_output='head' needs.*modules_to_save does not hold.*lm_head"),
+        (lambda: build("wavlm", "Model"), {"l_output": "head"}, "WavLMModel is a bare encoder"),
+        (lambda: build("wavlm", num_hidden_layers=1), {}, "No E-adapter would be placed.*1 layer"),
+        (build, {"exclude_modules": r".*feed_forward"}, "No E-adapter would be placed"),
+        (build, {"adapter_name": "encoder"}, "cannot be named 'encoder'"),
+        (build, {"adapter_name": "weight"}, "cannot be named 'weight'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_and_leaves_the_model_as_it_was(make, options, message):
+    model = make()
+    before = snapshot(model)
+    options = dict(options)
+    name = options.pop("adapter_name", "default")
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, ELPConfig(**options), adapter_name=name)
+    assert_untouched(model, before)
+    assert not hasattr(model, "peft_config")
+
+
+def test_adapters_that_found_no_place_are_named_and_the_rest_is_taken_back():
+    model = build("hubert", "ForCTC")
+    layers = model.hubert.encoder.layers
+    layers[1] = layers[0]  # shared, as some compressed encoders are
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"adapters found no place: .*E at hubert.encoder.layers.1.feed_forward"):
+        get_peft_model(model, ELPConfig(**ELP))
+    assert_untouched(model, before)
+
+
+def test_a_second_adapter_that_does_not_fit_leaves_the_first_alone():
+    model = get_peft_model(build(), ELPConfig(**ELP))
+    shaken(model)
+    before, names = logits(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="names \\[9\\]"):
+        model.add_adapter("other", ELPConfig(l_layers=[9]))
+    assert list(model.peft_config) == ["default"]
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(logits(model), before)
+
+
+def test_layerdrop_is_off_while_l_is_active_and_said_once():
+    model = build("wav2vec2", "ForCTC", layerdrop=0.9)
+    with pytest.warns(
+        UserWarning, match=r"LayerDrop \(config.layerdrop=0.9\) is off while an L-adapter is active"
+    ) as seen:
+        model = get_peft_model(model, ELPConfig(**ELP))
+    assert len([w for w in seen if "LayerDrop" in str(w.message)]) == 1
+    model.train()
+    for _ in range(5):
+        model(waveforms()[0])
+    with model.disable_adapter():
+        assert model.config.layerdrop == 0.9
+    assert model.config.layerdrop == 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter("second", ELPConfig(adapters="E", e_dim=4))
+    model.set_adapter("second")
+    assert model.config.layerdrop == 0.9
+    model.set_adapter("default")
+    assert model.unload().config.layerdrop == 0.9
+
+
+def test_a_layer_skipped_all_the_same_is_noticed():
+    model = get_peft_model(build("wav2vec2", "ForCTC"), ELPConfig(**ELP)).train()
+    model.config.layerdrop = 0.99
+    with pytest.raises(RuntimeError, match="layerdrop at 0"):
+        model(waveforms()[0])
+
+
+# Of the frozen convolutions, which Transformers checkpoints too.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("adapters", ["E", "L", "P"])
+def test_wavlm_with_reentrant_checkpointing_raises_rather_than_hangs(adapters):
+    model = get_peft_model(build(), ELPConfig(adapters=adapters, **ELP)).train()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="WavLMEncoder never returns.*'use_reentrant': False"):
+        model(waveforms()[0])
+
+
+@pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification"])
+def test_an_utterance_without_a_frame_is_refused_with_the_least_length(head):
+    model = get_peft_model(build(head=head), ELPConfig(**ELP))
+    least = (8 - 1) * 5 + 10
+    waveform, mask = waveforms((2000, least))
+    model(waveform, attention_mask=mask)
+    mask[1, least - 1] = 0
+    with pytest.raises(ValueError, match=f"utterance of {least - 1} samples is too short.*at least {least} samples"):
+        model(waveform, attention_mask=mask)
+    with pytest.raises(ValueError, match="utterance of 20 samples"):
+        model(waveform[:, :20])
+    with pytest.raises(ValueError, match="utterance of 20 samples"):
+        model(input_values=waveform[:, :20])
+
+
+def test_weighted_layer_sum_without_l_says_what_stays_frozen():
+    model = build("wavlm", "ForSequenceClassification", use_weighted_layer_sum=True)
+    with pytest.warns(
+        UserWarning, match="layer_weights of WavLMForSequenceClassification stay frozen.*use an L-adapter"
+    ):
+        model = get_peft_model(model, ELPConfig(adapters="EP", **ELP))
+    waveform, mask = waveforms()
+    together = logits(model)
+    with torch.no_grad():
+        alone = result(model(waveform[2:, :900], attention_mask=mask[2:, :900]))
+    torch.testing.assert_close(together[2:], alone, atol=1e-5, rtol=1e-5)
+
+
+# The head -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("Model", []),
+        ("ForCTC", ["lm_head"]),
+        ("ForSequenceClassification", ["projector", "classifier"]),
+        ("ForAudioFrameClassification", ["classifier"]),
+        ("ForXVector", ["projector", "tdnn.0", "tdnn.1", "tdnn.2", "feature_extractor", "classifier", "objective"]),
+    ],
+)
+def test_the_head_is_everything_outside_the_base_encoder(head, expected):
+    model = get_peft_model(build("wavlm", head), ELPConfig(**ELP))
+    assert model.peft_config["default"].modules_to_save == expected
+    trained = {name for name, p in model.get_base_model().named_parameters() if p.requires_grad and "elp_" not in name}
+    assert {name.partition(".modules_to_save")[0] for name in trained} == set(expected)
+    assert model.peft_config["default"].l_output == ("project" if head == "Model" else "head")
+
+
+def test_a_list_is_exactly_that_by_full_path_or_ending():
+    model = get_peft_model(
+        build("wavlm", "ForXVector"), ELPConfig(modules_to_save=["tdnn", "feature_extractor"], **ELP)
+    )
+    config = model.peft_config["default"]
+    assert config.modules_to_save == ["tdnn.0", "tdnn.1", "tdnn.2", "feature_extractor"]
+    assert config.l_output == "project"
+    cnn = model.get_base_model().wavlm.feature_extractor
+    assert not any(p.requires_grad for p in cnn.parameters())
+    model = get_peft_model(
+        build("wavlm", "ForCTC"), ELPConfig(modules_to_save=["feature_projection.projection"], **ELP)
+    )
+    assert model.peft_config["default"].modules_to_save == ["wavlm.feature_projection.projection"]
+
+
+def test_excluded_modules_get_nothing():
+    config = ELPConfig(adapters="E", exclude_modules=["layers.0.feed_forward", "final_layer_norm"], e_dim=4)
+    model = get_peft_model(build(), config)
+    names = set(get_peft_model_state_dict(model))
+    assert not any("layers.0.feed_forward" in name or "final_layer_norm" in name for name in names)
+    assert any("layers.1.feed_forward.elp_e" in name for name in names)
+    with pytest.warns(UserWarning, match="excludes nothing.*wavlm.encoder.layers.0.feed_forward"):
+        get_peft_model(build(), ELPConfig(adapters="E", exclude_modules=["mlp"], e_dim=4))
+
+
+# Saving and loading -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "head"), EVERY)
+def test_a_saved_adapter_answers_as_the_trained_one_did(family, head, tmp_path):
+    model = shaken(get_peft_model(build(family, head), ELPConfig(**ELP)))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(build(family, head), tmp_path, low_cpu_mem_usage=False)
+    assert torch.equal(logits(fresh), expected)
+    assert not any(p.requires_grad for p in fresh.parameters())
+    lean = PeftModel.from_pretrained(build(family, head), tmp_path, low_cpu_mem_usage=True, adapter_name="again")
+    assert torch.equal(logits(lean), expected)
+
+
+def test_a_fresh_process_with_another_seed_gives_the_same_bits(tmp_path):
+    base = build("wavlm", "ForCTC")
+    base.save_pretrained(tmp_path / "base")
+    model = shaken(get_peft_model(build("wavlm", "ForCTC"), ELPConfig(**ELP)))
+    model.save_pretrained(tmp_path / "adapter")
+    waveform, mask = waveforms()
+    torch.save({"waveform": waveform, "mask": mask, "logits": logits(model)}, tmp_path / "expected.pt")
+    code = f"""
+import torch, peft_elp
+from peft import PeftModel
+from transformers import AutoModelForCTC
+torch.set_num_threads(1)
+torch.manual_seed(99)
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+model = PeftModel.from_pretrained(AutoModelForCTC.from_pretrained({str(tmp_path / "base")!r}), {str(tmp_path / "adapter")!r})
+with torch.no_grad():
+    logits = model(expected["waveform"], attention_mask=expected["mask"]).logits
+assert torch.equal(logits, expected["logits"]), (logits - expected["logits"]).abs().max()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_folder_holds_the_adapter_and_nothing_else(tmp_path):
+    model = get_peft_model(build("wavlm", "ForSequenceClassification"), ELPConfig(**ELP))
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    heads = {"projector", "classifier"}
+    for name in tensors:
+        assert ".elp_" in name or name.split(".")[2] in heads, name
+        assert "base_layer" not in name, name
+        assert "default" not in name, name
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(t.numel() for t in tensors.values()) == sum(count_parameters(model).values())
+
+
+def test_every_open_choice_is_written_down(tmp_path):
+    config = ELPConfig(**ELP)
+    get_peft_model(build("wavlm", "ForCTC"), config).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["e_layers"] == [0, 1]
+    assert saved["l_layers"] == [0, 1, 2]
+    assert saved["l_output"] == "head"
+    assert saved["modules_to_save"] == ["lm_head"]
+    assert saved["peft_type"] == "ELP"
+    assert config.e_layers is config.l_output is None  # the user's own config can serve a second model
+
+
+def test_auto_peft_model_finds_the_base(tmp_path):
+    build("wavlm", "Model").save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    model = shaken(get_peft_model(base, ELPConfig(**ELP)))
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoPeftModel.from_pretrained(tmp_path / "adapter")), logits(model.eval()))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_new_vocabulary_on_a_saved_base_can_be_saved(tmp_path):
+    # PEFT saves resized embeddings along; the encoder of a speech model has none.
+    from transformers import AutoModelForCTC
+
+    build("wavlm", "ForCTC").save_pretrained(tmp_path / "base")
+    options = {"vocab_size": 17, "ignore_mismatched_sizes": True}
+    model = get_peft_model(AutoModelForCTC.from_pretrained(tmp_path / "base", **options), ELPConfig(**ELP))
+    shaken(model).save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCTC.from_pretrained(tmp_path / "base", **options)
+    assert torch.equal(logits(PeftModel.from_pretrained(fresh, tmp_path / "adapter")), logits(model.eval()))
+
+
+def test_names_of_saved_tensors_do_not_depend_on_the_other_adapters():
+    alone = get_peft_model(build(), ELPConfig(adapters="E", **ELP), adapter_name="asr")
+    beside = get_peft_model(build(), ELPConfig(**ELP), adapter_name="emotion")
+    beside.add_adapter("asr", ELPConfig(adapters="E", **ELP))
+    names = [set(get_peft_model_state_dict(model, adapter_name="asr")) for model in (alone, beside)]
+    assert names[0] == names[1]
+
+
+def test_a_second_adapter_loads_beside_the_first(tmp_path):
+    ctc = shaken(get_peft_model(build("wavlm", "ForCTC"), ELPConfig(**ELP)))
+    ctc.save_pretrained(tmp_path / "elp")
+    e_only = shaken(get_peft_model(build("wavlm", "ForCTC"), ELPConfig(adapters="E", e_dim=4)))
+    e_only.save_pretrained(tmp_path / "e")
+    model = PeftModel.from_pretrained(build("wavlm", "ForCTC"), tmp_path / "e", adapter_name="narrow")
+    model.load_adapter(tmp_path / "elp", adapter_name="wide")
+    assert torch.equal(logits(model), logits(e_only.eval()))
+    model.set_adapter("wide")
+    assert torch.equal(logits(model), logits(ctc.eval()))
+    model.set_adapter("narrow")
+    assert torch.equal(logits(model), logits(e_only))
+
+
+# Switching off and unloading ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("family", "stable"), NORMS)
+def test_switched_off_and_unloaded_adapters_leave_no_trace(family, stable, head):
+    if not has(family, head):
+        pytest.skip(f"{family} has no {head}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LayerDrop", UserWarning)
+        base = build(family, head, do_stable_layer_norm=stable, layerdrop=0.1)
+        expected = logits(base)  # first, since Transformers hooks some heads in their first call
+        before = snapshot(base)
+        model = shaken(get_peft_model(base, ELPConfig(**ELP)))
+        assert not torch.allclose(torch.as_tensor(logits(model).sum()), expected.sum(), atol=1e-4)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
+    unloaded = model.unload()
+    assert unloaded is base
+    assert_untouched(base, before, trainable=False)
+    assert not any(isinstance(module, (ELPLayer, TappedLayer)) for module in base.modules())
+    torch.testing.assert_close(logits(base), expected, atol=1e-6, rtol=1e-6)
+    assert not hasattr(base, "peft_config")
+    get_peft_model(base, ELPConfig(adapters="E", e_dim=4))
+
+
+@pytest.mark.parametrize("call", ["merge_and_unload", "merge_adapter"])
+def test_merging_says_why_not_and_what_instead(call):
+    model = get_peft_model(build(), ELPConfig(**ELP))
+    with pytest.raises(ValueError, match=r"cannot be merged.*non-linear.*save_pretrained.*unload\(\)"):
+        getattr(model, call)()
+    logits(model)
+
+
+def test_print_trainable_parameters_counts_the_adapter(capsys):
+    model = get_peft_model(build(), ELPConfig(**ELP))
+    model.print_trainable_parameters()
+    assert f"trainable params: {sum(count_parameters(model).values()):,} " in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"No adapter named 'other'; the model has \['default'\]"):
+        count_parameters(model, "other")
+
+
+def test_attributes_of_wrapped_parts_stay_in_reach():
+    model = get_peft_model(build(), ELPConfig(**ELP)).get_base_model()
+    encoder = model.wavlm.encoder
+    assert encoder.config is model.config
+    assert len(encoder.layers) == 3
+    assert encoder.layers[0].feed_forward.output_dense.out_features == 24
+    assert encoder.layers[0].layer_norm.weight.shape == (24,)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = encoder.nonsense
+    assert "elp.ELPStack" in repr(model)

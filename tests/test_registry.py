@@ -1,0 +1,47 @@
+import importlib
+import pickle
+import subprocess
+import sys
+
+import pytest
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+import peft_elp
+from peft_elp.registry import register
+
+
+def test_peft_knows_the_method():
+    elp = PeftType("ELP")
+    assert elp is PeftType["ELP"]
+    assert elp is PeftType.ELP  # pyright: ignore[reportAttributeAccessIssue]
+    assert elp in list(PeftType)
+    assert (elp.value, elp.name, str(elp)) == ("ELP", "ELP", str(PeftType.LORA).replace("LORA", "ELP"))
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[elp] is peft_elp.ELPConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[elp] is peft_elp.ELPModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[elp] == "elp_"
+    assert pickle.loads(pickle.dumps(elp)) is elp
+
+
+def test_a_second_import_is_harmless():
+    before = list(PeftType)
+    importlib.reload(peft_elp)
+    assert list(PeftType) == before
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("ELP")] is peft_elp.ELPConfig
+
+
+def test_a_method_of_peft_with_the_same_name_is_not_overwritten(monkeypatch):
+    class TheirConfig:
+        __module__ = "peft.tuners.elp.config"
+
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType("ELP"), TheirConfig)
+    with pytest.raises(ImportError, match=r"method called ELP of its own \(peft.tuners.elp.config"):
+        register(peft_elp.ELPConfig, peft_elp.ELPModel)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("ELP")] is TheirConfig
+
+
+def test_importing_the_package_is_all_it_takes_in_a_fresh_process(tmp_path):
+    peft_elp.ELPConfig(adapters="E").save_pretrained(tmp_path)
+    code = f"import peft_elp, peft; print(peft.PeftConfig.from_pretrained({str(tmp_path)!r}).adapters)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "E"
