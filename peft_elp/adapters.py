@@ -217,8 +217,8 @@ class TapSum:
         expected = len(self.adapter.taps)
         if self.total is None or sorted(self.seen) != list(range(expected)):
             raise RuntimeError(
-                f"An L-adapter with {expected} taps was given taps {self.seen} in one pass. A layer that is skipped in "
-                "training (LayerDrop) has no tap: leave the backbone's layerdrop at 0 while an L-adapter is active."
+                f"An L-adapter with {expected} taps was given taps {self.seen} in one pass. A layer that is skipped "
+                "in training (LayerDrop) has no tap: leave the backbone's layerdrop at 0 while an L-adapter is active."
             )
         return self.total if self.adapter.output is None else self.adapter.output(self.total)
 
@@ -249,9 +249,9 @@ class RealFrames:
 class PAdapter(nn.Module):
     """Prompt adapter: learned pseudo features next to the CNN features of every utterance.
 
-    Computes `[X_0 ; P]` along time with a trained `P: (length, hidden)`, rows drawn from N(0, init_std^2): the P-adapter
-    of Inoue et al. 2024 ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). In a padded batch the rows follow each
-    utterance's own last valid frame, so that the length a batch is padded to changes nothing.
+    Computes `[X_0 ; P]` along time with a trained `P: (length, hidden)`, rows drawn from N(0, init_std^2): the
+    P-adapter of Inoue et al. 2024 ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). In a padded batch the rows
+    follow each utterance's own last valid frame, so that the length a batch is padded to changes nothing.
 
     Args:
         hidden_size: Width of the backbone's hidden states.

@@ -48,7 +48,7 @@ class StackCall:
 
 
 _call: ContextVar[StackCall | None] = ContextVar("peft_elp_stack_call", default=None)
-# torch.compile cannot trace a context variable. It traces in one thread at a time, and the traced graph has no variable.
+# torch.compile cannot trace a context variable. It traces in one thread at a time, and its graph has no variable.
 _traced_call: StackCall | None = None
 
 
@@ -78,8 +78,8 @@ def under_way(call: StackCall) -> Iterator[None]:
 def trim_hidden_states(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook of the base encoder: take the pseudo features out of the hidden states that it reports.
 
-    Transformers collects hidden states where the layers return them, with the pseudo features still in. The entries carry
-    the mark of `StackCall.mark`; attentions do not, they keep the pseudo features.
+    Transformers collects hidden states where the layers return them, with the pseudo features still in. The entries
+    carry the mark of `StackCall.mark`; attentions do not, they keep the pseudo features.
     """
     if isinstance(output, dict):
         for key, value in output.items():

@@ -85,8 +85,8 @@ class ELPConfig(PeftConfig):
     l_output: str | None = field(
         default=None,
         metadata={
-            "help": "Where the L-adapter's sum goes. 'head': to the head, whose first linear layer is re-made at width "
-            "l_dim (the paper). 'project': through one linear layer back to the encoder's width. 'residual': as "
+            "help": "Where the L-adapter's sum goes. 'head': to the head, whose first linear layer is re-made at "
+            "width l_dim (the paper). 'project': through one linear layer back to the encoder's width. 'residual': as "
             "'project', zero-initialised and added to the encoder's own output. None: 'head' where a known, trained "
             "head reads the encoder, else 'project'."
         },

@@ -36,8 +36,8 @@ def refuse_short_utterances(module: nn.Module, args: tuple[Any, ...], kwargs: di
     if shortest < least:
         raise ValueError(
             f"An utterance of {shortest} samples is too short for {type(module).__name__}: its convolutions need at "
-            f"least {least} samples ({1000 * least / 16000:.0f} ms at 16 kHz) for one frame. Drop it or pad it with silence "
-            "that its attention_mask counts as valid."
+            f"least {least} samples ({1000 * least / 16000:.0f} ms at 16 kHz) for one frame. Drop it or pad it with "
+            "silence that its attention_mask counts as valid."
         )
 
 

@@ -24,8 +24,8 @@ def join(*parts: str) -> str:
 def find_head(model: nn.Module, encoder_path: str) -> list[str]:
     """The modules outside the base encoder, by full path.
 
-    Compares the model with its base encoder rather than knowing names: everything that lies beside the way from the model
-    to the encoder and has parameters. A list of modules is named entry by entry, since it is never called itself.
+    Compares the model with its base encoder rather than knowing names: everything that lies beside the way from the
+    model to the encoder and has parameters. A list of modules is named entry by entry: it is never called itself.
 
     Args:
         model: The whole model.
@@ -38,8 +38,8 @@ def find_head(model: nn.Module, encoder_path: str) -> list[str]:
         bare = [name for name, _ in here.named_parameters(recurse=False)]
         if bare:
             warnings.warn(
-                f"{', '.join(bare)} of {type(here).__name__} stay frozen and are not saved with the adapter: PEFT trains "
-                "modules, these are bare parameters. For a trained sum over layers use an L-adapter instead of "
+                f"{', '.join(bare)} of {type(here).__name__} stay frozen and are not saved with the adapter: PEFT "
+                "trains modules, these are bare parameters. For a trained sum over layers use an L-adapter instead of "
                 "use_weighted_layer_sum.",
                 stacklevel=2,
             )
@@ -105,8 +105,8 @@ def place_head(
 ) -> None:
     """Give an adapter its own copy of the modules at `paths`, which are trained and saved with it.
 
-    PEFT's own function finds modules by the end of their path, which cannot tell the linear layer `feature_extractor` of
-    an x-vector head from the CNN of the same name.
+    PEFT's own function finds modules by the end of their path, which cannot tell the linear layer `feature_extractor`
+    of an x-vector head from the CNN of the same name.
 
     Args:
         model: The whole model.

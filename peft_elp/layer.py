@@ -16,9 +16,9 @@ from .call import StackCall, current_call, under_way
 from .guards import reentrant_checkpointing
 
 WHY_NO_MERGE = (
-    "ELP-adapters cannot be merged into the backbone: an E-adapter is a non-linear bottleneck, an L-adapter reads every "
-    "layer and a P-adapter adds frames, so no weight of the backbone could hold them. Keep the adapter: save it with "
-    "save_pretrained() and load it next to the backbone, or call unload() to get the backbone back without it."
+    "ELP-adapters cannot be merged into the backbone: an E-adapter is a non-linear bottleneck, an L-adapter reads "
+    "every layer and a P-adapter adds frames, so no weight of the backbone could hold them. Keep the adapter: save it "
+    "with save_pretrained() and load it next to the backbone, or call unload() to get the backbone back without it."
 )
 
 
@@ -59,8 +59,8 @@ class Wrapper(nn.Module):
 class TappedLayer(Wrapper):
     """An encoder layer whose output the call under way can read.
 
-    It is a wrapper rather than a hook so that taps stay outside of gradient checkpointing, and independent of the order
-    in which Transformers installs its own hooks.
+    It is a wrapper rather than a hook so that taps stay outside of gradient checkpointing, and independent of the
+    order in which Transformers installs its own hooks.
 
     Args:
         base_layer: The encoder layer.
@@ -97,7 +97,7 @@ class ELPLayer(Wrapper, BaseTunerLayer):
         self.merged_adapters = []
 
     def place(self, container: str, adapter_name: str, adapter: nn.Module, inference_mode: bool) -> None:
-        """Put a new adapter into one of the `adapter_layer_names`, on the device and with the dtype of `base_layer`."""
+        """Put a new adapter into one of the `adapter_layer_names`, with the device and dtype of `base_layer`."""
         getattr(self, container)[adapter_name] = adapter
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -176,7 +176,7 @@ class ELPNorm(ELPLayer):
         if name is None:
             return self.base_layer(x)
         norm = self.elp_norm[name]
-        return norm(self._cast_input_dtype(x, norm.weight.dtype)).to(x.dtype)
+        return norm(self._cast_input_dtype(x, next(norm.parameters()).dtype)).to(x.dtype)
 
 
 class ELPStack(ELPLayer):
@@ -249,8 +249,11 @@ class ELPStack(ELPLayer):
             self._layerdrop = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the encoder on `(hidden_states, attention_mask=None, ...)` of shapes `(batch, frames, hidden)` and
-        `(batch, frames)`; what comes back has as many frames as went in."""
+        """Run the encoder; what comes back has as many frames as went in.
+
+        Takes what the encoder takes: `hidden_states`, `(batch, frames, hidden)`, `attention_mask`, `(batch, frames)`
+        or None, and whatever it forwards to its layers.
+        """
         inputs = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | kwargs
         x, mask = inputs.pop("hidden_states"), inputs.pop("attention_mask", None)
         call = StackCall()
@@ -282,7 +285,7 @@ class ELPStack(ELPLayer):
         return with_first(output, call.without_pseudo_features(x + y if adapter.residual else y))
 
     def _ready_for_checkpointing(self, x: Tensor) -> Tensor:
-        """`x`, made to require a gradient where re-entrant checkpointing would lose those of the adapters otherwise."""
+        """`x`, made to require a gradient where re-entrant checkpointing would otherwise lose the adapters'."""
         if not (self.training and torch.is_grad_enabled()):
             return x
         layer = self.encoder_layers[0]
@@ -290,10 +293,10 @@ class ELPStack(ELPLayer):
             return x
         if not self.family.reentrant_checkpointing:
             raise RuntimeError(
-                f"{type(self.base_layer).__name__} never returns under re-entrant gradient checkpointing, with or without "
-                "adapters. Enable the other form: "
-                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}), or with Trainer "
-                "TrainingArguments(gradient_checkpointing_kwargs={'use_reentrant': False})."
+                f"{type(self.base_layer).__name__} never returns under re-entrant gradient checkpointing, with or "
+                "without adapters. Enable the other form: "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}), or with "
+                "Trainer TrainingArguments(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         # A copy, since the stack writes into its input and PyTorch allows no writing into a leaf.
         return x if x.requires_grad else x.detach().requires_grad_().clone()

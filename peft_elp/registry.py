@@ -23,8 +23,8 @@ def register(config_cls: type, model_cls: type) -> None:
         if known is None or known.__module__ != config_cls.__module__:
             raise ImportError(
                 f"PEFT {peft.__version__} has a method called {NAME} of its own"
-                f"{f' ({known.__module__}.{known.__qualname__})' if known else ''}; peft_elp will not overwrite it. Use "
-                "that one, or install a version of peft without it."
+                f"{f' ({known.__module__}.{known.__qualname__})' if known else ''}; peft_elp will not overwrite it. "
+                "Use that one, or install a version of peft without it."
             )
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[NAME]] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType[NAME]] = model_cls

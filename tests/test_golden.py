@@ -1,10 +1,10 @@
-"""Numbers and outputs from an independent computation: METHOD counts of the paper, and a plain loop over its formulas."""
+"""Values from an independent computation: the published parameter counts, and a plain loop over the formulas."""
 
 import pytest
 import torch
 from backbones import ELP, build, result, shaken, waveforms
 from peft import get_peft_model, get_peft_model_state_dict
-from torch.nn import functional as F
+from torch import nn
 from transformers import WavLMConfig, WavLMModel
 
 from peft_elp import ELPConfig, count_parameters
@@ -37,7 +37,7 @@ def test_parameter_counts_are_the_published_ones(options, counts, total):
 
 
 def norm(x, tensors, name, eps=1e-5):
-    return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps)
+    return nn.functional.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps)
 
 
 def linear(x, tensors, name):
@@ -68,7 +68,7 @@ def reference(base, tensors, waveform):
         z = layer.feed_forward(norm(x, at, f"layers.{i}.final_layer_norm.elp_norm") if stable else x)
         e = f"layers.{i}.feed_forward.elp_e"
         if f"{e}.down.weight" in at:
-            z = z + norm(linear(F.gelu(linear(z, at, f"{e}.down")), at, f"{e}.up"), at, f"{e}.norm")
+            z = z + norm(linear(nn.functional.gelu(linear(z, at, f"{e}.down")), at, f"{e}.up"), at, f"{e}.norm")
         x = x + z
         x = x if stable else norm(x, at, f"layers.{i}.final_layer_norm.elp_norm")
         taps.append(x)
@@ -76,7 +76,7 @@ def reference(base, tensors, waveform):
         taps[-1] = encoder.layer_norm(x)
     share = at["elp_l.layer_weights"].exp() / at["elp_l.layer_weights"].exp().sum()
     y = sum(
-        share[i] * norm(F.gelu(linear(tap, at, f"elp_l.taps.{i}.down")), at, f"elp_l.taps.{i}.norm")
+        share[i] * norm(nn.functional.gelu(linear(tap, at, f"elp_l.taps.{i}.down")), at, f"elp_l.taps.{i}.norm")
         for i, tap in enumerate(taps)
     )
     return linear(y[:, :frames], tensors, "base_model.model.lm_head")[0]

@@ -1,0 +1,135 @@
+"""Wrappers come into the model, are found there again, and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .call import trim_hidden_states
+from .guards import refuse_short_utterances
+from .heads import canonical, join, original, remove_head
+from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, TappedLayer
+from .plan import Parts, Plan
+
+
+def wrap(layer: nn.Module, part: str, wrapper: Any, active_adapters: list[str]) -> Any:
+    """The tuner layer around a part of an encoder layer; made if it is not there yet."""
+    parent_path, _, name = part.rpartition(".")
+    parent = layer.get_submodule(parent_path)
+    module = getattr(parent, name)
+    if not isinstance(module, wrapper):
+        module = wrapper(module, active_adapters)
+        setattr(parent, name, module)
+    return module
+
+
+def wrap_stack(model: nn.Module, parts: Parts, active_adapters: list[str]) -> ELPStack:
+    """The tuner layer around the encoder stack; made if it is not there yet, with what it needs around it."""
+    parent_path, _, name = parts.stack_path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    module = getattr(parent, name)
+    if isinstance(module, ELPStack):
+        return module
+    stack = ELPStack(module, parts.family, active_adapters)
+    setattr(parent, name, stack)
+    cnn: Any = getattr(parts.encoder, parts.family.feature_encoder or "", None)
+    if hasattr(cnn, "_requires_grad"):
+        # Else the CNN, though frozen, would be recorded for a backward pass in every training step.
+        stack._feature_encoder_grad, cnn._requires_grad = cnn._requires_grad, False
+        parts.encoder.register_forward_pre_hook(refuse_short_utterances, with_kwargs=True)
+    parts.encoder.register_forward_hook(trim_hidden_states)
+    return stack
+
+
+def placed(model: nn.Module, adapter_name: str) -> set[str]:
+    """The names of the adapters of that name that are in the model, as `Plan.expected` names them."""
+    names: set[str] = set()
+    for name, module in model.named_modules():
+        path = canonical(name)
+        if isinstance(module, ELPSublayer) and adapter_name in module.elp_e:
+            names.add(f"E at {path}")
+        elif isinstance(module, ELPNorm) and adapter_name in module.elp_norm:
+            names.add(f"layer norm at {path}")
+        elif isinstance(module, ELPStack):
+            if adapter_name in module.elp_p:
+                names.add(f"P at {path}")
+            if adapter_name in module.elp_l:
+                tapped = set(module.tapped_layers[adapter_name])
+                names |= {
+                    f"L at {join(path, module.family.layers, str(index))}"
+                    for index, layer in enumerate(module.encoder_layers)
+                    if index in tapped and isinstance(layer, TappedLayer)
+                }
+    return names
+
+
+def _with_children(model: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module]]:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            yield parent, name, child
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter out again, with every wrapper that it alone needed."""
+    for layer in model.modules():
+        if isinstance(layer, ELPLayer):
+            for container in layer.adapter_layer_names:
+                if adapter_name in getattr(layer, container):
+                    del getattr(layer, container)[adapter_name]
+        if isinstance(layer, ELPStack):
+            layer.tapped_layers.pop(adapter_name, None)
+            layer._switch_layerdrop()
+    unwrap(model, only_unused=True)
+    remove_head(model, only_unused=True)
+
+
+def unwrap(model: nn.Module, only_unused: bool = False) -> None:
+    """Put the backbone's own modules back in place of ELP's wrappers, and its settings back to what they were.
+
+    Args:
+        model: The whole model.
+        only_unused: Leave those wrappers that hold an adapter.
+    """
+    for parent, name, child in _with_children(model):
+        if isinstance(child, ELPStack) and not (only_unused and child._get_available_adapters()):
+            _unwrap_stack(model, child)
+            setattr(parent, name, child.base_layer)
+    for parent, name, child in _with_children(model):
+        if isinstance(child, ELPLayer) and not (only_unused and child._get_available_adapters()):
+            setattr(parent, name, child.base_layer)
+
+
+def _unwrap_stack(model: nn.Module, stack: ELPStack) -> None:
+    if stack._layerdrop is not None:
+        holder, attribute = stack._layerdrop_at()
+        setattr(holder, attribute, stack._layerdrop)
+    for index, layer in enumerate(stack.encoder_layers):
+        if isinstance(layer, TappedLayer):
+            stack.encoder_layers[index] = layer.base_layer
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (trim_hidden_states, refuse_short_utterances)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if stack._feature_encoder_grad is not None and "_requires_grad" in module.__dict__:
+            module.__dict__["_requires_grad"] = stack._feature_encoder_grad
+
+
+def new_head_input(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The head's first linear layer at width `l_dim`, by its path; nothing where the plan has none.
+
+    It starts as Transformers starts the layers of that model.
+    """
+    path = plan.new_head_input
+    if path is None:
+        return {}
+    old = original(model.get_submodule(path))
+    assert isinstance(old, nn.Linear)
+    bias = old.bias is not None
+    new = nn.Linear(plan.config.l_dim, old.out_features, bias, device=old.weight.device, dtype=old.weight.dtype)
+    if isinstance(model, PreTrainedModel):
+        model._init_weights(new)
+    return {path: new}
