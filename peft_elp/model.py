@@ -23,10 +23,8 @@ from .plan import Plan, check_adapter_name, make_plan
 class ELPModel(BaseTuner):
     """The tuner that `get_peft_model(model, ELPConfig())` puts around a speech encoder, with any of its heads.
 
-    Args:
-        model: A Transformers model that contains one supported speech encoder.
-        config: The configuration, or configurations by adapter name.
-        adapter_name: Name of the first adapter.
+    Takes what every tuner of PEFT takes: a model, which contains one supported speech encoder; a configuration, or
+    configurations by adapter name; and the name of the first adapter.
 
     Raises:
         ValueError: The model has no supported encoder or several, or the configuration does not fit it. The model is
