@@ -1,11 +1,16 @@
-"""Spoken words in many voices, made on this machine by espeak-ng: `python examples/synthesize.py "hello there" hello.wav`.
+"""Words in many voices, spoken on this machine by espeak-ng: `python examples/synthesize.py "hello there" hello.wav`.
 
-The PyPI package `espeakng-loader` brings the library and its voices; nothing else is installed or downloaded. A voice is
-an accent of English and a variant of the vocal tract, as in "en-us+f3".
+The PyPI package `espeakng-loader` brings the library and its voices; nothing else is installed or downloaded. A voice
+is an accent of English together with a speaker, as in "en-us+f3".
+The same calls in the same order give the same samples.
 """
 
 import ctypes
+import os
 import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import espeakng_loader
 import numpy as np
@@ -14,60 +19,105 @@ import soxr
 
 RATE_HZ = 16_000
 
-# From espeak-ng's speak_lib.h.
+# From espeak-ng's speak_lib.h
 SYNCHRONOUS_OUTPUT = 2
-DONT_EXIT_ON_ERROR = 0x8000
-SPEED_WORDS_PER_MINUTE, PITCH = 1, 3
+PHONEME_EVENTS, DO_NOT_EXIT = 0x0001, 0x8000
+WORDS_PER_MINUTE, PITCH = 1, 3
 UTF8 = 1
-CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+NO_EVENT, PHONEME_EVENT = 0, 7
+
+
+class Event(ctypes.Structure):
+    """`espeak_EVENT` of speak_lib.h: here, the start of a phoneme."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position_ms", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("phoneme", ctypes.c_char * 8),
+    )
+
+
+CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
+
+
+class Speech(NamedTuple):
+    """What was said: the waveform at 16 kHz in [-1, 1], and each phoneme with its start in seconds ("" is a pause)."""
+
+    waveform: np.ndarray
+    phonemes: list[tuple[float, str]]
 
 
 class Synthesizer:
-    """Speaks text in espeak-ng's voices. One per process: the library has one state for all.
+    """Says text in espeak-ng's voices. Get it from `synthesizer()`: the library crashes when it is started twice.
 
     Raises:
         OSError: espeak-ng does not start.
     """
 
     def __init__(self) -> None:
+        self.data = espeakng_loader.get_data_path()
+        if len(self.data) > 120:  # The library cuts long paths off; from the current folder the path is often shorter.
+            self.data = min(self.data, os.path.relpath(self.data), key=len)
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = espeakng_loader.get_data_path()
-        self.library_rate_hz = self.library.espeak_Initialize(SYNCHRONOUS_OUTPUT, 0, data.encode(), DONT_EXIT_ON_ERROR)
-        if self.library_rate_hz <= 0:
-            raise OSError(
-                f"espeak-ng found no voices in {data}. Reinstall espeakng-loader in a folder with a short path."
-            )
+        self.rate_hz = self.library.espeak_Initialize(
+            SYNCHRONOUS_OUTPUT, 0, self.data.encode(), PHONEME_EVENTS | DO_NOT_EXIT
+        )
+        if self.rate_hz <= 0:
+            raise OSError(f"espeak-ng found no voices in {self.data!r}. Install espeakng-loader under a shorter path.")
         self.pieces: list[np.ndarray] = []
-        self.callback = CALLBACK(self._take)  # kept here, or Python would free it while the library still calls it
+        self.phonemes: list[tuple[float, str]] = []
+        self.callback = CALLBACK(self._take)  # kept, or Python would free it while the library still calls it
         self.library.espeak_SetSynthCallback(self.callback)
 
-    def _take(self, samples, num_samples: int, _events) -> int:
+    def _take(self, samples, num_samples: int, events) -> int:
         if samples and num_samples > 0:
             self.pieces.append(np.ctypeslib.as_array(samples, (num_samples,)).copy())
+        while events and events.contents.type != NO_EVENT:
+            if events.contents.type == PHONEME_EVENT:
+                # Without marks of stress and length: "'i:" and "i" are one phoneme, and "_:" is a pause.
+                phoneme = events.contents.phoneme.decode(errors="ignore").strip("',_:")
+                self.phonemes.append((events.contents.audio_position_ms / 1000, phoneme))
+            events = ctypes.cast(ctypes.addressof(events.contents) + ctypes.sizeof(Event), ctypes.POINTER(Event))
         return 0
 
-    def say(self, text: str, voice: str, pitch: int = 50, words_per_minute: int = 160) -> np.ndarray:
-        """The waveform of `text` at 16 kHz, in [-1, 1].
+    def say(self, text: str, voice: str, pitch: int = 50, words_per_minute: int = 160) -> Speech:
+        """The waveform of a text and its phonemes.
 
         Args:
             text: What to say.
-            voice: Accent and variant, for example "en-gb+m3".
-            pitch: 0 to 99, around the voice's own pitch at 50.
+            voice: Accent and speaker, for example "en-us+f3".
+            pitch: 0 to 99; 50 is the voice's own.
             words_per_minute: Speaking rate, 80 to 450.
 
         Raises:
-            ValueError: espeak-ng has no such voice.
+            ValueError: espeak-ng has no such voice, or there is nothing to say.
         """
-        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise ValueError(f"espeak-ng has no voice {voice!r}. Try an accent and a variant, such as 'en-us+f3'.")
+        # The library itself passes over a speaker that it does not know.
+        known = Path(self.data, "voices", "!v", voice.partition("+")[2]).is_file()
+        if not known or self.library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise ValueError(f"espeak-ng has no voice {voice!r}. Name an accent and a speaker, such as 'en-us+f3'.")
         self.library.espeak_SetParameter(PITCH, pitch, 0)
-        self.library.espeak_SetParameter(SPEED_WORDS_PER_MINUTE, words_per_minute, 0)
-        self.pieces.clear()
+        self.library.espeak_SetParameter(WORDS_PER_MINUTE, words_per_minute, 0)
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of the noise in breath and whisper
+        self.pieces, self.phonemes = [], []
         encoded = text.encode() + b"\0"
-        self.library.espeak_Synth(encoded, len(encoded), 0, 0, 0, UTF8, None, None)
+        self.library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded)), 0, 0, 0, UTF8, None, None)
+        if not self.pieces:
+            raise ValueError(f"espeak-ng says nothing for {text!r}. Give it at least one word.")
         waveform = np.concatenate(self.pieces).astype(np.float32) / 32768
-        return soxr.resample(waveform, self.library_rate_hz, RATE_HZ)
+        return Speech(soxr.resample(waveform, self.rate_hz, RATE_HZ), self.phonemes)
+
+
+@cache
+def synthesizer() -> Synthesizer:
+    """The synthesizer of this process."""
+    return Synthesizer()
 
 
 if __name__ == "__main__":
-    soundfile.write(sys.argv[2], Synthesizer().say(sys.argv[1], "en-us+f3"), RATE_HZ)
+    soundfile.write(sys.argv[2], synthesizer().say(sys.argv[1], "en-us+f3").waveform, RATE_HZ)

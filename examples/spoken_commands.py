@@ -1,0 +1,474 @@
+"""Adapt a speech encoder to spoken commands with ELP-adapters: `python examples/spoken_commands.py`.
+
+Needs no download: espeak-ng speaks the commands in many voices, and a small wav2vec 2.0 is pre-trained on other words
+before it is frozen. Takes 3 minutes on 2 CPU cores and finds 96 % of the commands in unheard voices, the head alone
+93 %.
+
+With a network, the same script adapts a real encoder to a real dataset:
+`python examples/spoken_commands.py --model microsoft/wavlm-base-plus --dataset <Hub id or local folder>`.
+A local folder holds `<split>/metadata.csv` (columns file_name, label) next to its audio files, splits train and test.
+"""
+
+import csv
+import io
+import os
+import random
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from datasets import Audio, load_dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from sklearn.metrics import accuracy_score
+from synthesize import RATE_HZ, Speech, synthesizer
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    HfArgumentParser,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForAudioFrameClassification,
+    set_seed,
+)
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging
+
+from peft_elp import ELPConfig, count_parameters
+
+COMMANDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]
+# An accent of English and a speaker; no speaker is in both.
+TRAINING_VOICES = """
+en-us+m1 en+f2 en-gb-scotland+m7 en-us+f1 en+m3 en-gb-x-rp+f4 en-us+Andy en-us-nyc+steph en-gb-x-gbclan+Michael
+en-029+adam en-gb-x-gbcwmd+linda en-us+Alex en-us+max en+Annie en-us+klatt2 en+Mario en-us+m5 en-gb-x-rp+m8
+en-gb-scotland+Alicia en-us+f2 en-us-nyc+rob en-gb-x-gbclan+zac en-029+Reed en-gb-x-gbcwmd+anika
+"""
+TEST_VOICES = """
+en-us+m2 en+f3 en-gb-scotland+belinda en-us+Denis en-gb-x-rp+david en-us-nyc+f5 en-us+Marco en-029+m6
+"""
+# The small encoder is pre-trained on these; none of them is a command.
+OTHER_WORDS = """
+about above across after again air always animal answer apple arm ask baby back bad bag ball bank bath bear
+beautiful before begin behind bell below big bird black blood blue boat body book bottle box boy bread breakfast
+bridge bring brother brown build burn bus busy buy cake call camp car card carry cat chair change cheese chicken
+child church circle city clean clock close cloud coat coffee cold colour come cook copper corner cotton country cow
+cup cut dance dark daughter day deep dinner dirty doctor dog door dream dress drink drive dry dust ear early earth
+east easy eat edge egg eight engine evening eye face fall family farm father feather feel fight fill finger fire
+fish five floor flower fly food foot forest four fox friend fruit full garden girl give glass gold good grass green
+ground group guess hair half hand happy hard hat head hear heart heavy help high hill hold home horse hospital hot
+house hundred ice island job join judge juice jump keep kettle key kind king kitchen knife lake land large laugh
+leaf learn letter light lion listen little long love lunch machine make man map market measure meat milk money
+month moon morning mother mountain mouse mouth move music name narrow near neck needle nest never new nice night
+nine noise nose number ocean oil old one open orange other outside oven paper pencil people picture pig pilot place
+plant play pocket point police potato power price pull push put queen question quick quiet rain read red rice rich
+ring river road rock roof room rose round run salt sand school sea season secret seven shape sharp sheep ship shirt
+shoe shop short shoulder show silver sing sister six skin sleep slow small smell smoke snow soap soft song south
+speak spoon spring square stand star station stone story street strong sugar summer sun sweet table tail take tall
+tea teacher ten thick thin thing think three thumb ticket time together tomorrow tooth touch town train travel tree
+trouble true turn twelve twenty two under uncle use valley vegetable village visit voice wait walk wall war warm
+wash watch water way weather week west wheel where white wild wind window winter woman wood wool word work world
+write yard year yellow young zero
+"""
+FRAME_S = 0.02  # of the small encoder, as of wav2vec 2.0
+SHORTEST_S = 0.1
+
+
+def argument(default: Any, help: str, *aliases: str) -> Any:
+    return HfArg(default=default, help=help, aliases=list(aliases) or None)
+
+
+@dataclass
+class Arguments:
+    """What can be chosen on the command line; names are those of Transformers' examples where they have one."""
+
+    model_name_or_path: str | None = argument(
+        None, "A speech encoder: Hub id or folder. Default: a small one, pre-trained here.", "--model"
+    )
+    dataset_name: str | None = argument(
+        None, "A dataset: Hub id, or folder with <split>/metadata.csv. Default: synthesised commands.", "--dataset"
+    )
+    dataset_config_name: str | None = argument(None, "Configuration of a Hub dataset, such as 'ks'.")
+    train_split_name: str = argument("train", "Split to train on.")
+    eval_split_name: str = argument("test", "Split to test on.")
+    audio_column_name: str | None = argument(None, "Default: audio, file_name, file, path or speech.")
+    label_column_name: str | None = argument(None, "Default: label, labels, intent, keyword, ...")
+    max_length_seconds: float = argument(10.0, "What a longer clip is cut to.")
+    output_dir: str = argument("outputs/spoken_commands", "Folder for the adapter and the small encoder.")
+    max_steps: int = argument(500, "Training steps: of the head alone, and of ELP.")
+    per_device_train_batch_size: int = argument(16, "Clips per step.", "--batch_size")
+    learning_rate: float = argument(1e-3, "Of ELP-adapters and their head.")
+    head_learning_rate: float = argument(3e-3, "Of the head that is trained alone.")
+    e_dim: int = argument(64, "Width of the E-adapters' bottleneck.")
+    l_dim: int = argument(128, "Width of the L-adapter's taps.")
+    p_length: int = argument(16, "Number of the P-adapter's pseudo features.")
+    seed: int = argument(0, "Seed of everything random.")
+    pretraining_steps: int = argument(400, "Steps, of 32 clips each, that pre-train the small encoder.")
+    num_pretraining_words: int = argument(len(OTHER_WORDS.split()), "Words that it is pre-trained on.")
+    num_commands: int = argument(len(COMMANDS), "Synthesised commands, 2 or more.")
+    num_voices: int = argument(len(TRAINING_VOICES.split()), "Voices at most, in training and in test.")
+    classify: str | None = argument(None, "Only name the command in this audio file, with --adapter.")
+    adapter: str | None = argument(None, "Folder of a trained adapter, for --classify.")
+
+
+def speak(words: Sequence[str], voices: Sequence[str], voices_per_word: int, takes: int) -> list[tuple[str, Speech]]:
+    """Each word in some of the voices, at a pitch and speaking rate that change from take to take."""
+    rng = random.Random(0)
+    return [
+        (word, synthesizer().say(word, voice, pitch=rng.randint(30, 70), words_per_minute=rng.randint(130, 200)))
+        for word in words
+        for voice in rng.sample(voices, min(voices_per_word, len(voices)))
+        for _ in range(takes)
+    ]
+
+
+def read_audio(source: str | dict[str, Any], max_length_s: float = 60.0) -> np.ndarray:
+    """The waveform of an audio file at 16 kHz, from its path or from a row of a dataset.
+
+    Raises:
+        ValueError: The file cannot be read, or holds too little sound to name a word.
+    """
+    row: dict[str, Any] = {"path": source} if isinstance(source, str) else source
+    name = row.get("path") or "an audio clip"
+    try:
+        data, rate_hz = soundfile.read(io.BytesIO(row["bytes"]) if row.get("bytes") else name, dtype="float32")
+    except (soundfile.LibsndfileError, TypeError) as error:
+        raise ValueError(
+            f"{name} is no audio file that soundfile can read ({error}). Convert it to WAV or FLAC."
+        ) from error
+    waveform = data if data.ndim == 1 else data.mean(axis=1)
+    if len(waveform) < SHORTEST_S * rate_hz:
+        raise ValueError(
+            f"{name} holds {len(waveform) / rate_hz:.3f} s of sound, too little for a word. Take it out of the "
+            f"dataset; at least {SHORTEST_S} s are needed."
+        )
+    waveform = soxr.resample(waveform[: int(max_length_s * rate_hz)], rate_hz, RATE_HZ)
+    return np.pad(waveform, (0, max(0, int(0.3 * RATE_HZ) - len(waveform))))
+
+
+class Clips(Dataset):
+    """Audio and labels of one split; a file is read when its turn comes."""
+
+    def __init__(self, sources: Sequence[Any], labels: Sequence[Any], max_length_s: float = 60.0) -> None:
+        self.sources, self.labels, self.max_length_s = sources, labels, max_length_s
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        source = self.sources[index]
+        audio = source if isinstance(source, np.ndarray) else read_audio(source, self.max_length_s)
+        return {"audio": audio, "labels": self.labels[index]}
+
+
+def synthesize_commands(args: Arguments) -> tuple[Clips, Clips, list[str]]:
+    """Training clips, test clips in other voices, and the commands."""
+    training_voices, test_voices = TRAINING_VOICES.split()[: args.num_voices], TEST_VOICES.split()[: args.num_voices]
+    assert not {voice.split("+")[1] for voice in training_voices} & {voice.split("+")[1] for voice in test_voices}
+    commands = COMMANDS[: args.num_commands]
+    spoken = [speak(commands, voices, len(voices), takes=4) for voices in (training_voices, test_voices)]
+    train, test = (
+        Clips([speech.waveform for _, speech in clips], [commands.index(word) for word, _ in clips])
+        for clips in spoken
+    )
+    print(f"{len(commands)} commands: {' '.join(commands)}")
+    print(f"{len(train)} training clips in {len(training_voices)} voices")
+    print(f"{len(test)} test clips in {len(test_voices)} other voices")
+    return train, test, commands
+
+
+def read_dataset(args: Arguments) -> tuple[Clips, Clips, list[str]]:
+    """Training clips, test clips and label names of a local folder or a dataset of the Hub.
+
+    Raises:
+        ValueError: A split, a column or a label is missing; the message says what came and what to do.
+    """
+    name = str(args.dataset_name)
+    tables: Any = {
+        path.parent.name: list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
+        for path in sorted(Path(name).glob("*/metadata.csv"))
+    } or load_dataset(name, args.dataset_config_name)
+    sources, labels = {}, {}
+    for split in (args.train_split_name, args.eval_split_name):
+        if split not in tables or len(tables[split]) == 0:
+            raise ValueError(
+                f"{name} has no clips in a split {split!r}; its splits are {', '.join(tables)}. "
+                "Name others with --train_split_name and --eval_split_name."
+            )
+        table = tables[split]
+        columns = list(table[0]) if isinstance(table, list) else table.column_names
+        audio = find_column("audio", args.audio_column_name, ["audio", "file_name", "file", "path", "speech"], columns)
+        known = ["label", "labels", "intent", "intent_class", "keyword", "command", "class", "category", "emotion"]
+        label = find_column("label", args.label_column_name, known, columns)
+        if isinstance(table, list):
+            sources[split] = [str(Path(name, split, row[audio])) for row in table]
+            labels[split] = [row[label] for row in table]
+        else:
+            table = (
+                table.cast_column(audio, Audio(decode=False)) if isinstance(table.features[audio], Audio) else table
+            )
+            sources[split] = table.with_format(None)[audio]
+            to_name = getattr(table.features[label], "int2str", str)
+            labels[split] = ["" if value is None else to_name(value) for value in table[label]]
+        if "" in labels[split]:
+            raise ValueError(
+                f"{labels[split].count('')} of {len(labels[split])} clips in split {split!r} of {name} have no "
+                f"{label!r}. Remove them, or name another column with --label_column_name: {', '.join(columns)}."
+            )
+    label_names = sorted(set(labels[args.train_split_name]))
+    unknown = sorted(set(labels[args.eval_split_name]) - set(label_names))
+    if len(label_names) < 2:
+        raise ValueError(
+            f"Split {args.train_split_name!r} of {name} has one label, {label_names[0]!r}, and two are needed. "
+            "Name another column with --label_column_name."
+        )
+    if unknown:
+        raise ValueError(
+            f"Split {args.eval_split_name!r} of {name} has labels that training does not meet: {', '.join(unknown)}. "
+            "Take those clips out, or choose other splits."
+        )
+    train, test = (
+        Clips(sources[split], [label_names.index(value) for value in labels[split]], args.max_length_seconds)
+        for split in (args.train_split_name, args.eval_split_name)
+    )
+    print(f"{name}: {len(train)} training clips, {len(test)} test clips, {len(label_names)} labels")
+    return train, test, label_names
+
+
+def find_column(what: str, wanted: str | None, known: list[str], columns: list[str]) -> str:
+    names = [wanted] if wanted else known
+    found = next((name for name in names if name in columns), None)
+    if found is None:
+        raise ValueError(
+            f"No {what} column: looked for {', '.join(names)} among {', '.join(columns)}. Name it with "
+            f"--{what}_column_name."
+        )
+    return found
+
+
+class ProgressWithLoss(ProgressCallback):
+    """The Trainer's progress bar with the loss at its end, rather than on lines of its own."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.2f}")
+
+
+def fit(
+    model: Any,
+    feature_extractor: Any,
+    clips: Clips,
+    args: Arguments,
+    learning_rate: float,
+    steps: int,
+    batch_size: int,
+) -> Trainer:
+    """Train whatever of the model is not frozen, with a progress bar."""
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = feature_extractor(
+            [clip["audio"] for clip in batch], sampling_rate=RATE_HZ, padding=True, return_tensors="pt"
+        )
+        labels = [
+            torch.as_tensor(clip["labels"]).reshape(-1) for clip in batch
+        ]  # one for a clip, or one for each frame
+        return {**inputs, "labels": pad_sequence(labels, batch_first=True, padding_value=-100).squeeze(1)}
+
+    settings = TrainingArguments(
+        output_dir=args.output_dir,
+        learning_rate=learning_rate,
+        max_steps=steps,
+        warmup_steps=steps // 10,
+        per_device_train_batch_size=batch_size,
+        weight_decay=0.01,
+        per_device_eval_batch_size=32,
+        seed=args.seed,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=10,
+        disable_tqdm=False,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = Trainer(model, settings, collate, clips, compute_loss_func=cross_entropy)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressWithLoss)
+    trainer.train()
+    return trainer
+
+
+def cross_entropy(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, -2), labels.flatten())
+
+
+def pretrain(args: Arguments) -> tuple[Any, Any]:
+    """A small wav2vec 2.0 that has learnt to name the phoneme in each frame, and its feature extractor."""
+    words = OTHER_WORDS.split()[: args.num_pretraining_words]
+    spoken = [
+        speech for _, speech in speak(words, TRAINING_VOICES.split()[: args.num_voices], voices_per_word=8, takes=1)
+    ]
+    phonemes = sorted({phoneme for speech in spoken for _, phoneme in speech.phonemes} | {""})
+    config: Any = Wav2Vec2Config(
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=768,
+        # One frame in 20 ms as in wav2vec 2.0, in four wide steps instead of seven narrow ones, to be quick on a CPU.
+        conv_dim=[128] * 4,
+        conv_kernel=[64, 8, 4, 4],
+        conv_stride=[20, 4, 2, 2],
+        num_conv_pos_embeddings=32,
+        num_conv_pos_embedding_groups=8,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        hidden_dropout=0.05,
+        attention_dropout=0.05,
+        activation_dropout=0.05,
+        feat_proj_dropout=0.05,
+        mask_time_length=3,  # short words: of a masked span of 10 frames, as usual, not much word would be left
+        mask_time_min_masks=0,
+        layerdrop=0.0,  # an L-adapter reads every layer
+        classifier_proj_size=128,
+    )
+    config.num_labels = len(phonemes)
+    set_seed(args.seed)
+    model = Wav2Vec2ForAudioFrameClassification(config)
+    feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    labels = [
+        phoneme_labels(speech, phonemes, int(model.wav2vec2._get_feat_extract_output_lengths(len(speech.waveform))))
+        for speech in spoken
+    ]
+    size = sum(parameter.numel() for parameter in model.wav2vec2.parameters())
+    print(f"A small wav2vec 2.0: {config.num_hidden_layers} layers, {size:,} parameters, random so far. Before it is")
+    print(f"frozen, it learns to name the phonemes in {len(words)} other words ({len(spoken)} synthesised clips).")
+    start = time.perf_counter()
+    clips = Clips([speech.waveform for speech in spoken], labels)
+    fit(model, feature_extractor, clips, args, learning_rate=1e-3, steps=args.pretraining_steps, batch_size=32)
+    print(f"Pre-trained for {time.perf_counter() - start:.0f} s.")
+    return model.wav2vec2, feature_extractor
+
+
+def phoneme_labels(speech: Speech, phonemes: list[str], num_frames: int) -> np.ndarray:
+    """The number of the phoneme that sounds in each frame."""
+    starts = [start_s for start_s, _ in speech.phonemes]
+    sounding = np.searchsorted(starts, (np.arange(num_frames) + 0.5) * FRAME_S, side="right") - 1
+    return np.array([phonemes.index(speech.phonemes[index][1] if index >= 0 else "") for index in sounding])
+
+
+def load_backbone(args: Arguments, label_names: list[str]) -> tuple[Any, Any]:
+    """A pre-trained encoder with a new head for the labels, and its feature extractor."""
+    labels = {
+        "num_labels": len(label_names),
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: label for label, name in enumerate(label_names)},
+    }
+    if args.model_name_or_path:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, **labels)
+        if hasattr(config, "layerdrop"):
+            config.layerdrop = 0.0  # an L-adapter reads every layer
+        model = AutoModelForAudioClassification.from_pretrained(
+            args.model_name_or_path, config=config, ignore_mismatched_sizes=True
+        )
+        return model, AutoFeatureExtractor.from_pretrained(args.model_name_or_path)
+    encoder, feature_extractor = pretrain(args)
+    encoder.config.update(labels)
+    model = AutoModelForAudioClassification.from_config(encoder.config)
+    model.wav2vec2.load_state_dict(encoder.state_dict())
+    folder = Path(args.output_dir, "backbone")
+    model.save_pretrained(folder)
+    feature_extractor.save_pretrained(folder)
+    model.name_or_path = str(folder)  # which PEFT writes into the adapter, to find the backbone again
+    return model, feature_extractor
+
+
+def accuracy(trainer: Trainer, clips: Clips) -> float:
+    predictions = np.asarray(trainer.predict(clips).predictions)  # pyright: ignore[reportArgumentType]
+    return float(accuracy_score(clips.labels, predictions.argmax(-1)))
+
+
+def classify(file: str, adapter: str) -> str:
+    """The command in an audio file, by an adapter and the backbone that it names, both from disk."""
+    if not Path(adapter, "adapter_config.json").is_file():
+        raise ValueError(f"{adapter} holds no adapter. Train one first: python examples/spoken_commands.py.")
+    backbone = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    config: Any = AutoConfig.from_pretrained(adapter)
+    model = AutoModelForAudioClassification.from_pretrained(backbone, config=config)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    feature_extractor = AutoFeatureExtractor.from_pretrained(adapter)
+    inputs = feature_extractor(read_audio(file), sampling_rate=RATE_HZ, return_tensors="pt")
+    with torch.no_grad():
+        return config.id2label[int(model(**inputs).logits.argmax())]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the example with a command line, by default that of the process; returns the accuracies, if it trains."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)  # pyright: ignore[reportArgumentType]
+    # PEFT 0.21 asks Transformers 5 by the old name.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    logging.disable_progress_bar()  # of files that load in a moment; the bars of training stay
+    logging.set_verbosity_error()  # Transformers warns that the head is new, which is meant here
+    if args.classify:
+        print(classify(args.classify, args.adapter or f"{args.output_dir}/adapter"))
+        return {}
+
+    print("\n1. The task")
+    train, test, label_names = read_dataset(args) if args.dataset_name else synthesize_commands(args)
+
+    print("\n2. The backbone")
+    backbone, feature_extractor = load_backbone(args, label_names)
+
+    print("\n3. The head alone, on the frozen backbone")
+    set_seed(args.seed)
+    head_only = deepcopy(backbone)
+    head_only.freeze_base_model()
+    trained = sum(parameter.numel() for parameter in head_only.parameters() if parameter.requires_grad)
+    print(f"Trained: {trained:,} parameters")
+    size = {"steps": args.max_steps, "batch_size": args.per_device_train_batch_size}
+    trainer = fit(head_only, feature_extractor, train, args, args.head_learning_rate, **size)
+    accuracies = {"head": accuracy(trainer, test)}
+
+    print("\n4. ELP-adapters and a head, on the same frozen backbone")
+    set_seed(args.seed)
+    model = get_peft_model(backbone, ELPConfig(e_dim=args.e_dim, l_dim=args.l_dim, p_length=args.p_length))
+    trained, total = model.get_nb_trainable_parameters()
+    parts = ", ".join(f"{part} {count:,}" for part, count in count_parameters(model).items())
+    print(f"Trained: {trained:,} parameters ({parts}), {trained / total:.1%} of all")
+    trainer = fit(model, feature_extractor, train, args, args.learning_rate, **size)
+    accuracies["ELP"] = accuracy(trainer, test)
+
+    print(f"\n5. Accuracy on {len(test)} test clips, after {args.max_steps} steps each")
+    print(f"head alone     {accuracies['head']:6.1%}")
+    print(f"ELP-adapters   {accuracies['ELP']:6.1%}")
+
+    print("\n6. Saved, and used by another process")
+    adapter, clip = Path(args.output_dir, "adapter"), Path(args.output_dir, "clip.wav")
+    model.save_pretrained(str(adapter))
+    backbone.config.save_pretrained(adapter)  # the names of the labels
+    feature_extractor.save_pretrained(adapter)
+    soundfile.write(clip, test[0]["audio"], RATE_HZ)
+    command = [sys.executable, os.path.relpath(__file__), "--classify", str(clip), "--adapter", str(adapter)]
+    print(f"$ python {' '.join(command[1:])}")
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    print(f"It hears {answer!r}; the clip says {label_names[test[0]['labels']]!r}.")
+    kilobytes = sum(file.stat().st_size for file in adapter.iterdir() if file.is_file()) / 1000
+    print(f"The adapter's folder takes {kilobytes:,.0f} kB: {adapter}")
+    return accuracies
+
+
+if __name__ == "__main__":
+    main()
