@@ -6,6 +6,7 @@ encoder with any of its heads. See Inoue et al. 2024, [arXiv:2407.21066](https:/
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .backbones import Backbone, register_backbone
 from .config import ELPConfig
 from .model import ELPModel, count_parameters
 from .registry import register
@@ -17,4 +18,4 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
 
 register(ELPConfig, ELPModel)
 
-__all__ = ["ELPConfig", "ELPModel", "__version__", "count_parameters"]
+__all__ = ["Backbone", "ELPConfig", "ELPModel", "__version__", "count_parameters", "register_backbone"]

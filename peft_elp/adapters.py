@@ -5,6 +5,8 @@ Processing Tasks" ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)), and it
 ([arXiv:2212.02780](https://arxiv.org/abs/2212.02780)).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -245,6 +247,12 @@ class RealFrames:
             return x[:, self.start : self.start + self.frames]
         return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
+    def squeezed(self, factor: int) -> RealFrames:
+        """The same at a rate where `factor` frames count as one."""
+        frames = self.frames // factor
+        index = None if self.index is None else self.index[:, ::factor][:, :frames] // factor
+        return RealFrames(self.joined // factor, index, self.start // factor, frames)
+
 
 class PAdapter(nn.Module):
     """Prompt adapter: learned pseudo features next to the CNN features of every utterance.
@@ -261,7 +269,8 @@ class PAdapter(nn.Module):
 
     Shape:
         `(batch, frames, hidden)` and, if given, the mask `(batch, frames)` (non-zero: valid) to the same with `length`
-        more frames; the mask keeps its dtype.
+        more frames; the mask keeps its dtype. With a `squeeze` above 1, for an encoder that takes so many frames as
+        one, the rows start at a multiple of it, behind padding where there is need.
 
     Raises:
         ValueError: `length` is below 1, or `position` is unknown.
@@ -282,7 +291,7 @@ class PAdapter(nn.Module):
         nn.init.normal_(self.rows, std=init_std)
 
     def forward(
-        self, x: HiddenStates, mask: FrameMask | None = None
+        self, x: HiddenStates, mask: FrameMask | None = None, squeeze: int = 1
     ) -> tuple[JoinedStates, JoinedMask | None, RealFrames]:
         batch, frames, _ = x.shape
         length = self.rows.shape[0]
@@ -291,17 +300,21 @@ class PAdapter(nn.Module):
             joined = torch.cat([rows, x], dim=1)
             joined_mask = None if mask is None else torch.cat([mask.new_ones(batch, length), mask], dim=1)
             return joined, joined_mask, RealFrames(frames + length, None, length, frames)
-        joined = torch.cat([x, rows], dim=1)
+        padding = -frames % squeeze
+        joined = torch.cat([nn.functional.pad(x, (0, 0, 0, padding)), rows], dim=1)
         if mask is None:
-            return joined, None, RealFrames(frames + length, None, 0, frames)
-        source, real = _after_last_valid(mask, length)
+            return joined, None, RealFrames(frames + padding + length, None, 0, frames)
+        mask = nn.functional.pad(mask, (0, padding))
+        source, real = _after_last_valid(mask, length, squeeze)
         joined = joined.gather(1, source.unsqueeze(-1).expand_as(joined))
         joined_mask = torch.cat([mask, mask.new_ones(batch, length)], dim=1).gather(1, source)
-        return joined, joined_mask, RealFrames(frames + length, real, 0, frames)
+        return joined, joined_mask, RealFrames(joined.shape[1], real[:, :frames], 0, frames)
 
 
-def _after_last_valid(mask: FrameMask, length: int) -> tuple[JoinedIndex, FrameIndex]:
+def _after_last_valid(mask: FrameMask, length: int, squeeze: int) -> tuple[JoinedIndex, FrameIndex]:
     """Indices that move `length` rows from the end of a batch to behind each utterance's last valid frame.
+
+    Behind it, they start at the next multiple of `squeeze`.
 
     Returns:
         `(batch, frames + length)`: for each place, which of `[frames ; rows]` goes there; and `(batch, frames)`: for
@@ -311,6 +324,7 @@ def _after_last_valid(mask: FrameMask, length: int) -> tuple[JoinedIndex, FrameI
     place = torch.arange(frames + length, device=mask.device)
     step = place[:frames]
     valid = torch.where(mask != 0, step + 1, 0).amax(dim=1, keepdim=True)
+    valid = (valid + squeeze - 1) // squeeze * squeeze
     source = torch.where(
         place < valid, place, torch.where(place < valid + length, place - valid + frames, place - length)
     )

@@ -44,6 +44,7 @@ class ELPConfig(PeftConfig):
         init_weights: True: the paper's near-identity. False: PyTorch's default.
         init_std: Standard deviation of the linear weights where `init_weights` is True.
         modules_to_save: None: every module of the model outside its base encoder. A list: exactly that.
+        target: Which speech encoder, where the model holds several: its path or the name of its class.
         exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
 
     Raises:
@@ -121,6 +122,13 @@ class ELPConfig(PeftConfig):
         metadata={
             "help": "Modules trained whole and saved with the adapter. None: every module of the model outside its "
             "base encoder (the head). A list: exactly that; full paths, or endings of paths as elsewhere in PEFT."
+        },
+    )
+    target: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which speech encoder to adapt, where the model holds several: its path in the model or the name "
+            "of its class. None: the only one."
         },
     )
     exclude_modules: list[str] | str | None = field(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import EAdapter, LAdapter, PAdapter, TapSum
 from .backbones import Backbone
-from .call import StackCall, current_call, under_way
+from .call import StackCall, current_call, first, under_way, with_first, without_pseudo_features
 from .guards import reentrant_checkpointing
 
 WHY_NO_MERGE = (
@@ -20,21 +20,6 @@ WHY_NO_MERGE = (
     "every layer and a P-adapter adds frames, so no weight of the backbone could hold them. Keep the adapter: save it "
     "with save_pretrained() and load it next to the backbone, or call unload() to get the backbone back without it."
 )
-
-
-def first(output: Any) -> Tensor:
-    """The hidden states in what a module returns: a tensor, a tuple that begins with one, or a `ModelOutput`."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def with_first(output: Any, x: Tensor) -> Any:
-    """The same output with hidden states `x`."""
-    if isinstance(output, Tensor):
-        return x
-    if isinstance(output, tuple):
-        return (x, *output[1:])
-    output[next(iter(output))] = x
-    return output
 
 
 class Wrapper(nn.Module):
@@ -75,11 +60,8 @@ class TappedLayer(Wrapper):
         call = current_call()
         if call is None:
             return self.base_layer(*args, **kwargs)
-        call.mark(args[0] if args else kwargs["hidden_states"])
-        output = self.base_layer(*args, **kwargs)
-        call.mark(first(output))
-        call.tap(self.index, first(output))
-        return output
+        args, kwargs = call.before_layer(args, kwargs)
+        return call.after_layer(self.index, self.base_layer(*args, **kwargs))
 
 
 class ELPLayer(Wrapper, BaseTunerLayer):
@@ -226,14 +208,10 @@ class ELPStack(ELPLayer):
         self._switch_layerdrop()
 
     def _layerdrop_at(self) -> tuple[Any, str]:
-        path = self.family.layerdrop
-        if path is None:
+        if self.family.layerdrop is None:
             return None, ""
-        *holders, name = path.split(".")
-        holder: Any = self.base_layer
-        for attribute in holders:
-            holder = getattr(holder, attribute)
-        return holder, name
+        path, _, name = self.family.layerdrop.rpartition(".")
+        return self._attribute(path) if path else self.base_layer, name
 
     def _switch_layerdrop(self) -> None:
         # A skipped layer has no tap. Off while an L-adapter is active, as the backbone has it otherwise.
@@ -248,49 +226,85 @@ class ELPStack(ELPLayer):
             setattr(holder, name, self._layerdrop)
             self._layerdrop = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the encoder; what comes back has as many frames as went in.
+    def train(self, mode: bool = True) -> ELPStack:
+        """Set the mode of training; batch norms of the frozen encoder stay in evaluation.
 
-        Takes what the encoder takes: `hidden_states`, `(batch, frames, hidden)`, `attention_mask`, `(batch, frames)`
-        or None, and whatever it forwards to its layers.
+        Their running statistics are not saved with an adapter, so a loaded one would not be the trained one.
         """
-        inputs = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | kwargs
-        x, mask = inputs.pop("hidden_states"), inputs.pop("attention_mask", None)
-        call = StackCall()
-        for name in self.running(self.elp_p):
-            adapter = self.elp_p[name]
-            assert isinstance(adapter, PAdapter)
-            x, mask, real = adapter(x, mask)
-            call.real += (real,)
-        x = self._ready_for_checkpointing(x)
+        super().train(mode)
+        for module in self.base_layer.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the encoder; what comes back has as many frames as it has without adapters.
+
+        Takes what the encoder takes. Where the front end is outside: `hidden_states`, `(batch, frames, hidden)`,
+        `attention_mask`, `(batch, frames)` or None, and whatever the stack forwards to its layers.
+        """
+        call = StackCall(needs_gradient=self._loses_gradients(), copy_taps=self.family.tap_in_place)
+        prompts: list[Any] = [self.elp_p[name] for name in self.running(self.elp_p)]
+        if prompts and self.family.front_end_inside:
+            call.pseudo = torch.cat([adapter.rows for adapter in prompts])
+        elif prompts:
+            args, kwargs = self._join(call, prompts, args, kwargs)
 
         name = self.only_running(self.elp_l, "The L-adapters")
-        if name is None:
-            with under_way(call):
-                output = self.base_layer(x, attention_mask=mask, **inputs)
-            return with_first(output, call.without_pseudo_features(first(output))) if call.real else output
-
-        adapter = self.elp_l[name]
-        assert isinstance(adapter, LAdapter)
-        call.taps = TapSum(adapter)
-        call.tap_of_layer = {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}
-        # The last tap is the stack's output: on a pre-norm stack that is the layer's after the final norm.
-        last = call.tap_of_layer.pop(len(self.encoder_layers) - 1, None)
+        last = len(self.encoder_layers) - 1
+        if name is not None:
+            adapter = self.elp_l[name]
+            assert isinstance(adapter, LAdapter)
+            call.taps = TapSum(adapter)
+            call.tap_of_layer = {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}
+            call.end_layer = last if self.family.taps_end == "last layer" else None
+        # The last tap is the stack's output where it can be: on a pre-norm stack, the layer's after the final norm.
+        tap_output = call.taps is not None and call.end_layer is None and last in call.tap_of_layer
+        last_tap = call.tap_of_layer.pop(last) if tap_output else None
         with under_way(call):
-            output = self.base_layer(x, attention_mask=mask, **inputs)
+            output = self.base_layer(*args, **kwargs)
         x = first(output)
-        if last is not None:
-            call.taps.add(last, x.to(call.taps.shares.dtype))
-        y = call.taps.result().to(x.dtype)
-        return with_first(output, call.without_pseudo_features(x + y if adapter.residual else y))
+        if last_tap is not None:
+            call.tap_of_layer[last] = last_tap
+            call.add_tap(last, x)
+        if call.taps is not None and call.end_layer is None:
+            x = call.sum_of_taps(x)
+        # Carried pseudo features left the frames where each layer ended.
+        return with_first(output, x if self.family.front_end_inside else without_pseudo_features(x, call.real))
 
-    def _ready_for_checkpointing(self, x: Tensor) -> Tensor:
-        """`x`, made to require a gradient where re-entrant checkpointing would otherwise lose the adapters'."""
+    def _join(
+        self, call: StackCall, prompts: list[PAdapter], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the stack with pseudo features among its frames."""
+        inputs = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | kwargs
+        x, mask = inputs.pop("hidden_states"), inputs.pop("attention_mask", None)
+        call.squeeze = int(self._attribute(self.family.squeeze) or 1)
+        for adapter in prompts:
+            x, mask, real = adapter(x, mask, call.squeeze)
+            call.real += (real,)
+        chunk = self._attribute(self.family.attention_chunk)
+        if chunk and x.shape[1] > chunk:
+            raise ValueError(
+                f"With its pseudo features this batch has {x.shape[1]} frames, and the attention of "
+                f"{type(self.base_layer).__name__} sees {chunk} at a time ({self.family.attention_chunk}): most "
+                "frames would not see the pseudo features. Shorten the audio, raise the chunk, or leave P out of "
+                "adapters."
+            )
+        return (x,), {**inputs, "attention_mask": mask}
+
+    def _attribute(self, path: str | None) -> Any:
+        value: Any = self.base_layer
+        for name in path.split(".") if path else ():
+            value = getattr(value, name)
+        return value if path else None
+
+    def _loses_gradients(self) -> bool:
+        """Whether re-entrant checkpointing is on, which loses gradients inside of layers whose input needs none."""
         if not (self.training and torch.is_grad_enabled()):
-            return x
+            return False
         layer = self.encoder_layers[0]
         if not reentrant_checkpointing(layer.base_layer if isinstance(layer, Wrapper) else layer):
-            return x
+            return False
         if not self.family.reentrant_checkpointing:
             raise RuntimeError(
                 f"{type(self.base_layer).__name__} never returns under re-entrant gradient checkpointing, with or "
@@ -298,5 +312,4 @@ class ELPStack(ELPLayer):
                 "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}), or with "
                 "Trainer TrainingArguments(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
-        # A copy, since the stack writes into its input and PyTorch allows no writing into a leaf.
-        return x if x.requires_grad else x.detach().requires_grad_().clone()
+        return True

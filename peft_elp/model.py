@@ -9,13 +9,14 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import init_empty_weights
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .adapters import EAdapter, LAdapter, PAdapter
 from .config import ELPConfig
 from .heads import canonical, place_head, remove_head
-from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer, TappedLayer
+from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer
 from .placing import new_head_input, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
 
@@ -43,6 +44,11 @@ class ELPModel(BaseTuner):
     prefix = "elp_"
     tuner_layer_cls = ELPLayer
 
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        # PEFT's inject_adapter_in_model passes a bare config; whoever calls it goes on with the model that it passed.
+        self._direct = isinstance(peft_config, PeftConfig)
+        super().__init__(model, peft_config, *args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -65,6 +71,11 @@ class ELPModel(BaseTuner):
         self._check_new_adapter_config(config)
         check_adapter_name(model, adapter_name)
         plan = make_plan(model, config)
+        if self._direct and not plan.parts.stack_path:
+            raise ValueError(
+                f"{type(model).__name__} is an encoder stack itself, which has to be wrapped as a whole: adapters "
+                "that are injected into it would be passed by. Use get_peft_model(model, config)."
+            )
         existing = [layer for layer in model.modules() if isinstance(layer, ELPLayer)]
         trainable_before = {p: p.requires_grad for p in model.parameters()} if existing else {}
 
@@ -72,6 +83,7 @@ class ELPModel(BaseTuner):
         try:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._place(model, adapter_name, plan)
+            model = self.model if not plan.parts.stack_path else model
             missing = plan.expected() - placed(model, adapter_name)
             if missing:
                 raise RuntimeError(
@@ -80,7 +92,7 @@ class ELPModel(BaseTuner):
                 )
         except BaseException:
             self.peft_config[adapter_name] = config
-            remove_adapter(model, adapter_name)
+            self.model = remove_adapter(self.model, adapter_name)
             raise
 
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -133,10 +145,8 @@ class ELPModel(BaseTuner):
         if "P" in config.adapters:
             adapter = PAdapter(parts.hidden_size, config.p_length, config.p_position, config.p_init_std)
             stack.place("elp_p", adapter_name, adapter, frozen)
-        if "L" in config.adapters or "P" in config.adapters:
-            for index, layer in enumerate(stack.encoder_layers):
-                if not isinstance(layer, TappedLayer):
-                    stack.encoder_layers[index] = TappedLayer(layer, index)
+        if not parts.stack_path:
+            self.model = stack
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The embeddings of a text vocabulary, None for an encoder of speech.
@@ -144,8 +154,9 @@ class ELPModel(BaseTuner):
         PEFT asks for them when it saves a model whose vocabulary is not that of its base, such as a CTC head for a new
         language. Transformers raises for most speech models.
         """
+        base: Any = self.model
         try:
-            return self.model.get_input_embeddings()
+            return base.get_input_embeddings()
         except NotImplementedError:
             return None
 
@@ -158,7 +169,7 @@ class ELPModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
-        unwrap(self.model)
+        self.model = unwrap(self.model)
         remove_head(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -30,12 +31,15 @@ def wrap_stack(model: nn.Module, parts: Parts, active_adapters: list[str]) -> EL
     """The tuner layer around the encoder stack; made if it is not there yet, with what it needs around it."""
     parent_path, _, name = parts.stack_path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    module = getattr(parent, name)
+    module = getattr(parent, name) if name else model
     if isinstance(module, ELPStack):
         return module
     stack = ELPStack(module, parts.family, active_adapters)
-    setattr(parent, name, stack)
-    cnn: Any = getattr(parts.encoder, parts.family.feature_encoder or "", None)
+    if name:  # else the model is its own stack, and whoever holds it takes the wrapper in its place
+        setattr(parent, name, stack)
+    for index, layer in enumerate(stack.encoder_layers):
+        stack.encoder_layers[index] = TappedLayer(layer, index)
+    cnn: Any = attrgetter(parts.family.feature_encoder)(parts.encoder) if parts.family.feature_encoder else None
     if hasattr(cnn, "_requires_grad"):
         # Else the CNN, though frozen, would be recorded for a backward pass in every training step.
         stack._feature_encoder_grad, cnn._requires_grad = cnn._requires_grad, False
@@ -72,8 +76,8 @@ def _with_children(model: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module
             yield parent, name, child
 
 
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take one adapter out again, with every wrapper that it alone needed."""
+def remove_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
+    """Take one adapter out again, with every wrapper that it alone needed; gives the model as `unwrap` does."""
     for layer in model.modules():
         if isinstance(layer, ELPLayer):
             for container in layer.adapter_layer_names:
@@ -82,24 +86,34 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if isinstance(layer, ELPStack):
             layer.tapped_layers.pop(adapter_name, None)
             layer._switch_layerdrop()
-    unwrap(model, only_unused=True)
     remove_head(model, only_unused=True)
+    return unwrap(model, only_unused=True)
 
 
-def unwrap(model: nn.Module, only_unused: bool = False) -> None:
+def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
     """Put the backbone's own modules back in place of ELP's wrappers, and its settings back to what they were.
 
     Args:
         model: The whole model.
-        only_unused: Leave those wrappers that hold an adapter.
+        only_unused: Leave those wrappers that hold an adapter, or one around which another holds one.
+
+    Returns:
+        The model, which is another object only if it was a wrapped stack itself.
     """
+    in_use = any(isinstance(layer, ELPLayer) and layer._get_available_adapters() for layer in model.modules())
+    keep_stack = only_unused and in_use  # the stack serves E-adapters too, which it does not hold itself
+    if isinstance(model, ELPStack) and not keep_stack:
+        _unwrap_stack(model, model)
+        model = model.base_layer
     for parent, name, child in _with_children(model):
-        if isinstance(child, ELPStack) and not (only_unused and child._get_available_adapters()):
+        if isinstance(child, ELPStack) and not keep_stack:
             _unwrap_stack(model, child)
             setattr(parent, name, child.base_layer)
     for parent, name, child in _with_children(model):
-        if isinstance(child, ELPLayer) and not (only_unused and child._get_available_adapters()):
+        unused = isinstance(child, ELPLayer) and not (only_unused and child._get_available_adapters())
+        if unused and not isinstance(child, ELPStack):
             setattr(parent, name, child.base_layer)
+    return model
 
 
 def _unwrap_stack(model: nn.Module, stack: ELPStack) -> None:
@@ -109,6 +123,7 @@ def _unwrap_stack(model: nn.Module, stack: ELPStack) -> None:
     for index, layer in enumerate(stack.encoder_layers):
         if isinstance(layer, TappedLayer):
             stack.encoder_layers[index] = layer.base_layer
+    stack.base_layer.train(stack.training)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if hook in (trim_hidden_states, refuse_short_utterances)]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbones import BACKBONES, Backbone, family, head_input
+from .backbones import BACKBONES, REFUSED, Backbone, family, head_input
 from .config import ELPConfig
 from .heads import canonical, find_head, join, original, resolve
 from .layer import Wrapper
@@ -89,38 +89,43 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def find_parts(model: nn.Module) -> Parts:
+def find_parts(model: nn.Module, target: str | None = None) -> Parts:
     """Find the speech encoder in a model.
 
+    Args:
+        model: The whole model.
+        target: Path or class of the encoder stack, where there are several.
+
     Raises:
-        ValueError: There is none that ELP knows, or several.
+        ValueError: There is none that ELP knows, or several without a choice.
     """
-    stacks: dict[str, tuple[nn.Module, Backbone]] = {}
-    for name, module in model.named_modules():
-        row = family(type(module))
-        if row is not None:
-            stacks[canonical(name)] = (module, row)
+    modules = {canonical(name): module for name, module in model.named_modules()}
+    stacks = {path: (module, row) for path, module in modules.items() if (row := family(type(module))) is not None}
+    stacks = {path: (stack, row) for path, (stack, row) in stacks.items() if _speaks_to(modules, path, row)}
+    if target is not None:
+        named = {path: found for path, found in stacks.items() if target in (path, type(found[0]).__name__)}
+        if not named:
+            raise ValueError(
+                f"target={target!r} names no speech encoder in {type(model).__name__}, which has "
+                f"{_named(stacks) or 'none'}. Name one of them by its path or class."
+            )
+        stacks = named
     if not stacks:
-        raise ValueError(
-            f"{type(model).__name__} contains no speech encoder that ELP knows. It knows these encoder stacks: "
-            f"{', '.join(sorted(BACKBONES))}. Load the model of such a family, for example "
-            "AutoModelForCTC.from_pretrained('microsoft/wavlm-base-plus')."
-        )
+        raise ValueError(f"{type(model).__name__} contains no speech encoder that ELP can adapt{_why_none(model)}")
     if len(stacks) > 1:
-        named = ", ".join(
-            f"{path or 'the model itself'} ({type(stack).__name__})" for path, (stack, _) in stacks.items()
-        )
         raise ValueError(
-            f"{type(model).__name__} contains several speech encoders: {named}. ELP adapts one: pass the sub-model "
-            "that holds the one you mean to get_peft_model()."
+            f"{type(model).__name__} contains several speech encoders: {_named(stacks)}. ELP adapts one: name it with "
+            "ELPConfig(target=<path or class>)."
         )
     ((stack_path, (stack, row)),) = stacks.items()
     encoder, encoder_path = model, ""
     here, path = model, ""
-    for step in stack_path.split("."):
+    for step in stack_path.split(".") if stack_path else ():
         if isinstance(here, PreTrainedModel):
             encoder, encoder_path = here, path
         here, path = getattr(here, step), join(path, step)
+    if row.front_end_inside:
+        encoder, encoder_path = stack, stack_path
     layers = stack.get_submodule(row.layers)
     assert isinstance(layers, nn.ModuleList)
     plain = [layer.base_layer if isinstance(layer, Wrapper) else layer for layer in layers]
@@ -129,13 +134,51 @@ def find_parts(model: nn.Module) -> Parts:
     return Parts(encoder, encoder_path, stack, stack_path, row, plain, width.shape[0])
 
 
+def _speaks_to(modules: dict[str, nn.Module], path: str, row: Backbone) -> bool:
+    """Whether the stack at `path` hears speech, where its class alone does not tell."""
+    caller = modules.get(path.rpartition(".")[0]) if path else None
+    return row.inside is None or type(caller).__name__ == row.inside
+
+
+def _named(stacks: dict[str, tuple[nn.Module, Backbone]]) -> str:
+    return ", ".join(f"{path or 'the model itself'} ({type(stack).__name__})" for path, (stack, _) in stacks.items())
+
+
+def _why_none(model: nn.Module) -> str:
+    """The end of the error about a model without a known encoder: the reason, or how to describe the encoder."""
+    for name, module in model.named_modules():
+        reason = REFUSED.get(type(module).__name__)
+        if reason:
+            return f": {reason} (found at {name or 'the model itself'})."
+    known = f". It knows these encoder stacks: {', '.join(sorted(BACKBONES))}"
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(layer) for layer in module}) == 1
+    ]
+    if not lists:
+        return f"{known}. Load the model of such a family, as with AutoModelForCTC.from_pretrained(...)."
+    name, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    stack_path, _, layers_name = name.rpartition(".")
+    children = [child for child, _ in layers[0].named_children()]
+    forward = [child for child in children if re.search(r"feed_?forward|ffn|mlp|fc2", child) and "norm" not in child]
+    norms = [child for child in children if "norm" in child.lower()]
+    stack_class = type(model.get_submodule(stack_path)).__name__
+    return (
+        f"{known}. If {stack_class} hears speech, describe it first; this is a guess at how:\n"
+        f"    peft_elp.register_backbone({stack_class!r}, peft_elp.Backbone(layers={layers_name!r}, "
+        f"feed_forward={tuple(forward) or ('?',)}, norms={tuple(norms) or ('?',)}, layerdrop=None, "
+        "feature_encoder=None))"
+    )
+
+
 def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
     """Decide everything that an injection will do, from a copy of `config`; the model is not changed.
 
     Raises:
         ValueError: The configuration does not fit the model.
     """
-    parts = find_parts(model)
+    parts = find_parts(model, config.target)
     config = copy(config)
     plan = Plan(parts, config)
     depth = len(parts.layers)
@@ -148,6 +191,7 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
             raise ValueError(
                 f"{option}={layers} names {beyond}, and {name} has {depth} layers: 0 to {depth - 1}, counted from 0."
             )
+    _check_family(plan, name)
     if "L" in config.adapters:
         if getattr(model.config, "use_weighted_layer_sum", False) or getattr(
             parts.encoder.config, "use_weighted_layer_sum", False
@@ -175,9 +219,8 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
             "gets none unless e_layers says so; exclude_modules may have taken the rest. Name layers in e_layers, or "
             "leave E out of adapters."
         )
-    head = find_head(model, parts.encoder_path) if config.modules_to_save is None else []
     if config.modules_to_save is None:
-        config.modules_to_save = head
+        config.modules_to_save = [] if _generates(model) else find_head(model, parts.encoder_path)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about parameters of a head that the user did not ask for
@@ -186,6 +229,39 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
     if "L" in config.adapters:
         _resolve_l_output(model, plan)
     return plan
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether what follows the encoder is a pre-trained decoder or language model rather than a task's head."""
+    return isinstance(model, PreTrainedModel) and model.can_generate() and head_input(type(model)) is None
+
+
+def _check_family(plan: Plan, model_name: str) -> None:
+    """Refuse adapters that the family has no sound place for."""
+    config, row = plan.config, plan.parts.family
+    stack = type(plan.parts.stack.base_layer if isinstance(plan.parts.stack, Wrapper) else plan.parts.stack).__name__
+    for letter, reason in (("L", row.no_l), ("P", row.no_p)):
+        if letter in config.adapters and reason:
+            left = "".join(other for other in config.adapters if other != letter)
+            raise ValueError(
+                f"There is no {letter}-adapter for {stack}: {reason}. "
+                + (f"Write adapters={left!r}." if left else "Choose another adapter.")
+            )
+    if "P" not in config.adapters:
+        return
+    if row.front_end_inside and config.p_position == "prepend":
+        raise ValueError(
+            f"p_position='prepend' has no meaning for {stack}: its pseudo features are carried through the layers "
+            "beside the frames, without a place among them. Leave p_position at 'append'."
+        )
+    if row.squeeze:
+        _, _, name = row.squeeze.rpartition(".")
+        factor = getattr(plan.parts.encoder.config, name)
+        if config.p_length % factor:
+            raise ValueError(
+                f"{stack} takes {factor} frames as one, so that p_length has to be a multiple of {factor}, got "
+                f"{config.p_length}. Write p_length={max(config.p_length // factor, 1) * factor}."
+            )
 
 
 def _exclude(plan: Plan, model_name: str) -> None:
@@ -229,10 +305,12 @@ def _head_input_path(model: nn.Module, plan: Plan) -> tuple[str | None, str]:
     parts = plan.parts
     if not parts.encoder_path:
         return None, f"{type(model).__name__} is a bare encoder"
+    if parts.family.taps_end != "stack":
+        return None, f"{type(parts.stack).__name__} pools or up-samples between its layers and the head"
     parent_path = parts.encoder_path.rpartition(".")[0]
     parent = model.get_submodule(parent_path)
     name = head_input(type(parent))
-    if name is None:
+    if name is None or not hasattr(parent, name):
         return None, f"{type(parent).__name__} is none that ELP knows"
     path = join(parent_path, name)
     linear = original(model.get_submodule(path))

@@ -62,7 +62,7 @@ class Two(nn.Module):
     ("make", "options", "message"),
     [
         (lambda: BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)),
-         {}, "BertModel contains no speech encoder that ELP knows.*WavLMEncoder.*AutoModelForCTC"),
+         {}, "BertModel contains no speech encoder that ELP can adapt.*WavLMEncoder.*AutoModelForCTC"),
         (Two, {}, r"several speech encoders: left.encoder \(WavLMEncoder\), right.encoder \(HubertEncoder\)"),
         (lambda: build("wavlm", "ForSequenceClassification", use_weighted_layer_sum=True), {"adapters": "EL"},
          "use_weighted_layer_sum=True.*past the L-adapter.*use_weighted_layer_sum=False"),

@@ -1,0 +1,195 @@
+"""One set of promises, kept by every family of speech encoders in the table."""
+
+import warnings
+
+import pytest
+import torch
+from backbones import ELP, shaken
+from families import FAMILIES, Around
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_elp import ELPConfig
+from peft_elp.layer import ELPLayer, TappedLayer
+
+# Of LASR's own convolution.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+CASES = pytest.mark.parametrize("name", sorted(FAMILIES))
+
+
+def result(output):
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def encoded(output):
+    return output.encoder_last_hidden_state if "encoder_last_hidden_state" in output else result(output)
+
+
+def outputs(model, inputs, **options):
+    with torch.no_grad():
+        return model(**inputs, **options)
+
+
+def adapted(name, adapters=None, attention="eager", **options):
+    family = FAMILIES[name]
+    config = ELPConfig(adapters=adapters or family.adapters, **ELP | family.options | options)
+    return get_peft_model(family.model(attention), config)
+
+
+def gradients(model, inputs):
+    loss = result(model(**inputs)).square().sum()
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return found
+
+
+def subsets(name):
+    letters = FAMILIES[name].adapters
+    return [*letters, letters]
+
+
+@CASES
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_adapter_gets_a_gradient_and_nothing_else_does(name, attention):
+    family = FAMILIES[name]
+    base = family.model()
+    supported = all(m._supports_sdpa for m in base.modules() if isinstance(m, PreTrainedModel))
+    if attention == "sdpa" and not supported:
+        pytest.skip("eager only, in Transformers")
+    for adapters in subsets(name):
+        model = adapted(name, adapters, attention).train()
+        found = gradients(model, family.inputs)
+        for parameter, gradient in found.items():
+            assert gradient is not None, (adapters, parameter)
+            assert gradient.isfinite().all(), (adapters, parameter)
+            assert gradient.abs().max() > 0, (adapters, parameter)
+        for letter, part in (("E", ".elp_e."), ("L", ".elp_l."), ("P", ".elp_p.")):
+            assert any(part in parameter for parameter in found) == (letter in adapters)
+
+
+@CASES
+def test_shapes_are_those_without_adapters(name):
+    family = FAMILIES[name]
+    before = outputs(family.model(), family.inputs, output_hidden_states=True)
+    after = outputs(adapted(name), family.inputs, output_hidden_states=True)
+    assert result(after).shape == result(before).shape
+    for key in ("hidden_states", "encoder_hidden_states"):
+        if before.get(key):
+            assert [x.shape for x in after[key]] == [x.shape for x in before[key]], key
+
+
+@CASES
+def test_every_letter_changes_what_the_encoder_hears(name):
+    family = FAMILIES[name]
+    before = encoded(outputs(family.model(), family.inputs))
+    for letter in family.adapters:
+        model = shaken(adapted(name, letter, train_layer_norms=False, modules_to_save=[]), std=3.0)
+        assert not torch.allclose(encoded(outputs(model, family.inputs)), before, atol=2e-6, rtol=0), letter
+
+
+@CASES
+def test_switched_off_and_unloaded_adapters_leave_no_trace(name):
+    family = FAMILIES[name]
+    base = family.model()
+    expected = result(outputs(base, family.inputs))
+    modules = [(n, type(m), m.training) for n, m in base.named_modules()]
+    tensors = {n: x.clone() for n, x in base.state_dict().items()}
+    model = shaken(get_peft_model(base, ELPConfig(adapters=family.adapters, **ELP | family.options)))
+    with model.disable_adapter():
+        torch.testing.assert_close(result(outputs(model, family.inputs)), expected, atol=1e-5, rtol=1e-5)
+    unloaded = model.unload()
+    assert unloaded is base
+    assert [(n, type(m), m.training) for n, m in base.named_modules()] == modules
+    assert all(torch.equal(x, tensors[n]) for n, x in base.state_dict().items())
+    assert not any(isinstance(m, (ELPLayer, TappedLayer)) for m in base.modules())
+    torch.testing.assert_close(result(outputs(base, family.inputs)), expected, atol=1e-5, rtol=1e-5)
+
+
+@CASES
+def test_a_trained_adapter_loads_with_the_same_bits(name, tmp_path):
+    family = FAMILIES[name]
+    model = adapted(name).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    result(model(**family.inputs)).square().mean().backward()  # in training, where batch norms would move
+    optimizer.step()
+    expected = result(outputs(model.eval(), family.inputs))
+    model.save_pretrained(tmp_path)
+    # Trainable as the first: PyTorch picks some of its kernels by whether a weight requires a gradient.
+    fresh = PeftModel.from_pretrained(family.model(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(result(outputs(fresh, family.inputs)), expected)
+
+
+@CASES
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
+    family = FAMILIES[name]
+    found = []
+    for on in (False, True):
+        model = shaken(adapted(name), std=0.05).train()
+        base = model.get_base_model()
+        if on:
+            encoder = base.tower if isinstance(base, Around) else base
+            encoder.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        found.append(gradients(model, family.inputs))
+    for parameter, gradient in found[0].items():
+        torch.testing.assert_close(found[1][parameter], gradient, msg=parameter, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.invariant])
+def test_an_utterance_alone_is_as_in_a_padded_batch(name):
+    family = FAMILIES[name]
+    for model in (family.model(), shaken(adapted(name))):
+        together = result(outputs(model, family.inputs))
+        length = int(family.inputs["attention_mask"][1].sum())
+        cut = {k: v[1:] if k == "decoder_input_ids" else v[1:, :length] for k, v in family.inputs.items()}
+        alone = result(outputs(model, cut))
+        torch.testing.assert_close(together[1:, : alone.shape[1]], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_batch_norms_of_the_frozen_backbone_stay_put():
+    model = adapted("wav2vec2-conformer").train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert not any(m.training for m in norms)
+    before = [m.running_mean.clone() for m in norms]
+    model(**FAMILIES["wav2vec2-conformer"].inputs)
+    assert all(torch.equal(m.running_mean, mean) for m, mean in zip(norms, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["whisper", "speech_to_text", "speecht5"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_hears_the_adapters_and_no_pseudo_features(name, beams):
+    family = FAMILIES[name]
+    inputs = {k: v for k, v in family.inputs.items() if k != "decoder_input_ids"}
+    model = shaken(adapted(name))
+    seen = []
+    decoder = model.get_base_model().get_decoder() if name != "speecht5" else model.get_base_model().speecht5.decoder
+    decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    options = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cached = model.generate(**inputs, **options)
+        uncached = model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(cached, uncached)
+    frames = outputs(family.model(), family.inputs).encoder_last_hidden_state.shape[1]
+    assert set(seen) == {frames}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("parakeet", {"adapters": "ELP"}, r"no P-adapter for ParakeetEncoder: its layers share.*adapters='EL'"),
+        ("whisper", {"p_position": "prepend"}, "p_position='prepend' has no meaning for WhisperEncoder"),
+        ("sew", {"p_length": 3}, r"SEWEncoder takes 2 frames as one.*multiple of 2, got 3. Write p_length=2"),
+        ("sew", {"l_output": "head"}, "l_output='head' needs.*pools or up-samples"),
+        ("whisper", {"target": "decoder"}, r"target='decoder' names no speech.*model.encoder \(WhisperEncoder\)"),
+    ],
+)  # fmt: skip
+def test_what_has_no_sound_place_is_refused_with_the_reason(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        adapted(name, **options)

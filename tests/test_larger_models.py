@@ -1,0 +1,248 @@
+"""Speech encoders inside larger models: a decoder, a language model, two towers, a model of one's own."""
+
+import pytest
+import torch
+import transformers as t
+from backbones import ELP, build, shaken
+from families import FAMILIES, WHISPER, Around, features
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from peft_elp import Backbone, ELPConfig, register_backbone
+from peft_elp.backbones import BACKBONES
+
+SMALL_TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+}
+
+
+def audio_language_model():
+    torch.manual_seed(0)
+    config = t.Qwen2AudioConfig(
+        audio_config={
+            "d_model": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 24,
+            "num_mel_bins": 8,
+            "max_source_positions": 20,
+        },
+        text_config=SMALL_TEXT | {"model_type": "qwen2"},
+        audio_token_index=39,
+    )
+    return t.Qwen2AudioForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("adapters", ["E", "L", "P", "ELP"])
+def test_the_text_loss_of_an_audio_language_model_reaches_the_adapters_and_nothing_else(adapters):
+    model = get_peft_model(audio_language_model(), ELPConfig(adapters=adapters, **ELP)).train()
+    config = model.peft_config["default"]
+    assert config.modules_to_save == []
+    assert config.l_output == ("project" if "L" in adapters else None)
+    audio_tokens = 10  # 40 mel frames, halved by the convolution and by the pooling
+    ids = torch.tensor([[1, *[39] * audio_tokens, 5, 6, 7]])
+    output = model(
+        input_ids=ids,
+        input_features=features(8, 40, False)["input_features"][:1],
+        feature_attention_mask=torch.ones(1, 40, dtype=torch.long),
+        attention_mask=torch.ones_like(ids),
+        labels=ids.masked_fill(ids == 39, -100),
+    )
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".elp_" in name), name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == parameter.requires_grad, name
+
+
+def test_the_speech_tower_of_an_encoder_decoder_is_adapted_and_the_decoder_left_alone():
+    torch.manual_seed(0)
+    decoder = t.BertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=30,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    base = t.SpeechEncoderDecoderModel(encoder=build("wav2vec2", "Model"), decoder=t.BertLMHeadModel(decoder))
+    base.config.decoder_start_token_id, base.config.pad_token_id = 1, 0
+    model = get_peft_model(base, ELPConfig(**ELP)).train()
+    inputs = FAMILIES["wav2vec2-conformer"].inputs
+    model(**inputs, labels=torch.tensor([[4, 5, 6], [7, 8, 9]])).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".elp_" in name), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+class TwoTowers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = build("wavlm", "Model"), build("hubert", "Model")
+        self.config = self.left.config
+
+    def forward(self, **inputs):
+        return self.left(**inputs).last_hidden_state + self.right(**inputs).last_hidden_state
+
+
+@pytest.mark.parametrize("target", ["right.encoder", "HubertEncoder"])
+def test_one_of_two_towers_is_named(target):
+    model = get_peft_model(TwoTowers(), ELPConfig(target=target, modules_to_save=[], **ELP))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".right.encoder." in name for name in trained)
+    with pytest.raises(ValueError, match=r"several speech encoders: .*ELPConfig\(target="):
+        get_peft_model(TwoTowers(), ELPConfig(**ELP))
+
+
+def whisper():
+    torch.manual_seed(0)
+    # Weights large enough for a random decoder to listen to its encoder.
+    return t.WhisperForConditionalGeneration(t.WhisperConfig(**WHISPER, init_std=0.4))
+
+
+def test_whisper_learns_through_the_sequence_trainer_and_transcribes_alike_when_loaded(tmp_path):
+    loud = features(8, 40, False)["input_features"]
+    targets = ([5, 6, 7, 2], [8, 9, 10, 2])
+    data = [{"input_features": loud[i] * (1 + 3 * i), "labels": torch.tensor(targets[i])} for i in (0, 1)] * 4
+    model = get_peft_model(whisper(), ELPConfig(**ELP))
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        predict_with_generate=True,
+        generation_max_length=8,
+        max_steps=80,
+        learning_rate=2e-2,
+        per_device_train_batch_size=8,
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    trainer = Seq2SeqTrainer(model, arguments, train_dataset=data, eval_dataset=data[:2])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    predictions = trainer.predict(data[:2]).predictions
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = PeftModel.from_pretrained(whisper(), tmp_path / "adapter").eval()
+    batch = torch.stack([x["input_features"] for x in data[:2]])
+    said = [x.eval().generate(input_features=batch, max_length=8) for x in (model, fresh)]
+    assert torch.equal(said[0], said[1])
+    width = min(said[0].shape[1], predictions.shape[1])
+    assert torch.equal(said[0][:, :width], torch.as_tensor(predictions)[:, :width])
+
+
+# A model of one's own ------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attn, self.mlp = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden_states):
+        x = hidden_states + self.attn(self.norm1(hidden_states))
+        return x + self.mlp(self.norm2(x))
+
+
+class OwnEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, hidden_states, attention_mask=None):
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.head, self.config = OwnEncoder(), nn.Linear(8, 2), t.PreTrainedConfig()
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+def test_an_unknown_encoder_is_described_and_adapted(monkeypatch):
+    with pytest.raises(ValueError, match="no speech encoder that ELP can adapt") as refused:
+        get_peft_model(Own(), ELPConfig())
+    guess = str(refused.value).splitlines()[-1].strip()
+    assert "register_backbone('OwnEncoder'" in guess
+    monkeypatch.setattr("peft_elp.backbones.BACKBONES", BACKBONES)
+    eval(guess, {"peft_elp": __import__("peft_elp")})  # what the error shows is what works
+    try:
+        row = BACKBONES["OwnEncoder"]
+        assert (row.layers, row.feed_forward, row.norms) == ("blocks", ("mlp",), ("norm1", "norm2"))
+        with pytest.raises(ValueError, match="OwnEncoder is described already"):
+            register_backbone("OwnEncoder", Backbone(layers="other"))
+        model = get_peft_model(Own(), ELPConfig(modules_to_save=["head"], **ELP)).train()
+        model(torch.randn(2, 5, 8)).sum().backward()
+        assert model(torch.randn(2, 5, 8)).shape == (2, 5, 2)
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    finally:
+        del BACKBONES["OwnEncoder"]
+
+
+# Refused -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: t.SpeechT5ForTextToSpeech(
+                t.SpeechT5Config(
+                    hidden_size=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, decoder_layers=1,
+                    decoder_attention_heads=2, decoder_ffn_dim=16, vocab_size=12, speech_decoder_prenet_units=8,
+                    speech_decoder_postnet_units=8, speech_decoder_postnet_layers=2, num_mel_bins=8,
+                )
+            ),
+            "this SpeechT5 reads text",
+        ),
+        (lambda: t.WhisperForCausalLM(t.WhisperConfig(**WHISPER)), "no speech encoder that ELP can adapt"),
+        (
+            lambda: t.VitsModel(
+                t.VitsConfig(
+                    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=10,
+                    upsample_initial_channel=16, flow_size=16, spectrogram_bins=9,
+                )
+            ),
+            "VITS speaks",
+        ),
+    ],
+)  # fmt: skip
+def test_models_without_an_encoder_of_speech_are_refused_with_the_reason(make, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(make(), ELPConfig())
+
+
+def test_a_bare_stack_is_wrapped_by_peft_and_refused_for_direct_injection():
+    bare = FAMILIES["voxtral-bare"].model()
+    with pytest.raises(ValueError, match=r"VoxtralEncoder is an encoder stack itself.*get_peft_model"):
+        inject_adapter_in_model(ELPConfig(**ELP), bare)
+    model = get_peft_model(bare, ELPConfig(**ELP))
+    model.add_adapter("second", ELPConfig(adapters="EP", **ELP))
+    model.set_adapter("second")
+    assert shaken(model).unload() is bare
+
+
+def test_attention_in_chunks_that_would_miss_the_pseudo_features_is_refused():
+    family = FAMILIES["seamless_m4t_v2"]
+    base = family.model()
+    base.config.speech_encoder_chunk_size = 26
+    model = get_peft_model(Around(base), ELPConfig(**ELP))
+    with pytest.raises(ValueError, match=r"27 frames.*sees 26 at a time \(config.speech_encoder_chunk_size\)"):
+        model(**family.inputs)
