@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from .shapes import (
@@ -305,27 +306,28 @@ class PAdapter(nn.Module):
         if mask is None:
             return joined, None, RealFrames(frames + padding + length, None, 0, frames)
         mask = nn.functional.pad(mask, (0, padding))
-        source, real = _after_last_valid(mask, length, squeeze)
+        source, real, _ = after_last_valid(mask, length, squeeze)
         joined = joined.gather(1, source.unsqueeze(-1).expand_as(joined))
         joined_mask = torch.cat([mask, mask.new_ones(batch, length)], dim=1).gather(1, source)
         return joined, joined_mask, RealFrames(joined.shape[1], real[:, :frames], 0, frames)
 
 
-def _after_last_valid(mask: FrameMask, length: int, squeeze: int) -> tuple[JoinedIndex, FrameIndex]:
+def after_last_valid(
+    mask: FrameMask, length: int, squeeze: int = 1
+) -> tuple[JoinedIndex, FrameIndex, Int[Tensor, "batch rows"]]:
     """Indices that move `length` rows from the end of a batch to behind each utterance's last valid frame.
 
     Behind it, they start at the next multiple of `squeeze`.
 
     Returns:
-        `(batch, frames + length)`: for each place, which of `[frames ; rows]` goes there; and `(batch, frames)`: for
-        each frame, its place.
+        `(batch, frames + length)`: for each place, which of `[frames ; rows]` goes there; `(batch, frames)`: for each
+        frame, its place; `(batch, length)`: for each row, its place.
     """
     frames = mask.shape[1]
     place = torch.arange(frames + length, device=mask.device)
     step = place[:frames]
     valid = torch.where(mask != 0, step + 1, 0).amax(dim=1, keepdim=True)
     valid = (valid + squeeze - 1) // squeeze * squeeze
-    source = torch.where(
-        place < valid, place, torch.where(place < valid + length, place - valid + frames, place - length)
-    )
-    return source, torch.where(step < valid, step, step + length)
+    end = valid + length
+    source = torch.where(place < valid, place, torch.where(place < end, place - valid + frames, place - length))
+    return source, torch.where(step < valid, step, step + length), valid + place[:length]

@@ -28,6 +28,9 @@ class Backbone:
             number of frames, and pseudo features are carried through the layers beside the frames.
         taps_end: Where the sum of taps takes the signal's place: "stack", the stack's output, or "last layer", where
             the stack pools or up-samples after its layers.
+        positions: In a stack with its front end inside, the module that computes relative positions for the layers
+            (`position_embeddings`) from hidden states, or None.
+        rotary: The same for a module that takes the numbers of the frames as well.
         squeeze: Attribute of the stack that holds how many frames the layers take as one, or None.
         attention_chunk: Attribute of the stack that holds the number of frames that attention sees, or None.
         inside: Class that the stack has to be called by, where other callers feed it something else than speech.
@@ -49,6 +52,8 @@ class Backbone:
     reentrant_checkpointing: bool = True
     front_end_inside: bool = False
     taps_end: str = "stack"
+    positions: str | None = None
+    rotary: str | None = None
     squeeze: str | None = None
     attention_chunk: str | None = None
     inside: str | None = None
@@ -76,7 +81,6 @@ _WHISPER = Backbone(
 )
 # These pool after their layers: the sum of taps has to take its place before.
 _WHISPER_POOLED = replace(_WHISPER, taps_end="last layer")
-_ONE_POSITION_TABLE = "its layers share relative positions that are computed for the frames alone"
 _PARAKEET = Backbone(
     feed_forward=("feed_forward1", "feed_forward2"),
     attention=("self_attn",),
@@ -84,7 +88,7 @@ _PARAKEET = Backbone(
     layerdrop="layerdrop",
     feature_encoder=None,
     front_end_inside=True,
-    no_p=_ONE_POSITION_TABLE,
+    positions="encode_positions",
 )
 _MOONSHINE = Backbone(
     feed_forward=("mlp",),
@@ -93,7 +97,7 @@ _MOONSHINE = Backbone(
     layerdrop=None,
     feature_encoder=None,
     front_end_inside=True,
-    no_p=_ONE_POSITION_TABLE,
+    rotary="rotary_emb",
 )
 
 BACKBONES: dict[str, Backbone] = {
@@ -145,7 +149,7 @@ BACKBONES: dict[str, Backbone] = {
         taps_end="last layer",
     ),
     "ParakeetEncoder": _PARAKEET,
-    "LasrEncoder": _PARAKEET,
+    "LasrEncoder": replace(_PARAKEET, positions=None, rotary="rotary_emb"),
     "MoonshineEncoder": _MOONSHINE,
     "GlmAsrEncoder": _MOONSHINE,
 }

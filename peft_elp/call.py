@@ -6,7 +6,7 @@ not meet, and nothing outlives the call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import RealFrames, TapSum
+from .adapters import RealFrames, TapSum, after_last_valid
 
 
 def first(output: Any) -> Tensor:
@@ -33,6 +33,69 @@ def with_first(output: Any, x: Tensor) -> Any:
     return output
 
 
+@dataclass(frozen=True)
+class Carried:
+    """Where pseudo features sit that travel through the layers beside the frames of an encoder.
+
+    Args:
+        real: Where the real frames are among all.
+        source: For each place, which of `[frames ; rows]` goes there, `(batch, joined)`; None: as they stand.
+        rows: The place of each pseudo feature, `(batch, rows)`; None: at the end.
+        mask: The attention mask of all of them, `(batch, heads, queries, keys)`, or None.
+    """
+
+    real: RealFrames
+    source: Tensor | None
+    rows: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def beside(cls, x: Tensor, pseudo: Tensor, mask: Any) -> Carried:
+        """Behind each utterance's last valid frame, which the first frame's row of the attention mask tells.
+
+        Args:
+            x: The frames, `(batch, frames, hidden)`.
+            pseudo: The pseudo features, `(rows, hidden)`.
+            mask: The attention mask of the frames, boolean or additive, or None.
+
+        Raises:
+            ValueError: The mask is of a kind that cannot be extended.
+        """
+        (batch, frames, _), length = x.shape, len(pseudo)
+        if mask is None:
+            return cls(RealFrames(frames + length, None, 0, frames), None, None, None)
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            raise ValueError(
+                "Pseudo features are carried through the layers of this encoder, and its attention mask is a "
+                f"{type(mask).__name__} that cannot be extended. Use attn_implementation='sdpa' or 'eager', or leave "
+                "P out of adapters."
+            )
+        boolean = mask.dtype == torch.bool
+        seen = mask[:, 0, 0] if boolean else mask[:, 0, 0] == 0
+        source, real, rows = after_last_valid(seen.expand(batch, -1), length)
+        mask = mask.expand(batch, -1, -1, -1)
+        # All queries see the pseudo features, but those of padding that see nothing at all.
+        sight = mask.any(dim=-1, keepdim=True) if boolean else mask.new_zeros(*mask.shape[:-1], 1)
+        mask = torch.cat([mask, sight.expand(*mask.shape[:-1], length)], dim=-1)
+        mask = mask.gather(-1, source[:, None, None].expand(-1, *mask.shape[1:-1], -1))
+        if mask.shape[-2] > 1:
+            mask = torch.cat([mask, mask[:, :, :1].expand(-1, -1, length, -1)], dim=-2)
+            mask = mask.gather(-2, source[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
+        return cls(RealFrames(frames + length, real, 0, frames), source, rows, mask)
+
+    def join(self, x: Tensor, pseudo: Tensor) -> Tensor:
+        """Frames and pseudo features in their places."""
+        pseudo = pseudo.to(x.dtype)
+        joined = torch.cat([x, pseudo if pseudo.dim() == 3 else pseudo.expand(x.shape[0], -1, -1)], dim=1)
+        return joined if self.source is None else joined.gather(1, self.source[:, :, None].expand_as(joined))
+
+    def part(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames, and pseudo features."""
+        if self.rows is None:
+            return self.real.of(joined), joined[:, self.real.frames :]
+        return self.real.of(joined), joined.gather(1, self.rows[:, :, None].expand(-1, -1, joined.shape[-1]))
+
+
 @dataclass
 class StackCall:
     """One call of one encoder stack.
@@ -46,6 +109,8 @@ class StackCall:
         squeeze: How many frames of the stack's input the layers take as one.
         pseudo: Pseudo features that are carried through the layers: `(rows, hidden)` before the first of them,
             `(batch, rows, hidden)` from then on. None where there are none, or where they joined the stack's input.
+        positions: Computes what the layers know of positions, from hidden states `(batch, frames, hidden)` and the
+            numbers of their frames, `(1, frames)`. None where the layers know nothing of them.
         needs_gradient: Whether a layer loses the gradients of what is inside it unless its input requires one.
     """
 
@@ -56,7 +121,10 @@ class StackCall:
     real: tuple[RealFrames, ...] = ()
     squeeze: int = 1
     pseudo: Tensor | None = None
+    positions: Callable[[Tensor, Tensor], Any] | None = None
     needs_gradient: bool = False
+    _carried: Carried | None = None
+    _positions: Any = None
 
     def before_layer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a layer, with the pseudo features that are carried beside its frames."""
@@ -65,14 +133,23 @@ class StackCall:
         if self.needs_gradient and not x.requires_grad:
             x = x.detach().requires_grad_().clone()
         if self.pseudo is not None:
-            rows = self.pseudo.to(x.dtype)
-            joined = torch.cat([x, rows if rows.dim() == 3 else rows.expand(x.shape[0], -1, -1)], dim=1)
-            self.real = (RealFrames(joined.shape[1], None, 0, x.shape[1]),)
-            x = joined
+            if self._carried is None:
+                self._carried = Carried.beside(
+                    x, self.pseudo, args[1] if len(args) > 1 else kwargs.get("attention_mask")
+                )
+                self.real = (self._carried.real,)
+            x = self._carried.join(x, self.pseudo)
             if len(args) > 1:
-                args = (args[0], _attend_to_all(args[1], rows.shape[-2]), *args[2:])
+                args = (x, self._carried.mask, *args[2:])
             elif "attention_mask" in kwargs:
-                kwargs["attention_mask"] = _attend_to_all(kwargs["attention_mask"], rows.shape[-2])
+                kwargs["attention_mask"] = self._carried.mask
+            if self.positions is not None:
+                numbers = torch.arange(x.shape[1], device=x.device)[None]
+                if self._positions is None:
+                    self._positions = self.positions(x, numbers)
+                kwargs["position_embeddings"] = self._positions
+                if "position_ids" in kwargs:
+                    kwargs["position_ids"] = numbers
         if args:
             args = (x, *args[1:])
         else:
@@ -84,9 +161,8 @@ class StackCall:
         """What a layer hands on: its output without carried pseudo features, or the sum of taps in its place."""
         x = first(output)
         self._mark(x)
-        if self.pseudo is not None:
-            frames = self.real[0].frames
-            x, self.pseudo = x[:, :frames], x[:, frames:]
+        if self._carried is not None:
+            x, self.pseudo = self._carried.part(x)
             output = with_first(output, x)
         if self.taps is None:
             return output
@@ -111,22 +187,6 @@ class StackCall:
         if self.real:
             real = self.real if self.squeeze == 1 else tuple(frames.squeezed(self.squeeze) for frames in self.real)
             x._elp_real_frames = real  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _attend_to_all(mask: Any, rows: int) -> Any:
-    """An attention mask `(batch, heads, queries, keys)`, boolean or additive, with `rows` more that all may see."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        raise ValueError(
-            f"Pseudo features are carried through the layers of this encoder, and its attention mask is a "
-            f"{type(mask).__name__} that cannot be extended. Use attn_implementation='sdpa' or 'eager', or leave P "
-            "out of adapters."
-        )
-    if mask.shape[-2] > 1:
-        mask = torch.cat([mask, mask[:, :, :1].expand(-1, -1, rows, -1)], dim=-2)
-    visible = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
-    return torch.cat([mask, visible.expand(*mask.shape[:-1], rows)], dim=-1)
 
 
 _call: ContextVar[StackCall | None] = ContextVar("peft_elp_stack_call", default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -247,6 +247,7 @@ class ELPStack(ELPLayer):
         prompts: list[Any] = [self.elp_p[name] for name in self.running(self.elp_p)]
         if prompts and self.family.front_end_inside:
             call.pseudo = torch.cat([adapter.rows for adapter in prompts])
+            call.positions = self._positions()
         elif prompts:
             args, kwargs = self._join(call, prompts, args, kwargs)
 
@@ -291,6 +292,13 @@ class ELPStack(ELPLayer):
                 "adapters."
             )
         return (x,), {**inputs, "attention_mask": mask}
+
+    def _positions(self) -> Callable[[Tensor, Tensor], Any] | None:
+        """How the stack computes what its layers know of positions, from hidden states and the numbers of frames."""
+        if self.family.rotary:
+            return self._attribute(self.family.rotary)
+        relative = self._attribute(self.family.positions)
+        return None if relative is None else lambda x, numbers: relative(x)
 
     def _attribute(self, path: str | None) -> Any:
         value: Any = self.base_layer

@@ -7,8 +7,8 @@ the backbone; `tap` the width of an L-adapter; `joined` the frames together with
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-HiddenStates = Float[Tensor, "batch frames hidden"]
-TapFrames = Float[Tensor, "batch frames tap"]
+HiddenStates = Float[Tensor, "*batch frames hidden"]  # some encoders pack all utterances along frames, without batch
+TapFrames = Float[Tensor, "*batch frames tap"]
 LayerShares = Float[Tensor, " layers"]  # the space keeps linters from reading a type name
 FrameMask = Shaped[Tensor, "batch frames"]  # bool in the wav2vec 2.0 line, int64 elsewhere
 FrameIndex = Int[Tensor, "batch frames"]

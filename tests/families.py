@@ -213,7 +213,7 @@ FAMILIES: dict[str, Family] = {
             )
         ),
         features(16, 64, True, (64, 40)),
-        adapters="EL",
+        invariant=True,
     ),
     "lasr": Family(
         lambda: t.LasrForCTC(
@@ -226,7 +226,7 @@ FAMILIES: dict[str, Family] = {
             )
         ),
         features(16, 64, True, (64, 40)),
-        adapters="EL",
+        invariant=True,
     ),
     "moonshine": Family(
         lambda: t.MoonshineForConditionalGeneration(
@@ -242,13 +242,13 @@ FAMILIES: dict[str, Family] = {
             )
         ),
         decoded(wave((9000, 7000))),
-        adapters="EL",
+        adapters="ELP",
     ),
     "glmasr": Family(
         lambda: Around(
             AutoModel.from_config(t.GlmAsrEncoderConfig(**WIDTH, num_mel_bins=8, max_position_embeddings=20))
         ),
         features(8, 40, False),
-        adapters="EL",
+        adapters="ELP",
     ),
 }  # fmt: skip

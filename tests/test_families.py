@@ -183,7 +183,6 @@ def test_generation_hears_the_adapters_and_no_pseudo_features(name, beams):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("parakeet", {"adapters": "ELP"}, r"no P-adapter for ParakeetEncoder: its layers share.*adapters='EL'"),
         ("whisper", {"p_position": "prepend"}, "p_position='prepend' has no meaning for WhisperEncoder"),
         ("sew", {"p_length": 3}, r"SEWEncoder takes 2 frames as one.*multiple of 2, got 3. Write p_length=2"),
         ("sew", {"l_output": "head"}, "l_output='head' needs.*pools or up-samples"),
