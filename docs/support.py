@@ -19,8 +19,8 @@ Written by `python docs/support.py` from the table that the code works with, for
 found by the class of the stack that runs its layers, wherever in a model it sits. **E** goes into every layer, after
 each of its feed-forward modules by default; `e_after` and `exclude_modules` choose. **L**: "any" output mode, or
 "project/residual" where the stack pools or up-samples behind its layers, so that the sum of taps has to keep their
-width. **P**: "joined" to the stack's input, or "carried" through the layers beside the frames, where the front end sits
-inside the stack.
+width. **P**: "joined" to the stack's input, or "carried" through the layers beside the frames, where the front end
+sits inside the stack.
 
 | stack | model | E | L | P | models with it |
 |---|---|---|---|---|---|
