@@ -126,10 +126,16 @@ def find_parts(model: nn.Module, target: str | None = None) -> Parts:
         here, path = getattr(here, step), join(path, step)
     if row.front_end_inside:
         encoder, encoder_path = stack, stack_path
-    layers = stack.get_submodule(row.layers)
+    try:
+        layers = stack.get_submodule(row.layers)
+        plain = [layer.base_layer if isinstance(layer, Wrapper) else layer for layer in layers.children()]
+        width = plain[0].get_submodule(row.norms[0]).weight
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{type(stack).__name__} is described as keeping its layers in {row.layers!r} with norms {row.norms}, and "
+            f"that does not fit this model ({error}). Update transformers, or correct what register_backbone was told."
+        ) from error
     assert isinstance(layers, nn.ModuleList)
-    plain = [layer.base_layer if isinstance(layer, Wrapper) else layer for layer in layers]
-    width = plain[0].get_submodule(row.norms[0]).weight
     assert isinstance(width, nn.Parameter)
     return Parts(encoder, encoder_path, stack, stack_path, row, plain, width.shape[0])
 

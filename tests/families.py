@@ -252,3 +252,20 @@ FAMILIES: dict[str, Family] = {
         adapters="ELP",
     ),
 }  # fmt: skip
+
+
+def _available(family: Family) -> bool:
+    """Whether the installed Transformers has the family, laid out as in the newest, and with finite outputs."""
+    used = [name for name in family.build.__code__.co_names if name[0].isupper()]
+    if not all(name in globals() or hasattr(t, name) for name in used):
+        return False
+    model = family.model()
+    if isinstance(model, t.ASTForAudioClassification):  # Transformers 5.0 kept its layers in an encoder of their own
+        return hasattr(model.audio_spectrogram_transformer, "layers")
+    if isinstance(model, t.ParakeetForCTC):  # that of Transformers 5.0 gives NaN for padded input
+        with torch.no_grad():
+            return bool(model(**family.inputs).logits.isfinite().all())
+    return True
+
+
+FAMILIES = {name: family for name, family in FAMILIES.items() if _available(family)}

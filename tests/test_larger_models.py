@@ -196,6 +196,12 @@ def test_an_unknown_encoder_is_described_and_adapted(monkeypatch):
         del BACKBONES["OwnEncoder"]
 
 
+def test_a_description_that_does_not_fit_is_named(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "OwnEncoder", Backbone(layers="layers", norms=("norm1",)))
+    with pytest.raises(ValueError, match=r"OwnEncoder is described as keeping its layers in 'layers'.*does not fit"):
+        get_peft_model(Own(), ELPConfig())
+
+
 # Refused -------------------------------------------------------------------------------------------------------------
 
 
