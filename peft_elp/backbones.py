@@ -81,23 +81,39 @@ _WHISPER = Backbone(
 )
 # These pool after their layers: the sum of taps has to take its place before.
 _WHISPER_POOLED = replace(_WHISPER, taps_end="last layer")
-_PARAKEET = Backbone(
-    feed_forward=("feed_forward1", "feed_forward2"),
-    attention=("self_attn",),
-    norms=("norm_feed_forward1", "norm_self_att", "norm_feed_forward2", "norm_out"),
-    layerdrop="layerdrop",
-    feature_encoder=None,
-    front_end_inside=True,
-    positions="encode_positions",
-)
-_MOONSHINE = Backbone(
+_PRE_NORM = Backbone(
     feed_forward=("mlp",),
     attention=("self_attn",),
     norms=("input_layernorm", "post_attention_layernorm"),
     layerdrop=None,
     feature_encoder=None,
     front_end_inside=True,
-    rotary="rotary_emb",
+)
+_MOONSHINE = replace(_PRE_NORM, rotary="rotary_emb")
+_MACARON = Backbone(
+    feed_forward=("feed_forward1", "feed_forward2"),
+    attention=("self_attn",),
+    norms=("norm_feed_forward1", "norm_self_att", "norm_feed_forward2", "norm_out"),
+    layerdrop="layerdrop",
+    feature_encoder=None,
+    front_end_inside=True,
+)
+_PARAKEET = replace(_MACARON, positions="encode_positions")
+_SLIDING = "its attention sees a sliding window of frames, so that most would never see the pseudo features"
+_CAUSAL = "its attention is causal, so that no frame would see the pseudo features behind it"
+_BLOCKS = "its attention works in blocks of frames, so that only the last block would see the pseudo features"
+_PACKED = "it packs all utterances into one sequence without a batch axis"
+_PACKED_WHISPER = replace(_WHISPER, layerdrop=None, no_p=_PACKED)
+# The norms before its feed-forward and attention modules are inside of them.
+_GRANITE = Backbone(
+    feed_forward=("ff1", "ff2"),
+    attention=("attn",),
+    norms=("post_norm", "ff1.pre_norm", "attn.pre_norm", "ff2.pre_norm"),
+    layerdrop=None,
+    feature_encoder=None,
+    front_end_inside=True,
+    tap_in_place=True,
+    no_p=_BLOCKS,
 )
 
 BACKBONES: dict[str, Backbone] = {
@@ -149,9 +165,89 @@ BACKBONES: dict[str, Backbone] = {
         taps_end="last layer",
     ),
     "ParakeetEncoder": _PARAKEET,
-    "LasrEncoder": replace(_PARAKEET, positions=None, rotary="rotary_emb"),
+    "LasrEncoder": replace(_MACARON, rotary="rotary_emb"),
     "MoonshineEncoder": _MOONSHINE,
     "GlmAsrEncoder": _MOONSHINE,
+    # Its layers see one token more than its output has frames.
+    "PeAudioEncoder": replace(_MOONSHINE, taps_end="last layer"),
+    # Its head calls it once for each chunk of a recording; the pseudo features join every call.
+    "Nemotron3DiarizationAudioModel": replace(_MOONSHINE, norms=("layer_norm1", "layer_norm2")),
+    "MoonshineStreamingEncoder": replace(_PRE_NORM, no_p=_SLIDING),
+    "VoxtralRealtimeEncoder": replace(_PRE_NORM, norms=("self_attn_layer_norm", "final_layer_norm"), no_p=_CAUSAL),
+    "NemotronAsrStreamingEncoder": replace(
+        _MACARON,
+        no_p="its attention sees no chunk of frames after its own, so that most would never see the pseudo features",
+    ),
+    # These two change the width after their layers, and the first one pools as well.
+    "Qwen2_5OmniAudioEncoder": replace(_PACKED_WHISPER, taps_end="last layer"),
+    "Qwen3OmniMoeAudioEncoder": replace(_PACKED_WHISPER, taps_end="last layer"),
+    "Qwen3ASREncoder": _PACKED_WHISPER,
+    "GraniteSpeechCTCEncoder": _GRANITE,
+    # It may put the outputs of inner layers beside that of the last one.
+    "GraniteSpeechPlusCTCEncoder": replace(_GRANITE, taps_end="last layer"),
+    "GraniteSpeech5Encoder": replace(
+        _MACARON,
+        layerdrop=None,
+        no_l="some of its layers halve the frame rate, so that the outputs of its layers cannot be summed",
+        no_p=_BLOCKS,
+    ),
+    # Its first layer takes stacked audio features, which input_layernorm is as wide as.
+    "FunAsrNanoEncoder": replace(
+        _PRE_NORM,
+        norms=("post_attention_layernorm", "input_layernorm"),
+        no_p="its first layer takes stacked audio features, which are of another width than the hidden states",
+    ),
+    # It folds long audio into pieces before its layers, and unfolds it after them.
+    "Phi4MultimodalAudioModel": Backbone(
+        layers="encoders",
+        feed_forward=("feed_forward_in", "feed_forward_out"),
+        attention=("self_attn",),
+        norms=("layer_norm_att", "layer_norm", "feed_forward_in.layer_norm", "feed_forward_out.layer_norm"),
+        layerdrop=None,
+        feature_encoder=None,
+        front_end_inside=True,
+        taps_end="last layer",
+        no_p="its layers share a bias of attention by distance that is computed for the frames alone",
+    ),
+    # The feed-forward and attention modules of these two hold the residual sum, or a norm before it. The first one
+    # keeps every fourth frame after its layers, the second one changes the width.
+    "Gemma3nAudioEncoder": Backbone(
+        layers="conformer",
+        feed_forward=("ffw_layer_start.ffw_layer_2", "ffw_layer_end.ffw_layer_2"),
+        attention=("attention.post",),
+        norms=(
+            "norm",
+            "ffw_layer_start.pre_layer_norm",
+            "ffw_layer_start.post_layer_norm",
+            "attention.pre_attn_norm",
+            "attention.post_norm",
+            "ffw_layer_end.pre_layer_norm",
+            "ffw_layer_end.post_layer_norm",
+        ),
+        layerdrop=None,
+        feature_encoder=None,
+        front_end_inside=True,
+        taps_end="last layer",
+        no_p=_SLIDING,
+    ),
+    "Gemma4AudioModel": Backbone(
+        feed_forward=("feed_forward1.ffw_layer_2", "feed_forward2.ffw_layer_2"),
+        attention=("self_attn",),
+        norms=(
+            "norm_out",
+            "feed_forward1.pre_layer_norm",
+            "feed_forward1.post_layer_norm",
+            "norm_pre_attn",
+            "norm_post_attn",
+            "feed_forward2.pre_layer_norm",
+            "feed_forward2.post_layer_norm",
+        ),
+        layerdrop=None,
+        feature_encoder=None,
+        front_end_inside=True,
+        taps_end="last layer",
+        no_p=_SLIDING,
+    ),
 }
 
 # Encoders of audio that ELP cannot adapt, by the class that gives them away, and why.

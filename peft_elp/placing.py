@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .call import trim_hidden_states
 from .guards import refuse_short_utterances
 from .heads import canonical, join, original, remove_head
-from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, TappedLayer
+from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, TappedLayer, Wrapper
 from .plan import Parts, Plan
 
 
@@ -20,6 +20,8 @@ def wrap(layer: nn.Module, part: str, wrapper: Any, active_adapters: list[str]) 
     """The tuner layer around a part of an encoder layer; made if it is not there yet."""
     parent_path, _, name = part.rpartition(".")
     parent = layer.get_submodule(parent_path)
+    if isinstance(parent, Wrapper):  # what is set on a wrapper does not reach the module that runs
+        parent = parent.base_layer
     module = getattr(parent, name)
     if not isinstance(module, wrapper):
         module = wrapper(module, active_adapters)

@@ -128,15 +128,15 @@ def find_parts(model: nn.Module, target: str | None = None) -> Parts:
         encoder, encoder_path = stack, stack_path
     try:
         layers = stack.get_submodule(row.layers)
-        plain = [layer.base_layer if isinstance(layer, Wrapper) else layer for layer in layers.children()]
-        width = plain[0].get_submodule(row.norms[0]).weight
-    except (AttributeError, TypeError, IndexError) as error:
+        if not isinstance(layers, nn.ModuleList):
+            raise TypeError(f"{row.layers!r} is a {type(layers).__name__}, no list of layers")
+        plain = [layer.base_layer if isinstance(layer, Wrapper) else layer for layer in layers]
+        width = next(plain[0].get_submodule(row.norms[0]).parameters())
+    except (AttributeError, TypeError, IndexError, StopIteration) as error:
         raise ValueError(
             f"{type(stack).__name__} is described as keeping its layers in {row.layers!r} with norms {row.norms}, and "
             f"that does not fit this model ({error}). Update transformers, or correct what register_backbone was told."
         ) from error
-    assert isinstance(layers, nn.ModuleList)
-    assert isinstance(width, nn.Parameter)
     return Parts(encoder, encoder_path, stack, stack_path, row, plain, width.shape[0])
 
 
@@ -248,7 +248,7 @@ def _check_family(plan: Plan, model_name: str) -> None:
     stack = type(plan.parts.stack.base_layer if isinstance(plan.parts.stack, Wrapper) else plan.parts.stack).__name__
     for letter, reason in (("L", row.no_l), ("P", row.no_p)):
         if letter in config.adapters and reason:
-            left = "".join(other for other in config.adapters if other != letter)
+            left = config.adapters.replace("L", "" if row.no_l else "L").replace("P", "" if row.no_p else "P")
             raise ValueError(
                 f"There is no {letter}-adapter for {stack}: {reason}. "
                 + (f"Write adapters={left!r}." if left else "Choose another adapter.")

@@ -1,0 +1,301 @@
+"""Tiny random models of the towers of audio language models and of streaming recognisers, with inputs for them."""
+
+from typing import Any
+
+import torch
+from families import Around, Family, features, wave
+from torch import Tensor
+from transformers import (
+    FunAsrNanoEncoderConfig,
+    Gemma3nAudioConfig,
+    Gemma4AudioConfig,
+    GraniteSpeech5EncoderConfig,
+    GraniteSpeechEncoderConfig,
+    GraniteSpeechPlusEncoderConfig,
+    MoonshineStreamingEncoderConfig,
+    Nemotron3DiarizationConfig,
+    Nemotron3DiarizationForAudioFrameClassification,
+    Nemotron3DiarizationModel,
+    NemotronAsrStreamingEncoderConfig,
+    PeAudioEncoderConfig,
+    Phi4MultimodalAudioConfig,
+    Qwen3ASREncoderConfig,
+    VoxtralRealtimeEncoderConfig,
+)
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoder
+from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel
+from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechCTCEncoder
+from transformers.models.granite_speech5.modeling_granite_speech5 import GraniteSpeech5Encoder
+from transformers.models.granite_speech_plus.modeling_granite_speech_plus import GraniteSpeechPlusCTCEncoder
+from transformers.models.moonshine_streaming.modeling_moonshine_streaming import MoonshineStreamingEncoder
+from transformers.models.nemotron_asr_streaming.modeling_nemotron_asr_streaming import NemotronAsrStreamingEncoder
+from transformers.models.pe_audio.modeling_pe_audio import PeAudioEncoder
+from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAudioModel
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
+from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASREncoder
+from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeAudioEncoderConfig
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeAudioEncoder
+from transformers.models.voxtral_realtime.modeling_voxtral_realtime import VoxtralRealtimeEncoder
+
+WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+OF_WHISPER = {"d_model": 16, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
+OF_GRANITE = {
+    "input_dim": 10,
+    "num_layers": 3,
+    "hidden_dim": 16,
+    "feedforward_mult": 2,
+    "num_heads": 2,
+    "output_dim": 6,
+    "context_size": 8,
+    "max_pos_emb": 8,
+    "dropout": 0.0,
+    "conv_kernel_size": 3,
+}
+DIARIZATION = {
+    "audio_config": WIDTH | {"num_mel_bins": 8, "subsampling_factor": 2, "initializer_range": 0.2},
+    "head_config": {"hidden_size": 12, "num_speakers": 3, "audio_hidden_size": 16, "subsampling_factor": 2},
+    "streaming_config": {"num_speakers": 3, "subsampling_factor": 2, "speaker_cache_length": 9},
+    "chunk_length": 6,
+    "chunk_right_context": 2,
+    "fifo_length": 4,
+    "speaker_cache_update_period": 4,
+    "initializer_range": 0.2,
+}
+
+
+class AroundTensor(Around):
+    """A model that holds an encoder whose output is a bare tensor."""
+
+    def forward(self, **inputs: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.tower(**inputs))
+
+
+def batch(bands: int, lengths: tuple[int, ...], values: str, mask: str, time_first: bool = True) -> dict[str, Tensor]:
+    """A padded batch of features under the names that an encoder gives them."""
+    inputs = features(bands, max(lengths), True, lengths)
+    x = inputs["input_features"]
+    return {values: x if time_first else x.transpose(1, 2), mask: inputs["attention_mask"]}
+
+
+def packed(bands: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    """Utterances one after the other along time, without padding."""
+    torch.manual_seed(1)
+    return {"input_features": torch.randn(bands, sum(lengths)), "feature_lens": torch.tensor(lengths)}
+
+
+def _speech(lengths: tuple[int, ...], mask: str) -> dict[str, Tensor]:
+    inputs = wave(lengths)
+    return {"input_values": inputs["input_values"], mask: inputs["attention_mask"]}
+
+
+TOWERS: dict[str, Family] = {
+    "pe_audio": Family(
+        lambda: Around(
+            PeAudioEncoder(
+                PeAudioEncoderConfig(
+                    **WIDTH,
+                    head_dim=8,
+                    dac_config={"downsampling_ratios": [2, 4], "encoder_hidden_size": 4, "codebook_dim": 6},
+                )
+            )
+        ),
+        {k: v[:, None] if k == "input_values" else v for k, v in _speech((160, 96), "padding_mask").items()},
+    ),
+    "nemotron3_diarization": Family(
+        lambda: Nemotron3DiarizationModel(Nemotron3DiarizationConfig(**DIARIZATION)),
+        features(8, 24, True, (24, 15)),
+    ),
+    # The stack is called once for each chunk, with the frames of a speaker cache before it.
+    "nemotron3_diarization-chunks": Family(
+        lambda: Nemotron3DiarizationForAudioFrameClassification(Nemotron3DiarizationConfig(**DIARIZATION)),
+        features(8, 60, True, (60, 37)),
+        options={"modules_to_save": ["classifier"]},
+    ),
+    "moonshine_streaming": Family(
+        lambda: Around(
+            MoonshineStreamingEncoder(
+                MoonshineStreamingEncoderConfig(
+                    **WIDTH, num_key_value_heads=2, sliding_windows=((4, 2), (4, 0), (4, 2))
+                )
+            )
+        ),
+        wave((3200, 2000)),
+        adapters="EL",
+    ),
+    "voxtral_realtime": Family(
+        lambda: Around(
+            VoxtralRealtimeEncoder(
+                VoxtralRealtimeEncoderConfig(
+                    **WIDTH, num_mel_bins=8, head_dim=8, sliding_window=6, max_position_embeddings=40
+                )
+            )
+        ),
+        features(8, 40, False),
+        adapters="EL",
+    ),
+    "nemotron_asr_streaming": Family(
+        lambda: Around(
+            NemotronAsrStreamingEncoder(
+                NemotronAsrStreamingEncoderConfig(
+                    **WIDTH,
+                    num_mel_bins=16,
+                    subsampling_conv_channels=8,
+                    sliding_window=5,
+                    default_num_lookahead_tokens=1,
+                    dropout=0.0,
+                    layerdrop=0.0,
+                    activation_dropout=0.0,
+                    attention_dropout=0.0,
+                )
+            )
+        ),
+        features(16, 96, True, (96, 60)),
+        adapters="EL",
+    ),
+    "qwen2_5_omni": Family(
+        lambda: Around(
+            Qwen2_5OmniAudioEncoder(
+                Qwen2_5OmniAudioEncoderConfig(
+                    **OF_WHISPER, num_mel_bins=8, max_source_positions=20, n_window=10, output_dim=12
+                )
+            )
+        ),
+        packed(8, (40, 26)),
+        adapters="EL",
+    ),
+    "qwen3_omni_moe": Family(
+        lambda: Around(
+            Qwen3OmniMoeAudioEncoder(
+                Qwen3OmniMoeAudioEncoderConfig(
+                    **OF_WHISPER, num_mel_bins=8, output_dim=12, n_window_infer=100, downsample_hidden_size=4
+                )
+            )
+        ),
+        packed(8, (200, 130)),
+        adapters="EL",
+    ),
+    "qwen3_asr": Family(
+        lambda: Around(
+            Qwen3ASREncoder(
+                Qwen3ASREncoderConfig(
+                    **OF_WHISPER, num_mel_bins=8, output_dim=12, n_window_infer=100, downsample_hidden_size=4
+                )
+            )
+        ),
+        batch(8, (200, 130), "input_features", "input_features_mask", time_first=False),
+        adapters="EL",
+    ),
+    "granite_speech": Family(
+        lambda: Around(GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(**OF_GRANITE))),
+        {"hidden_states": features(10, 20, True)["input_features"]},
+        adapters="EL",
+        checkpointing=False,
+    ),
+    "granite_speech_plus": Family(
+        lambda: Around(
+            GraniteSpeechPlusCTCEncoder(GraniteSpeechPlusEncoderConfig(**OF_GRANITE, cat_hidden_layers=[1]))
+        ),
+        {"hidden_states": features(10, 20, True)["input_features"]},
+        adapters="EL",
+        checkpointing=False,
+    ),
+    "granite_speech5": Family(
+        lambda: Around(
+            GraniteSpeech5Encoder(
+                GraniteSpeech5EncoderConfig(
+                    **WIDTH,
+                    vocab_size=9,
+                    num_mel_bins=4,
+                    max_position_embeddings=8,
+                    context_size=8,
+                    conv_kernel_size=3,
+                    subsample_layers=[0],
+                )
+            )
+        ),
+        features(16, 40, True, (40, 24)),
+        adapters="E",
+    ),
+    "fun_asr_nano": Family(
+        lambda: Around(
+            FunAsrNanoEncoder(
+                FunAsrNanoEncoderConfig(
+                    **WIDTH,
+                    num_mel_bins=8,
+                    num_stacked_frames=3,
+                    num_timestamp_prediction_layers=1,
+                    max_position_embeddings=40,
+                    fsmn_kernel_size=3,
+                    hidden_dropout=0.0,
+                    attention_dropout=0.0,
+                )
+            )
+        ),
+        batch(24, (20, 12), "input_features", "input_features_mask"),
+        adapters="EL",
+    ),
+    "phi4_multimodal": Family(
+        lambda: AroundTensor(
+            Phi4MultimodalAudioModel(
+                Phi4MultimodalAudioConfig(
+                    hidden_size=16,
+                    intermediate_size=24,
+                    num_blocks=3,
+                    num_attention_heads=2,
+                    ext_pw_out_channel=16,
+                    depthwise_separable_out_channel=16,
+                    input_size=8,
+                    time_reduction=2,
+                    bias_max_distance=10,
+                    nemo_conv_channels=4,
+                )
+            )
+        ),
+        batch(8, (40, 25), "hidden_states", "mask"),
+        adapters="EL",
+    ),
+    "gemma3n": Family(
+        lambda: Around(
+            Gemma3nAudioEncoder(
+                Gemma3nAudioConfig(
+                    hidden_size=16,
+                    input_feat_size=16,
+                    conf_num_hidden_layers=3,
+                    conf_num_attention_heads=2,
+                    conf_attention_chunk_size=4,
+                    conf_attention_context_left=5,
+                    conf_conv_kernel_size=3,
+                    sscp_conv_channel_size=(8, 4),
+                )
+            )
+        ),
+        {  # its mask is true where there is padding
+            k: v == 0 if k == "audio_mel_mask" else v
+            for k, v in batch(16, (64, 40), "audio_mel", "audio_mel_mask").items()
+        },
+        adapters="EL",
+        checkpointing=False,
+    ),
+    "gemma4": Family(
+        lambda: Around(
+            Gemma4AudioModel(
+                Gemma4AudioConfig(
+                    hidden_size=16,
+                    num_hidden_layers=3,
+                    num_attention_heads=2,
+                    subsampling_conv_channels=[16, 4],
+                    conv_kernel_size=3,
+                    attention_chunk_size=4,
+                    attention_context_left=5,
+                    output_proj_dims=12,
+                )
+            )
+        ),
+        features(16, 40, True, (40, 24)),
+        adapters="EL",
+        checkpointing=False,
+    ),
+}
