@@ -151,7 +151,7 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "WhisperEncoder": _WHISPER,
     "Speech2TextEncoder": _WHISPER,
-    "MossTranscribeDiarizeAudioModel": _WHISPER,
+    "MossTranscribeDiarizeAudioModel": replace(_WHISPER, layerdrop=None),
     "VoxtralEncoder": _WHISPER,
     "Qwen2AudioEncoder": _WHISPER_POOLED,
     "AudioFlamingo3Encoder": _WHISPER_POOLED,
@@ -170,6 +170,8 @@ BACKBONES: dict[str, Backbone] = {
     "GlmAsrEncoder": _MOONSHINE,
     # Its layers see one token more than its output has frames.
     "PeAudioEncoder": replace(_MOONSHINE, taps_end="last layer"),
+    # What follows it reads a projection that the stack makes itself.
+    "Dots3NoteAudioModel": replace(_MOONSHINE, rotary="rotary_embedding", taps_end="last layer"),
     # Its head calls it once for each chunk of a recording; the pseudo features join every call.
     "Nemotron3DiarizationAudioModel": replace(_MOONSHINE, norms=("layer_norm1", "layer_norm2")),
     "MoonshineStreamingEncoder": replace(_PRE_NORM, no_p=_SLIDING),
@@ -250,8 +252,13 @@ BACKBONES: dict[str, Backbone] = {
     ),
 }
 
-# Encoders of audio that ELP cannot adapt, by the class that gives them away, and why.
+_NO_GRADIENT = "it runs its encoder of speech without gradients, so that nothing in there could be trained"
+# Models and encoders of audio that ELP cannot adapt, by the class that gives them away, and why.
 REFUSED: dict[str, str] = {
+    "XcodecModel": _NO_GRADIENT,
+    "Xcodec2Model": _NO_GRADIENT,
+    "NeuCodecModel": _NO_GRADIENT,
+    "HiggsAudioV2TokenizerModel": _NO_GRADIENT,
     "ClapAudioEncoder": "CLAP's encoder changes width and resolution from stage to stage: its layers cannot be summed",
     "SpeechT5EncoderWithTextPrenet": "this SpeechT5 reads text; ELP adapts the one that reads speech, as in "
     "SpeechT5ForSpeechToText",

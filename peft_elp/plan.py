@@ -6,6 +6,7 @@ import re
 import warnings
 from copy import copy
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -118,6 +119,11 @@ def find_parts(model: nn.Module, target: str | None = None) -> Parts:
             "ELPConfig(target=<path or class>)."
         )
     ((stack_path, (stack, row)),) = stacks.items()
+    for path, module in modules.items():
+        if type(module).__name__ in REFUSED and (not path or f"{stack_path}.".startswith(f"{path}.")):
+            raise ValueError(
+                f"ELP cannot adapt {type(module).__name__}: {REFUSED[type(module).__name__]}. Adapt the plain encoder."
+            )
     encoder, encoder_path = model, ""
     here, path = model, ""
     for step in stack_path.split(".") if stack_path else ():
@@ -131,11 +137,14 @@ def find_parts(model: nn.Module, target: str | None = None) -> Parts:
         if not isinstance(layers, nn.ModuleList):
             raise TypeError(f"{row.layers!r} is a {type(layers).__name__}, no list of layers")
         plain = [layer.base_layer if isinstance(layer, Wrapper) else layer for layer in layers]
+        if row.layerdrop:
+            attrgetter(row.layerdrop)(stack)
         width = next(plain[0].get_submodule(row.norms[0]).parameters())
     except (AttributeError, TypeError, IndexError, StopIteration) as error:
         raise ValueError(
-            f"{type(stack).__name__} is described as keeping its layers in {row.layers!r} with norms {row.norms}, and "
-            f"that does not fit this model ({error}). Update transformers, or correct what register_backbone was told."
+            f"{type(stack).__name__} is described as keeping its layers in {row.layers!r} with norms {row.norms} and "
+            f"layerdrop={row.layerdrop!r}, and that does not fit this model ({error}). Update transformers, or correct "
+            "what register_backbone was told."
         ) from error
     return Parts(encoder, encoder_path, stack, stack_path, row, plain, width.shape[0])
 
@@ -152,7 +161,7 @@ def _named(stacks: dict[str, tuple[nn.Module, Backbone]]) -> str:
 
 def _why_none(model: nn.Module) -> str:
     """The end of the error about a model without a known encoder: the reason, or how to describe the encoder."""
-    for name, module in model.named_modules():
+    for name, module in model.named_modules():  # of the model itself or of any part
         reason = REFUSED.get(type(module).__name__)
         if reason:
             return f": {reason} (found at {name or 'the model itself'})."

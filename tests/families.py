@@ -1,5 +1,6 @@
 """Tiny random models of the families beyond the wav2vec 2.0 line, with inputs for them."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TSpeechEncoder
 from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2SpeechEncoder
+
+with contextlib.suppress(ImportError):  # a Transformers older than the model, which is left out then
+    from transformers.models.dots3_note.modeling_dots3_note import Dots3NoteAudioModel
 
 WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 CONVOLUTIONS = {
@@ -107,7 +111,6 @@ class Family:
     build: Callable[[], nn.Module]
     inputs: dict[str, Tensor]
     adapters: str = "ELP"
-    invariant: bool = False  # to padding, as the backbone alone is
     checkpointing: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -136,7 +139,6 @@ FAMILIES: dict[str, Family] = {
             t.Wav2Vec2BertConfig(**WIDTH, **STILL, vocab_size=9, feature_projection_input_dim=10)
         ),
         features(10, 24, True, (24, 15)),
-        invariant=True,
     ),
     "seamless_m4t": Family(
         lambda: SeamlessM4TSpeechEncoder(t.SeamlessM4TConfig(**SEAMLESS)), features(10, 24, True, (24, 15))
@@ -163,7 +165,6 @@ FAMILIES: dict[str, Family] = {
             )
         ),
         decoded(wave()),
-        invariant=True,
     ),
     "sew": Family(lambda: t.SEWForCTC(t.SEWConfig(**WAVE, squeeze_factor=2)), wave(), options={"p_length": 4}),
     "sew-odd": Family(
@@ -190,6 +191,23 @@ FAMILIES: dict[str, Family] = {
     ),
     "voxtral": Family(lambda: Around(AutoModel.from_config(t.VoxtralEncoderConfig(**TOWER))), features(8, 40, False)),
     "voxtral-bare": Family(lambda: AutoModel.from_config(t.VoxtralEncoderConfig(**TOWER)), features(8, 40, False)),
+    "moss_transcribe_diarize": Family(
+        lambda: Around(t.MossTranscribeDiarizeAudioModel(t.MossTranscribeDiarizeAudioConfig(**TOWER))),
+        features(8, 40, False),
+    ),
+    "dots3_note": Family(
+        lambda: Around(
+            Dots3NoteAudioModel(
+                t.Dots3NoteAudioConfig(
+                    **WIDTH, feature_size=16, downsample_hidden_size=8, adapter_input_size=16, adapter_out_dim=12
+                )
+            )
+        ),
+        {**features(16, 64, False), "chunk_sample_lengths": torch.tensor([64 * 160, 40 * 160])},
+    ),
+    "wav2vec2-conformer-frames": Family(
+        lambda: t.Wav2Vec2ConformerForAudioFrameClassification(t.Wav2Vec2ConformerConfig(**WAVE)), wave()
+    ),
     "audioflamingo3": Family(
         lambda: Around(AutoModel.from_config(t.AudioFlamingo3EncoderConfig(**TOWER))),
         {**features(8, 40, False), "input_features_mask": (torch.arange(40) < torch.tensor([40, 24])[:, None]).long()},
@@ -213,7 +231,6 @@ FAMILIES: dict[str, Family] = {
             )
         ),
         features(16, 64, True, (64, 40)),
-        invariant=True,
     ),
     "lasr": Family(
         lambda: t.LasrForCTC(
@@ -226,7 +243,6 @@ FAMILIES: dict[str, Family] = {
             )
         ),
         features(16, 64, True, (64, 40)),
-        invariant=True,
     ),
     "moonshine": Family(
         lambda: t.MoonshineForConditionalGeneration(

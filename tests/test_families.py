@@ -4,13 +4,14 @@ import warnings
 
 import pytest
 import torch
-from backbones import ELP, shaken
+from backbones import ELP, NORMS, build, shaken
 from families import FAMILIES, Around
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_elp import ELPConfig
+from peft_elp.backbones import BACKBONES
 from peft_elp.layer import ELPLayer, TappedLayer
 
 # Of LASR's own convolution.
@@ -145,15 +146,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
         torch.testing.assert_close(found[1][parameter], gradient, msg=parameter, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.invariant])
-def test_an_utterance_alone_is_as_in_a_padded_batch(name):
+@pytest.mark.parametrize("name", [name for name in sorted(FAMILIES) if "attention_mask" in FAMILIES[name].inputs])
+def test_an_utterance_alone_is_as_in_a_padded_batch_where_the_backbone_has_it_so(name):
     family = FAMILIES[name]
-    for model in (family.model(), shaken(adapted(name))):
-        together = result(outputs(model, family.inputs))
-        length = int(family.inputs["attention_mask"][1].sum())
-        cut = {k: v[1:] if k == "decoder_input_ids" else v[1:, :length] for k, v in family.inputs.items()}
-        alone = result(outputs(model, cut))
-        torch.testing.assert_close(together[1:, : alone.shape[1]], alone, atol=1e-5, rtol=1e-5)
+    padded = family.inputs["attention_mask"]
+    length = int(padded[1].sum())
+    cut = {k: v[1:, :length] if v.shape[1:2] == padded.shape[1:] else v[1:] for k, v in family.inputs.items()}
+
+    def difference(model):
+        together, alone = result(outputs(model, family.inputs)), result(outputs(model, cut))
+        return (together[1:, : alone.shape[1]] - alone).abs().max()
+
+    if difference(family.model()) > 1e-5:
+        pytest.skip("the backbone alone is not invariant to padding")
+    # The head as it was: some heads convolve, and let padding in once their biases are not zero.
+    assert difference(shaken(adapted(name, modules_to_save=[]))) < 1e-5
 
 
 def test_batch_norms_of_the_frozen_backbone_stay_put():
@@ -199,5 +206,15 @@ def test_generation_hears_the_adapters_and_no_pseudo_features(name, beams):
     ],
 )  # fmt: skip
 def test_what_has_no_sound_place_is_refused_with_the_reason(name, options, message):
+    if name not in FAMILIES:
+        pytest.skip("not in this version of Transformers")
     with pytest.raises(ValueError, match=message):
         adapted(name, **options)
+
+
+def test_every_row_of_the_table_is_tested():
+    if not TOWERS:
+        pytest.skip("some are not in this version of Transformers")
+    tested = {type(module).__name__ for family in FAMILIES.values() for module in family.model().modules()}
+    tested |= {type(build(name, "Model", do_stable_layer_norm=stable).encoder).__name__ for name, stable in NORMS}
+    assert set(BACKBONES) - tested == set()

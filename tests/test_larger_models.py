@@ -11,6 +11,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from peft_elp import Backbone, ELPConfig, register_backbone
 from peft_elp.backbones import BACKBONES
+from peft_elp.call import StackCall, under_way
 
 SMALL_TEXT = {
     "hidden_size": 16,
@@ -233,6 +234,25 @@ def test_a_description_that_does_not_fit_is_named(monkeypatch):
 def test_models_without_an_encoder_of_speech_are_refused_with_the_reason(make, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(make(), ELPConfig())
+
+
+def test_a_codec_that_lets_no_gradient_through_is_refused():
+    class XcodecModel(Around):  # the class of Transformers, which holds a HuBERT
+        pass
+
+    with pytest.raises(ValueError, match="cannot adapt XcodecModel: it runs its encoder of speech without gradients"):
+        get_peft_model(XcodecModel(build("hubert", "Model")), ELPConfig())
+
+
+def test_an_attention_mask_that_cannot_take_pseudo_features_is_refused():
+    family = FAMILIES["speech_to_text"]
+    model = get_peft_model(family.model(), ELPConfig(adapters="P", **ELP))
+    layer = model.get_base_model().model.encoder.layers[0]
+    with (
+        pytest.raises(ValueError, match=r"mask is a object that cannot be extended.*'sdpa' or 'eager'"),
+        under_way(StackCall(pseudo=torch.zeros(3, 16))),
+    ):
+        layer(torch.zeros(1, 5, 16), object())  # such as the block mask of flex attention
 
 
 def test_a_bare_stack_is_wrapped_by_peft_and_refused_for_direct_injection():
