@@ -143,8 +143,8 @@ def find_parts(model: nn.Module, target: str | None = None) -> Parts:
     except (AttributeError, TypeError, IndexError, StopIteration) as error:
         raise ValueError(
             f"{type(stack).__name__} is described as keeping its layers in {row.layers!r} with norms {row.norms} and "
-            f"layerdrop={row.layerdrop!r}, and that does not fit this model ({error}). Update transformers, or correct "
-            "what register_backbone was told."
+            f"layerdrop={row.layerdrop!r}, and that does not fit this model ({error}). Update transformers, or "
+            "correct what register_backbone was told."
         ) from error
     return Parts(encoder, encoder_path, stack, stack_path, row, plain, width.shape[0])
 
@@ -208,9 +208,8 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
             )
     _check_family(plan, name)
     if "L" in config.adapters:
-        if getattr(model.config, "use_weighted_layer_sum", False) or getattr(
-            parts.encoder.config, "use_weighted_layer_sum", False
-        ):
+        configs = [getattr(module, "config", None) for module in (model, parts.encoder)]
+        if any(getattr(known, "use_weighted_layer_sum", False) for known in configs):
             raise ValueError(
                 f"use_weighted_layer_sum=True makes {name}'s head read the backbone's hidden states, past the "
                 "L-adapter, which would never train. Set model.config.use_weighted_layer_sum=False before loading the "
@@ -228,6 +227,14 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
         plan.norm_sites = [(i, part) for i in sorted(adapted) for part in parts.family.norms]
 
     _exclude(plan, name)
+    absent = {part for i, part in plan.e_sites + plan.norm_sites if not _has(parts.layers[i], part)}
+    if absent:
+        raise ValueError(
+            f"The layers of {type(parts.stack).__name__} are described as having {', '.join(sorted(absent))}, and a "
+            f"{type(parts.layers[0]).__name__} of this model has not. It has "
+            f"{', '.join(child for child, _ in parts.layers[0].named_children())}. Update transformers, or correct what "
+            "register_backbone was told."
+        )
     if "E" in config.adapters and not plan.e_sites:
         raise ValueError(
             f"No E-adapter would be placed in {name}: it has {depth} layer(s), and with an L-adapter the last one "
@@ -244,6 +251,14 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
     if "L" in config.adapters:
         _resolve_l_output(model, plan)
     return plan
+
+
+def _has(layer: nn.Module, part: str) -> bool:
+    try:
+        layer.get_submodule(part)
+    except AttributeError:
+        return False
+    return True
 
 
 def _generates(model: nn.Module) -> bool:
