@@ -200,7 +200,7 @@ class TapSum:
         adapter: The L-adapter whose taps are summed.
 
     Raises:
-        RuntimeError: From `result()`, where a tap was not added exactly once.
+        RuntimeError: From `check()` and `result()`, where a tap was not added exactly once.
     """
 
     def __init__(self, adapter: LAdapter) -> None:
@@ -215,14 +215,19 @@ class TapSum:
         self.total = term if self.total is None else self.total + term
         self.seen.append(tap)
 
-    def result(self) -> Tensor:
-        """`Y`, through the output layer where the adapter has one."""
+    def check(self) -> None:
+        """Raise unless each tap was added exactly once."""
         expected = len(self.adapter.taps)
-        if self.total is None or sorted(self.seen) != list(range(expected)):
+        if sorted(self.seen) != list(range(expected)):
             raise RuntimeError(
                 f"An L-adapter with {expected} taps was given taps {self.seen} in one pass. A layer that is skipped "
                 "in training (LayerDrop) has no tap: leave the backbone's layerdrop at 0 while an L-adapter is active."
             )
+
+    def result(self) -> Tensor:
+        """`Y`, through the output layer where the adapter has one."""
+        self.check()
+        assert self.total is not None
         return self.total if self.adapter.output is None else self.adapter.output(self.total)
 
 

@@ -103,7 +103,8 @@ class StackCall:
     Args:
         taps: The running sum of the active L-adapter, if any.
         tap_of_layer: For each tapped layer, its number among the taps.
-        end_layer: The layer whose output the sum of taps replaces; None where it replaces the stack's.
+        last_layer: Number of the stack's last layer.
+        ends_in_layer: Whether the sum of taps replaces the output of the last layer, rather than that of the stack.
         copy_taps: Whether the stack writes into the outputs of its layers.
         real: Where the real frames are in the stack's input, for each active P-adapter in the order of joining.
         squeeze: How many frames of the stack's input the layers take as one.
@@ -116,7 +117,8 @@ class StackCall:
 
     taps: TapSum | None = None
     tap_of_layer: dict[int, int] = field(default_factory=dict)
-    end_layer: int | None = None
+    last_layer: int = 0
+    ends_in_layer: bool = False
     copy_taps: bool = False
     real: tuple[RealFrames, ...] = ()
     squeeze: int = 1
@@ -164,21 +166,33 @@ class StackCall:
         if self._carried is not None:
             x, self.pseudo = self._carried.part(x)
             output = with_first(output, x)
-        if self.taps is None:
+        if self.taps is None or (layer == self.last_layer and not self.ends_in_layer):
             return output
-        if layer in self.tap_of_layer:
-            self.add_tap(layer, x)
-        return with_first(output, self.sum_of_taps(x)) if layer == self.end_layer else output
+        if layer == self.last_layer:
+            return with_first(output, self._end_taps(x))
+        self._tap(layer, x)
+        return output
 
-    def add_tap(self, layer: int, x: Tensor) -> None:
-        """Let the L-adapter read the output `x` of a tapped layer."""
-        assert self.taps is not None
-        x = x.to(self.taps.shares.dtype)
-        self.taps.add(self.tap_of_layer[layer], x.clone() if self.copy_taps else x)
+    def after_stack(self, x: Tensor) -> Tensor:
+        """What takes the place of the stack's output `x`.
 
-    def sum_of_taps(self, x: Tensor) -> Tensor:
-        """What takes the place of `x`: the sum of all taps, added to `x` where the adapter says so."""
+        The last tap reads it where it can: on a pre-norm stack, that is the last layer's output after the final norm.
+        """
+        if self.taps is None:
+            return x
+        if self.ends_in_layer:
+            self.taps.check()  # the last layer, and with it the end of the taps, may have been skipped
+            return x
+        return self._end_taps(x)
+
+    def _tap(self, layer: int, x: Tensor) -> None:
+        if self.taps is not None and layer in self.tap_of_layer:
+            x = x.to(self.taps.shares.dtype)
+            self.taps.add(self.tap_of_layer[layer], x.clone() if self.copy_taps else x)
+
+    def _end_taps(self, x: Tensor) -> Tensor:
         assert self.taps is not None
+        self._tap(self.last_layer, x)
         y = self.taps.result().to(x.dtype)
         return x + y if self.taps.adapter.residual else y
 

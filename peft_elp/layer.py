@@ -252,24 +252,16 @@ class ELPStack(ELPLayer):
             args, kwargs = self._join(call, prompts, args, kwargs)
 
         name = self.only_running(self.elp_l, "The L-adapters")
-        last = len(self.encoder_layers) - 1
         if name is not None:
             adapter = self.elp_l[name]
             assert isinstance(adapter, LAdapter)
             call.taps = TapSum(adapter)
             call.tap_of_layer = {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}
-            call.end_layer = last if self.family.taps_end == "last layer" else None
-        # The last tap is the stack's output where it can be: on a pre-norm stack, the layer's after the final norm.
-        tap_output = call.taps is not None and call.end_layer is None and last in call.tap_of_layer
-        last_tap = call.tap_of_layer.pop(last) if tap_output else None
+            call.last_layer = len(self.encoder_layers) - 1
+            call.ends_in_layer = self.family.taps_end == "last layer"
         with under_way(call):
             output = self.base_layer(*args, **kwargs)
-        x = first(output)
-        if last_tap is not None:
-            call.tap_of_layer[last] = last_tap
-            call.add_tap(last, x)
-        if call.taps is not None and call.end_layer is None:
-            x = call.sum_of_taps(x)
+        x = call.after_stack(first(output))
         # Carried pseudo features left the frames where each layer ended.
         return with_first(output, x if self.family.front_end_inside else without_pseudo_features(x, call.real))
 

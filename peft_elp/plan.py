@@ -232,8 +232,8 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
         raise ValueError(
             f"The layers of {type(parts.stack).__name__} are described as having {', '.join(sorted(absent))}, and a "
             f"{type(parts.layers[0]).__name__} of this model has not. It has "
-            f"{', '.join(child for child, _ in parts.layers[0].named_children())}. Update transformers, or correct what "
-            "register_backbone was told."
+            f"{', '.join(child for child, _ in parts.layers[0].named_children())}. Update transformers, or correct "
+            "what register_backbone was told."
         )
     if "E" in config.adapters and not plan.e_sites:
         raise ValueError(

@@ -163,6 +163,13 @@ def test_an_utterance_alone_is_as_in_a_padded_batch_where_the_backbone_has_it_so
     assert difference(shaken(adapted(name, modules_to_save=[]))) < 1e-5
 
 
+def test_a_skipped_last_layer_is_noticed_where_the_taps_end_in_it():
+    model = adapted("sew").train()
+    model.config.layerdrop = 0.99
+    with pytest.raises(RuntimeError, match="layerdrop at 0"):
+        model(**FAMILIES["sew"].inputs)
+
+
 def test_batch_norms_of_the_frozen_backbone_stay_put():
     model = adapted("wav2vec2-conformer").train()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

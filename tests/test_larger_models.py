@@ -204,7 +204,9 @@ def test_a_description_that_does_not_fit_is_named(monkeypatch):
     row = Backbone(layers="blocks", feed_forward=("ffn",), norms=("norm1",), layerdrop=None, feature_encoder=None)
     monkeypatch.setitem(BACKBONES, "OwnEncoder", row)
     model = Own()
-    with pytest.raises(ValueError, match="described as having ffn, and a Block .* has not. It has norm1, norm2, attn"):
+    with pytest.raises(
+        ValueError, match=r"described as having ffn, and a Block .* has not. It has norm1, norm2, attn"
+    ):
         get_peft_model(model, ELPConfig())
     assert type(model.encoder) is OwnEncoder
 

@@ -133,9 +133,12 @@ def test_layerdrop_is_off_while_l_is_active_and_said_once():
     assert model.unload().config.layerdrop == 0.9
 
 
-def test_a_layer_skipped_all_the_same_is_noticed():
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_a_layer_skipped_all_the_same_is_noticed(skipped, monkeypatch):
     model = get_peft_model(build("wav2vec2", "ForCTC"), ELPConfig(**ELP)).train()
-    model.config.layerdrop = 0.99
+    model.config.layerdrop = 0.5
+    draws = iter([float(layer != skipped) for layer in range(3)])
+    monkeypatch.setattr("torch.rand", lambda *size: torch.tensor(next(draws)))
     with pytest.raises(RuntimeError, match="layerdrop at 0"):
         model(waveforms()[0])
 
