@@ -8,8 +8,6 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
 
 def canonical(name: str) -> str:
     """The name that a module or tensor had before wrappers came around it."""

@@ -79,8 +79,8 @@ class ELPLayer(Wrapper, BaseTunerLayer):
         self.merged_adapters = []
 
     def place(self, container: str, adapter_name: str, adapter: nn.Module, inference_mode: bool) -> None:
-        """Put a new adapter into one of the `adapter_layer_names`, with the device and dtype of `base_layer`."""
-        getattr(self, container)[adapter_name] = adapter
+        """Put a new adapter into one of the `adapter_layer_names`, with device, dtype and mode of `base_layer`."""
+        getattr(self, container)[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -232,10 +232,14 @@ class ELPStack(ELPLayer):
         Their running statistics are not saved with an adapter, so a loaded one would not be the trained one.
         """
         super().train(mode)
-        for module in self.base_layer.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        for norm in self.frozen_norms():
+            norm.eval()
         return self
+
+    def frozen_norms(self) -> list[nn.Module]:
+        """The batch norms of the encoder."""
+        kind = nn.modules.batchnorm._BatchNorm
+        return [module for module in self.base_layer.modules() if isinstance(module, kind)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the encoder; what comes back has as many frames as it has without adapters.

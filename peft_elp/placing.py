@@ -125,7 +125,8 @@ def _unwrap_stack(model: nn.Module, stack: ELPStack) -> None:
     for index, layer in enumerate(stack.encoder_layers):
         if isinstance(layer, TappedLayer):
             stack.encoder_layers[index] = layer.base_layer
-    stack.base_layer.train(stack.training)
+    for norm in stack.frozen_norms():
+        norm.train(stack.training)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if hook in (trim_hidden_states, refuse_short_utterances)]:

@@ -381,6 +381,11 @@ def test_print_trainable_parameters_counts_the_adapter(capsys):
         count_parameters(model, "other")
 
 
+def test_a_model_in_evaluation_stays_so():
+    model = get_peft_model(build("wav2vec2", "ForXVector"), ELPConfig(e_dropout=0.5, l_dropout=0.5, **ELP))
+    assert not any(module.training for module in model.get_base_model().modules())
+
+
 def test_attributes_of_wrapped_parts_stay_in_reach():
     model = get_peft_model(build(), ELPConfig(**ELP)).get_base_model()
     encoder = model.wavlm.encoder
