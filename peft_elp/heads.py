@@ -127,7 +127,7 @@ def place_head(
             setattr(parent, name, wrapper)
         if path in replacements:
             wrapper.modules_to_save[adapter_name] = replacements[path]
-        wrapper.modules_to_save[adapter_name].train(wrapper.original_module.training)
+        wrapper.train(wrapper.original_module.training)
         if active:
             wrapper.set_adapter(adapter_name, inference_mode=inference_mode)
         else:

@@ -30,7 +30,6 @@ class Wrapper(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -55,6 +54,7 @@ class TappedLayer(Wrapper):
     def __init__(self, base_layer: nn.Module, index: int) -> None:
         super().__init__(base_layer)
         self.index = index
+        self.training = base_layer.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = current_call()

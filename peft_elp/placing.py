@@ -24,7 +24,7 @@ def wrap(layer: nn.Module, part: str, wrapper: Any, active_adapters: list[str]) 
         parent = parent.base_layer
     module = getattr(parent, name)
     if not isinstance(module, wrapper):
-        module = wrapper(module, active_adapters)
+        module = wrapper(module, active_adapters).train(module.training)
         setattr(parent, name, module)
     return module
 
@@ -36,7 +36,7 @@ def wrap_stack(model: nn.Module, parts: Parts, active_adapters: list[str]) -> EL
     module = getattr(parent, name) if name else model
     if isinstance(module, ELPStack):
         return module
-    stack = ELPStack(module, parts.family, active_adapters)
+    stack = ELPStack(module, parts.family, active_adapters).train(module.training)
     if name:  # else the model is its own stack, and whoever holds it takes the wrapper in its place
         setattr(parent, name, stack)
     for index, layer in enumerate(stack.encoder_layers):
