@@ -220,8 +220,9 @@ class TapSum:
         expected = len(self.adapter.taps)
         if sorted(self.seen) != list(range(expected)):
             raise RuntimeError(
-                f"An L-adapter with {expected} taps was given taps {self.seen} in one pass. A layer that is skipped "
-                "in training (LayerDrop) has no tap: leave the backbone's layerdrop at 0 while an L-adapter is active."
+                f"An L-adapter with {expected} taps was given taps {self.seen} in one pass: some layers did not run, "
+                "or not through the wrappers around them. A layer that is skipped in training (LayerDrop) has no tap: "
+                "leave the backbone's layerdrop at 0 while an L-adapter is active."
             )
 
     def result(self) -> Tensor:

@@ -278,6 +278,10 @@ HEAD_INPUTS: dict[str, str] = {
 }
 
 
+# Layers between an encoder and the decoder of a model that generates: made new where two pre-trained parts are joined.
+BRIDGES = ("enc_to_dec_proj",)
+
+
 def register_backbone(stack_class: str, backbone: Backbone) -> None:
     """Describe a speech encoder that ELP does not know, so that it can be adapted like any other.
 

@@ -210,7 +210,9 @@ _traced_call: StackCall | None = None
 
 def current_call() -> StackCall | None:
     """The call of an encoder stack that is under way in this thread, None outside of one."""
-    return _traced_call if torch.compiler.is_compiling() else _call.get()
+    # Where layers are compiled one by one, or the graph breaks, the stack itself runs untraced.
+    traced = _traced_call if torch.compiler.is_compiling() else None
+    return _call.get() if traced is None else traced
 
 
 @contextmanager
@@ -239,8 +241,8 @@ def trim_hidden_states(module: nn.Module, args: tuple[Any, ...], output: Any) ->
     """
     if isinstance(output, dict):
         for key, value in output.items():
-            if (trimmed := _trimmed(value)) is not value:
-                output[key] = trimmed
+            if isinstance(value, tuple):
+                output[key] = _trimmed(value)
         return output
     if isinstance(output, tuple):
         return tuple(_trimmed(value) for value in output)

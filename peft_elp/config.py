@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +121,8 @@ class ELPConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Modules trained whole and saved with the adapter. None: every module of the model outside its "
-            "base encoder (the head). A list: exactly that; full paths, or endings of paths as elsewhere in PEFT."
+            "base encoder (the head), but no decoder or language model. A list: exactly that; full paths, or endings "
+            "of paths as elsewhere in PEFT."
         },
     )
     target: str | None = field(
@@ -178,7 +179,7 @@ def _letters(value: Any) -> str:
 
 
 def _places(value: Any) -> tuple[str, ...]:
-    places = (value,) if isinstance(value, str) else tuple(value)
+    places = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if not places or set(places) - set(E_PLACES) or len(set(places)) < len(places):
         raise ValueError(
             f"e_after takes 'feed_forward', 'attention' or both, each at most once, got {value!r}. "
@@ -190,7 +191,7 @@ def _places(value: Any) -> tuple[str, ...]:
 def _layers(name: str, value: Any) -> list[int] | None:
     if value is None:
         return None
-    layers = [value] if isinstance(value, int) else list(value)
+    layers = list(value) if isinstance(value, Iterable) else [value]
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
         raise ValueError(f"{name} holds whole numbers, got {value!r}. Write for example {name}=[0, 1].")
     if any(layer < 0 for layer in layers):
@@ -213,7 +214,7 @@ def _whole(name: str, value: Any, least: int) -> None:
 
 def _number(name: str, value: Any, least: float, below: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < below:
-        upper = "any number" if below == float("inf") else f"less than {below:g}"
+        upper = "finite" if below == float("inf") else f"less than {below:g}"
         raise ValueError(f"{name} is at least {least:g} and {upper}, got {value!r}. Write for example {name}=0.1.")
 
 

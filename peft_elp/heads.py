@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
@@ -19,7 +20,7 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def find_head(model: nn.Module, encoder_path: str) -> list[str]:
+def find_head(model: nn.Module, encoder_path: str, is_encoder: Callable[[nn.Module], bool]) -> list[str]:
     """The modules outside the base encoder, by full path.
 
     Compares the model with its base encoder rather than knowing names: everything that lies beside the way from the
@@ -28,6 +29,7 @@ def find_head(model: nn.Module, encoder_path: str) -> list[str]:
     Args:
         model: The whole model.
         encoder_path: Where in it the base encoder is; empty if the model is the encoder.
+        is_encoder: Tells an encoder of speech. What holds another one is no head.
     """
     head: list[str] = []
     steps = encoder_path.split(".") if encoder_path else []
@@ -37,12 +39,16 @@ def find_head(model: nn.Module, encoder_path: str) -> list[str]:
         if bare:
             warnings.warn(
                 f"{', '.join(bare)} of {type(here).__name__} stay frozen and are not saved with the adapter: PEFT "
-                "trains modules, these are bare parameters. For a trained sum over layers use an L-adapter instead of "
-                "use_weighted_layer_sum.",
+                "trains modules, these are bare parameters. "
+                + (
+                    "For a trained sum over layers use an L-adapter instead of use_weighted_layer_sum."
+                    if "layer_weights" in bare
+                    else "To train them, put them into a module of their own."
+                ),
                 stacklevel=2,
             )
         for name, child in here.named_children():
-            if name != step:
+            if name != step and not any(is_encoder(module) for module in child.modules()):
                 head += _callable_parts(join(path, name), child)
         here, path = here.get_submodule(step), join(path, step)
     return head
@@ -132,6 +138,14 @@ def place_head(
             wrapper.set_adapter(adapter_name, inference_mode=inference_mode)
         else:
             wrapper.modules_to_save[adapter_name].requires_grad_(False)
+
+
+def remove_head_copies(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter's copies of the head out again."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            del wrapper.modules_to_save[adapter_name]
+            wrapper._adapters.discard(adapter_name)
 
 
 def remove_head(model: nn.Module, only_unused: bool = False) -> None:

@@ -179,7 +179,6 @@ class ELPStack(ELPLayer):
         self.elp_l = nn.ModuleDict()
         self.elp_p = nn.ModuleDict()
         self._layerdrop: float | None = None  # the backbone's own, while it is off
-        self._feature_encoder_grad: bool | None = None  # the backbone's own, while it is off
 
     @property
     def encoder_layers(self) -> nn.ModuleList:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -76,8 +77,8 @@ class ELPModel(BaseTuner):
                 f"{type(model).__name__} is an encoder stack itself, which has to be wrapped as a whole: adapters "
                 "that are injected into it would be passed by. Use get_peft_model(model, config)."
             )
-        existing = [layer for layer in model.modules() if isinstance(layer, ELPLayer)]
-        trainable_before = {p: p.requires_grad for p in model.parameters()} if existing else {}
+        first = not any(isinstance(layer, ELPLayer) for layer in model.modules())
+        trainable_before = {parameter: parameter.requires_grad for parameter in model.parameters()}
 
         self.peft_config[adapter_name] = plan.config
         try:
@@ -90,23 +91,24 @@ class ELPModel(BaseTuner):
                     f"{len(missing)} of {len(plan.expected())} adapters found no place: {', '.join(sorted(missing))}. "
                     "Are layers of this model shared? Name the layers to adapt with e_layers and l_layers."
                 )
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            self._mark_only_adapters_as_trainable(model)
+            place_head(
+                model,
+                plan.config.modules_to_save or [],
+                adapter_name,
+                active=adapter_name in self.active_adapters,
+                inference_mode=config.inference_mode,
+                replacements=new_head_input(model, plan),
+            )
         except BaseException:
             self.peft_config[adapter_name] = config
             self.model = remove_adapter(self.model, adapter_name)
+            _restore(trainable_before)
             raise
 
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        self._mark_only_adapters_as_trainable(model)
-        place_head(
-            model,
-            plan.config.modules_to_save or [],
-            adapter_name,
-            active=adapter_name in self.active_adapters,
-            inference_mode=config.inference_mode,
-            replacements=new_head_input(model, plan),
-        )
-        for parameter, requires_grad in trainable_before.items():
-            parameter.requires_grad_(requires_grad)
+        if not first:  # a further adapter leaves what others train as it was; the first one freezes the backbone
+            _restore(trainable_before)
         names = [canonical(name) for name, module in model.named_modules() if isinstance(module, ELPLayer)]
         self.targeted_module_names[:] = names
 
@@ -148,6 +150,16 @@ class ELPModel(BaseTuner):
         if not parts.stack_path:
             self.model = stack
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops the argument where a tuner has no such method, and all rows would run with the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: ELP cannot mix adapters within one batch yet. Split the "
+                "batch by adapter and call set_adapter(name) before each part."
+            )
+        yield
+
     def get_input_embeddings(self) -> nn.Module | None:
         """The embeddings of a text vocabulary, None for an encoder of speech.
 
@@ -179,6 +191,11 @@ class ELPModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # The saved name of a tensor must not depend on which other adapters wrap the same backbone.
         return canonical(re.sub(rf"(\.elp_[a-z]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key))
+
+
+def _restore(trainable: dict[nn.Parameter, bool]) -> None:
+    for parameter, requires_grad in trainable.items():
+        parameter.requires_grad_(requires_grad)
 
 
 def count_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:

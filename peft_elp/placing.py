@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .call import trim_hidden_states
 from .guards import refuse_short_utterances
-from .heads import canonical, join, original, remove_head
+from .heads import canonical, join, original, remove_head, remove_head_copies
 from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, TappedLayer, Wrapper
 from .plan import Parts, Plan
 
@@ -44,7 +44,7 @@ def wrap_stack(model: nn.Module, parts: Parts, active_adapters: list[str]) -> EL
     cnn: Any = attrgetter(parts.family.feature_encoder)(parts.encoder) if parts.family.feature_encoder else None
     if hasattr(cnn, "_requires_grad"):
         # Else the CNN, though frozen, would be recorded for a backward pass in every training step.
-        stack._feature_encoder_grad, cnn._requires_grad = cnn._requires_grad, False
+        cnn._elp_requires_grad, cnn._requires_grad = cnn._requires_grad, False
         parts.encoder.register_forward_pre_hook(refuse_short_utterances, with_kwargs=True)
     parts.encoder.register_forward_hook(trim_hidden_states)
     return stack
@@ -88,6 +88,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
         if isinstance(layer, ELPStack):
             layer.tapped_layers.pop(adapter_name, None)
             layer._switch_layerdrop()
+    remove_head_copies(model, adapter_name)
     remove_head(model, only_unused=True)
     return unwrap(model, only_unused=True)
 
@@ -102,13 +103,16 @@ def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
     Returns:
         The model, which is another object only if it was a wrapped stack itself.
     """
-    in_use = any(isinstance(layer, ELPLayer) and layer._get_available_adapters() for layer in model.modules())
-    keep_stack = only_unused and in_use  # the stack serves E-adapters too, which it does not hold itself
-    if isinstance(model, ELPStack) and not keep_stack:
+
+    def kept(stack: ELPStack) -> bool:  # it serves E-adapters too, which it does not hold itself
+        layers = [layer for layer in stack.modules() if isinstance(layer, ELPLayer)]
+        return only_unused and any(layer._get_available_adapters() for layer in layers)
+
+    if isinstance(model, ELPStack) and not kept(model):
         _unwrap_stack(model, model)
         model = model.base_layer
     for parent, name, child in _with_children(model):
-        if isinstance(child, ELPStack) and not keep_stack:
+        if isinstance(child, ELPStack) and not kept(child):
             _unwrap_stack(model, child)
             setattr(parent, name, child.base_layer)
     for parent, name, child in _with_children(model):
@@ -127,13 +131,20 @@ def _unwrap_stack(model: nn.Module, stack: ELPStack) -> None:
             stack.encoder_layers[index] = layer.base_layer
     for norm in stack.frozen_norms():
         norm.train(stack.training)
-    for module in model.modules():
+    for module in _around(model, stack):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if hook in (trim_hidden_states, refuse_short_utterances)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if stack._feature_encoder_grad is not None and "_requires_grad" in module.__dict__:
-            module.__dict__["_requires_grad"] = stack._feature_encoder_grad
+        for part in module.modules():
+            if "_elp_requires_grad" in part.__dict__:
+                part.__dict__["_requires_grad"] = part.__dict__.pop("_elp_requires_grad")
+
+
+def _around(model: nn.Module, stack: ELPStack) -> list[nn.Module]:
+    """The base encoder that one stack belongs to: whatever carries ELP's hooks and holds the stack."""
+    hooked = [m for m in model.modules() if trim_hidden_states in m._forward_hooks.values()]
+    return [module for module in hooked if any(part in (stack, stack.base_layer) for part in module.modules())]
 
 
 def new_head_input(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from operator import attrgetter
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbones import BACKBONES, REFUSED, Backbone, family, head_input
+from .backbones import BACKBONES, BRIDGES, REFUSED, Backbone, family, head_input
 from .config import ELPConfig
 from .heads import canonical, find_head, join, original, resolve
 from .layer import Wrapper
@@ -82,11 +82,17 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """
     taken = {part for name, _ in model.named_parameters() for part in canonical(name).split(".")}
     taken |= {"base_layer", "original_module", "modules_to_save", "base_model", "model", "taps", "down", "up", "norm"}
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"An adapter cannot be named {adapter_name!r}: PyTorch takes it for no name of a module. Use letters, "
+            "digits and underscores, such as the task's name."
+        )
     others = set(getattr(model, "peft_config", {})) - {adapter_name}
     if adapter_name in taken - others:
         raise ValueError(
-            f"An adapter cannot be named {adapter_name!r}, since a module of {type(model).__name__} or of ELP has "
-            "that name and PEFT tells tensors apart by it. Choose a name of its own, such as the task's."
+            f"An adapter cannot be named {adapter_name!r}, since a module of {type(model).__name__} or of ELP, or an "
+            "adapter of another method, has that name, and PEFT tells tensors apart by it. Choose a name of its own, "
+            "such as the task's."
         )
 
 
@@ -129,7 +135,7 @@ def find_parts(model: nn.Module, target: str | None = None) -> Parts:
     for step in stack_path.split(".") if stack_path else ():
         if isinstance(here, PreTrainedModel):
             encoder, encoder_path = here, path
-        here, path = getattr(here, step), join(path, step)
+        here, path = original(getattr(here, step)), join(path, step)
     if row.front_end_inside:
         encoder, encoder_path = stack, stack_path
     try:
@@ -137,14 +143,16 @@ def find_parts(model: nn.Module, target: str | None = None) -> Parts:
         if not isinstance(layers, nn.ModuleList):
             raise TypeError(f"{row.layers!r} is a {type(layers).__name__}, no list of layers")
         plain = [layer.base_layer if isinstance(layer, Wrapper) else layer for layer in layers]
-        if row.layerdrop:
-            attrgetter(row.layerdrop)(stack)
+        for holder, attribute in ((stack, row.layerdrop), (encoder, row.feature_encoder)):
+            if attribute:
+                attrgetter(attribute)(holder)
         width = next(plain[0].get_submodule(row.norms[0]).parameters())
     except (AttributeError, TypeError, IndexError, StopIteration) as error:
         raise ValueError(
             f"{type(stack).__name__} is described as keeping its layers in {row.layers!r} with norms {row.norms} and "
-            f"layerdrop={row.layerdrop!r}, and that does not fit this model ({error}). Update transformers, or "
-            "correct what register_backbone was told."
+            f"layerdrop={row.layerdrop!r}, and {type(encoder).__name__} as having feature_encoder="
+            f"{row.feature_encoder!r}; that does not fit this model ({error}). Update transformers, or correct what "
+            "register_backbone was told."
         ) from error
     return Parts(encoder, encoder_path, stack, stack_path, row, plain, width.shape[0])
 
@@ -206,7 +214,7 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
             raise ValueError(
                 f"{option}={layers} names {beyond}, and {name} has {depth} layers: 0 to {depth - 1}, counted from 0."
             )
-    _check_family(plan, name)
+    _check_family(plan)
     if "L" in config.adapters:
         configs = [getattr(module, "config", None) for module in (model, parts.encoder)]
         if any(getattr(known, "use_weighted_layer_sum", False) for known in configs):
@@ -242,15 +250,30 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
             "leave E out of adapters."
         )
     if config.modules_to_save is None:
-        config.modules_to_save = [] if _generates(model) else find_head(model, parts.encoder_path)
+        generates = _generates(model)
+        config.modules_to_save = (
+            [name for name in BRIDGES if hasattr(model, name)] if generates else _head(model, parts)
+        )
+        if getattr(getattr(parts.encoder, "config", None), "add_adapter", False):
+            convolutions = join(parts.encoder_path, "adapter")
+            warnings.warn(
+                f"config.add_adapter=True: the backbone's convolutions after the encoder, {convolutions!r}, stay "
+                "frozen. If they are not pre-trained, train them too: modules_to_save="
+                f"{[*config.modules_to_save, convolutions]}.",
+                stacklevel=2,
+            )
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about parameters of a head that the user did not ask for
-            head = find_head(model, parts.encoder_path)
+            head = _head(model, parts)
         config.modules_to_save = resolve(model, config.modules_to_save, parts.stack_path, head)
     if "L" in config.adapters:
         _resolve_l_output(model, plan)
     return plan
+
+
+def _head(model: nn.Module, parts: Parts) -> list[str]:
+    return find_head(model, parts.encoder_path, lambda module: family(type(module)) is not None)
 
 
 def _has(layer: nn.Module, part: str) -> bool:
@@ -266,7 +289,7 @@ def _generates(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) and model.can_generate() and head_input(type(model)) is None
 
 
-def _check_family(plan: Plan, model_name: str) -> None:
+def _check_family(plan: Plan) -> None:
     """Refuse adapters that the family has no sound place for."""
     config, row = plan.config, plan.parts.family
     stack = type(plan.parts.stack.base_layer if isinstance(plan.parts.stack, Wrapper) else plan.parts.stack).__name__

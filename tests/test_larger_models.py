@@ -78,8 +78,10 @@ def test_the_speech_tower_of_an_encoder_decoder_is_adapted_and_the_decoder_left_
     inputs = FAMILIES["wav2vec2-conformer"].inputs
     model(**inputs, labels=torch.tensor([[4, 5, 6], [7, 8, 9]])).loss.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (".elp_" in name), name
+        # What was made new to join the two parts trains as well.
+        assert parameter.requires_grad == (".elp_" in name or "enc_to_dec_proj.modules_to_save" in name), name
         assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert model.peft_config["default"].modules_to_save == ["enc_to_dec_proj"]
 
 
 class TwoTowers(nn.Module):
@@ -100,6 +102,21 @@ def test_one_of_two_towers_is_named(target):
     assert all(".right.encoder." in name for name in trained)
     with pytest.raises(ValueError, match=r"several speech encoders: .*ELPConfig\(target="):
         get_peft_model(TwoTowers(), ELPConfig(**ELP))
+
+
+def test_each_of_two_towers_gets_an_adapter_of_its_own():
+    base = TwoTowers()
+    base.left.feature_extractor._requires_grad = False
+    modules = [(name, type(module)) for name, module in base.named_modules()]
+    model = get_peft_model(base, ELPConfig(target="left.encoder", **ELP))
+    assert model.peft_config["default"].modules_to_save == []
+    model.add_adapter("other", ELPConfig(target="right.encoder", **ELP))
+    model.set_adapter("other")
+    assert all(".right." in name for name, p in model.named_parameters() if p.requires_grad)
+    unloaded = model.unload()
+    assert [(name, type(module)) for name, module in unloaded.named_modules()] == modules
+    assert not unloaded.left.feature_extractor._requires_grad
+    assert unloaded.right.feature_extractor._requires_grad
 
 
 def whisper():

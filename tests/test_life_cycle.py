@@ -77,6 +77,8 @@ class Two(nn.Module):
         (build, {"exclude_modules": r".*feed_forward"}, "No E-adapter would be placed"),
         (build, {"adapter_name": "encoder"}, "cannot be named 'encoder'"),
         (build, {"adapter_name": "weight"}, "cannot be named 'weight'"),
+        (build, {"adapter_name": "a.b"}, "cannot be named 'a.b': PyTorch takes it for no name"),
+        (build, {"adapter_name": "keys"}, "cannot be named 'keys': PyTorch takes it for no name"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_and_leaves_the_model_as_it_was(make, options, message):
@@ -98,6 +100,34 @@ def test_adapters_that_found_no_place_are_named_and_the_rest_is_taken_back():
     with pytest.raises(RuntimeError, match=r"adapters found no place: .*E at hubert.encoder.layers.1.feed_forward"):
         get_peft_model(model, ELPConfig(**ELP))
     assert_untouched(model, before)
+
+
+def test_a_head_that_cannot_be_copied_leaves_the_model_as_it_was():
+    class Uncopied(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no copies of this head")
+
+    model = build("hubert", "ForCTC")
+    model.lm_head = Uncopied(24, 9)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="no copies of this head"):
+        get_peft_model(model, ELPConfig(**ELP))
+    assert_untouched(model, before)
+
+
+def test_a_mixed_batch_is_refused():
+    model = get_peft_model(build(), ELPConfig(**ELP))
+    with pytest.raises(ValueError, match=r"cannot mix adapters within one batch yet.*set_adapter\(name\)"):
+        model(waveforms()[0], adapter_names=["default", "__base__", "default"])
+
+
+def test_the_backbones_own_convolutions_after_the_encoder_are_named_when_they_stay_frozen():
+    options = {"add_adapter": True, "output_hidden_size": 24, "num_adapter_layers": 1}
+    with pytest.warns(
+        UserWarning, match=r"'wav2vec2.adapter', stay frozen.*modules_to_save=\['lm_head', 'wav2vec2.adapter'\]"
+    ):
+        model = get_peft_model(build("wav2vec2", "ForCTC", **options), ELPConfig(**ELP))
+    assert model.peft_config["default"].l_output == "project"
 
 
 def test_a_second_adapter_that_does_not_fit_leaves_the_first_alone():
