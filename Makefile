@@ -19,7 +19,7 @@ types: .venv/ready-dev
 	$(BIN)/pyright
 
 docs: .venv/ready-dev
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv site

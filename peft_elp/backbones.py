@@ -253,6 +253,8 @@ BACKBONES: dict[str, Backbone] = {
 }
 
 _NO_GRADIENT = "it runs its encoder of speech without gradients, so that nothing in there could be trained"
+_OVER_CODES = "it decodes over the codes of a codec and has no encoder of speech"
+_SPEAKS = "it speaks: what it encodes is text"
 # Models and encoders of audio that ELP cannot adapt, by the class that gives them away, and why.
 REFUSED: dict[str, str] = {
     "XcodecModel": _NO_GRADIENT,
@@ -265,7 +267,12 @@ REFUSED: dict[str, str] = {
     "EncodecEncoder": "EnCodec is a codec of convolutions and an LSTM, without encoder layers",
     "DacEncoder": "DAC is a codec of convolutions, without encoder layers",
     "MimiEncoder": "Mimi's quantiser lets no gradient through to its encoder",
-    "VitsTextEncoder": "VITS speaks; it has no encoder of speech",
+    "KyutaiSpeechToTextModel": _OVER_CODES,
+    "MoshiModel": _OVER_CODES,
+    "BarkModel": _SPEAKS,
+    "DiaEncoder": _SPEAKS,
+    "FastSpeech2ConformerModel": _SPEAKS,
+    "VitsTextEncoder": _SPEAKS,
 }
 
 # The first linear layer of each head that reads the encoder's output frame by frame, by the end of its class name.

@@ -252,7 +252,7 @@ def test_a_description_that_does_not_fit_is_named(monkeypatch):
                     upsample_initial_channel=16, flow_size=16, spectrogram_bins=9,
                 )
             ),
-            "VITS speaks",
+            "it speaks: what it encodes is text .found at text_encoder",
         ),
     ],
 )  # fmt: skip
