@@ -7,7 +7,7 @@ are traced, without code generation.
 import torch
 from backbones import ELP, build, result, shaken, waveforms
 from families import FAMILIES
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from peft_elp import ELPConfig
 
@@ -21,6 +21,18 @@ def case(name):
 def output(model, inputs):
     with torch.no_grad():
         return result(model(**inputs))
+
+
+def lora_compiles_into_one_graph():
+    """Whether PEFT's own wrapper does, which older versions of PyTorch cannot trace."""
+    torch.compiler.reset()
+    base, inputs = case("wav2vec2")
+    model = get_peft_model(base, LoraConfig(target_modules=["output_dense"]))
+    try:
+        output(torch.compile(model, backend="eager", fullgraph=True), inputs)
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
 
 
 def check(name, adapters, how):
@@ -39,7 +51,11 @@ def check(name, adapters, how):
 
 
 if __name__ == "__main__":
+    possible = lora_compiles_into_one_graph()
     for adapters in ("EL", "P"):
-        check("wav2vec2", adapters, "one graph")
+        if possible:
+            check("wav2vec2", adapters, "one graph")
+        else:
+            print("left out: one graph")  # noqa: T201 (what the test counts)
         check("wav2vec2", adapters, "layer by layer")
         check("whisper-classification", adapters, "layer by layer")
