@@ -76,6 +76,20 @@ def test_every_adapter_gets_a_gradient_and_nothing_else_does(name, attention):
 
 
 @CASES
+def test_attention_implementations_agree(name):
+    family = FAMILIES[name]
+    if not all(m._supports_sdpa for m in family.model().modules() if isinstance(m, PreTrainedModel)):
+        pytest.skip("eager only, in Transformers")
+    eager, sdpa = (
+        encoded(outputs(shaken(adapted(name, attention=attention)), family.inputs)) for attention in ("eager", "sdpa")
+    )
+    mask = family.inputs.get("attention_mask")
+    # Frames of padding see nothing or anything, as the implementation has it; only those of the longest are compared.
+    longest = slice(None) if mask is None or eager.dim() < 3 else slice(0, 1)
+    torch.testing.assert_close(sdpa[longest], eager[longest], atol=1e-4, rtol=1e-4)
+
+
+@CASES
 def test_shapes_are_those_without_adapters(name):
     family = FAMILIES[name]
     before = outputs(family.model(), family.inputs, output_hidden_states=True)
