@@ -43,7 +43,8 @@ class ELPConfig(PeftConfig):
             belong to the adapter.
         init_weights: True: the paper's near-identity. False: PyTorch's default.
         init_std: Standard deviation of the linear weights where `init_weights` is True.
-        modules_to_save: None: every module of the model outside its base encoder. A list: exactly that.
+        modules_to_save: None: every module of the model outside its base encoder, but no decoder or language model. A
+            list: exactly that.
         target: Which speech encoder, where the model holds several: its path or the name of its class.
         exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
 

@@ -169,7 +169,7 @@ def _named(stacks: dict[str, tuple[nn.Module, Backbone]]) -> str:
 
 def _why_none(model: nn.Module) -> str:
     """The end of the error about a model without a known encoder: the reason, or how to describe the encoder."""
-    for name, module in model.named_modules():  # of the model itself or of any part
+    for name, module in model.named_modules():
         reason = REFUSED.get(type(module).__name__)
         if reason:
             return f": {reason} (found at {name or 'the model itself'})."

@@ -70,6 +70,15 @@ TOWER_OF_WHISPER = {
     for key, value in WHISPER.items()
     if key.startswith(("d_model", "encoder", "num_mel", "max_source", "drop"))
 }
+SUBSAMPLED = {
+    "num_mel_bins": 16,
+    "subsampling_conv_channels": 8,
+    "layerdrop": 0.0,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "dropout_positions": 0.0,
+}
 TOWER = WIDTH | {"num_mel_bins": 8, "max_source_positions": 20}
 
 
@@ -225,9 +234,7 @@ FAMILIES: dict[str, Family] = {
             t.ParakeetCTCConfig(
                 vocab_size=9,
                 pad_token_id=0,
-                encoder_config=WIDTH
-                | {"num_mel_bins": 16, "subsampling_conv_channels": 8, "layerdrop": 0.0, "dropout": 0.0,
-                   "attention_dropout": 0.0, "activation_dropout": 0.0, "dropout_positions": 0.0},
+                encoder_config=WIDTH | SUBSAMPLED,
             )
         ),
         features(16, 64, True, (64, 40)),
@@ -237,9 +244,7 @@ FAMILIES: dict[str, Family] = {
             t.LasrCTCConfig(
                 vocab_size=9,
                 pad_token_id=0,
-                encoder_config=WIDTH
-                | {"num_mel_bins": 16, "subsampling_conv_channels": 8, "layerdrop": 0.0, "dropout": 0.0,
-                   "attention_dropout": 0.0, "activation_dropout": 0.0, "dropout_positions": 0.0},
+                encoder_config=WIDTH | SUBSAMPLED,
             )
         ),
         features(16, 64, True, (64, 40)),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
+import soundfile
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--num_commands", "2", "--num_voices", "2", "--num_pretraining_words", "6", "--pretraining_steps", "2"]
@@ -21,8 +21,6 @@ def run(*arguments, code=0):
 
 
 def test_spoken_commands_trains_saves_and_classifies_in_another_process(tmp_path):
-    soundfile = pytest.importorskip("soundfile")
-    pytest.importorskip("espeakng_loader")
     said = run(*SHORT, "--max_steps", "2", "--output_dir", str(tmp_path))
     assert re.search(r"Trained: [\d,]+ parameters \(E [\d,]+, L [\d,]+, P [\d,]+", said)
     assert re.search(r"head alone\s+[\d.]+%\nELP-adapters\s+[\d.]+%", said)
