@@ -106,7 +106,7 @@ class Head(ModulesToSaveWrapper):
         parts: list[tuple[Tensor, Tensor]] = []
         for name in dict.fromkeys(route.names):
             rows = route.rows(name, x, axes=2)
-            module = copies.get(name, self.original_module)
+            module: Any = copies.get(name, self.original_module)
             # Features of another width than its own came padded to the widest.
             own = x[rows, ..., : module.in_features] if isinstance(module, nn.Linear) else x[rows]
             part = module(own, *(y[rows] if isinstance(y, Tensor) else y for y in others), **kwargs)

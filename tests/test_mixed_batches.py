@@ -8,7 +8,6 @@ from peft import get_peft_model
 from test_families import TOWERS, encoded
 
 from peft_elp import ELPConfig
-from peft_elp.backbones import BACKBONES
 
 FAMILIES = FAMILIES | TOWERS
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
