@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError
 
 from .adapters import ACTIVATIONS
 
@@ -166,6 +169,38 @@ class ELPConfig(PeftConfig):
             )
         if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
             self.exclude_modules = sorted(self.exclude_modules)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Load the configuration of a saved adapter, and see that the weights beside it can be read.
+
+        PEFT puts the adapter and its head into the model before it fetches the weights, and leaves them there,
+        untrained, where that breaks. So the weights are fetched first: they are in the cache when PEFT wants them.
+
+        Args:
+            pretrained_model_name_or_path: A folder, which may hold a configuration alone, or a repository on the Hub.
+            subfolder: The folder inside of it.
+            **kwargs: What `huggingface_hub.hf_hub_download` takes, such as `token` and `revision`.
+
+        Raises:
+            ValueError: The configuration or the weights are not there, or the weights are broken.
+            OSError: The download broke. Errors of the Hub are passed on as they are.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir() and not any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            return config
+        hub_options, *_ = cls._split_kwargs(kwargs)
+        try:
+            load_peft_weights(pretrained_model_name_or_path, device="cpu", subfolder=subfolder, **hub_options)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of the adapter '{folder}' are broken or cut short ({error}). From the Hub, fetch them "
+                "again with force_download=True; in a folder, save them again."
+            ) from error
+        return config
 
 
 def _letters(value: Any) -> str:
