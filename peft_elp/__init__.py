@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .backbones import Backbone, register_backbone
 from .config import ELPConfig
-from .model import ELPModel, count_parameters
+from .model import ELPModel
+from .parts import count_parameters
 from .registry import register
 
 try:
