@@ -12,6 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 
 from .adapters import ACTIVATIONS
+from .published import SETTINGS
 
 LETTERS = "ELP"
 E_PLACES = ("feed_forward", "attention")
@@ -201,6 +202,29 @@ class ELPConfig(PeftConfig):
                 "again with force_download=True; in a folder, save them again."
             ) from error
         return config
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ELPConfig:
+        """The configuration of a published setting.
+
+        Args:
+            name: "e+l": the proposal of [arXiv:2212.02780](https://arxiv.org/abs/2212.02780), E after the feed-forward
+                module of all layers but the last, and L. "conventional": what it compares with, E after attention and
+                feed-forward in all layers. "e-only": E in all layers. "l-only": L, with trained layer norms (which the
+                published count of its parameters leaves out). "e+l+p": all three adapters, as in
+                [arXiv:2407.21066](https://arxiv.org/abs/2407.21066); what it leaves open of P has our defaults.
+            overrides: Fields to set differently. The published code has `e_activation="relu", l_activation="relu"` for
+                speaker verification and emotion recognition.
+
+        Raises:
+            ValueError: The name is unknown, or the value of a field is out of its range.
+
+        Example:
+            >>> ELPConfig.preset("conventional").e_after
+            ('feed_forward', 'attention')
+        """
+        _one_of("The name of a preset", name, list(SETTINGS))
+        return cls(**{**SETTINGS[name], **overrides})
 
 
 def _letters(value: Any) -> str:

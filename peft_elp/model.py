@@ -216,28 +216,3 @@ class ELPModel(BaseTuner):
 def _restore(trainable: dict[nn.Parameter, bool]) -> None:
     for parameter, requires_grad in trainable.items():
         parameter.requires_grad_(requires_grad)
-
-
-def count_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
-    """How many parameters an adapter holds, by part.
-
-    Args:
-        model: A model with ELP-adapters, as `get_peft_model` returns it.
-        adapter_name: The adapter to count.
-
-    Returns:
-        Numbers under "E", "L" (with its layer weights), "P", "layer norms" and "head".
-
-    Raises:
-        ValueError: The model has no adapter of that name.
-    """
-    peft_config = getattr(model, "peft_config", {})
-    if adapter_name not in peft_config:
-        raise ValueError(f"No adapter named {adapter_name!r}; the model has {sorted(peft_config) or 'none'}.")
-    containers = {"elp_e": "E", "elp_l": "L", "elp_p": "P", "elp_norm": "layer norms", "modules_to_save": "head"}
-    counts: dict[str, int] = dict.fromkeys(containers.values(), 0)
-    for name, parameter in model.named_parameters():
-        for container, part in containers.items():
-            if f".{container}.{adapter_name}." in name:
-                counts[part] += parameter.numel()
-    return counts
