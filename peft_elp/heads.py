@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
@@ -94,8 +94,22 @@ class Head(ModulesToSaveWrapper):
     """A module of the head with a copy for each adapter, which also serves batches that mix adapters.
 
     PEFT's own wrapper mixes linear and convolutional layers only, and asks whether the active adapter has a copy where
-    it has to ask for each one of the batch.
+    it has to ask for each one of the batch. And it freezes the copy that was active, where another may be trainable.
     """
+
+    _trainable: Set[str] = frozenset()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        for name in self._trainable:
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(False)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._trainable = frozenset() if inference_mode else frozenset(self.active_adapters)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        if requires_grad:
+            self._trainable |= {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         route = None if self.disable_adapters else current_route.get()

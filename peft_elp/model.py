@@ -16,7 +16,7 @@ from torch import nn
 
 from .adapters import EAdapter, LAdapter, PAdapter
 from .config import ELPConfig
-from .heads import canonical, place_head, remove_head
+from .heads import Head, canonical, place_head, remove_head
 from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer
 from .placing import new_head_input, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
@@ -49,6 +49,7 @@ class ELPModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         # PEFT's inject_adapter_in_model passes a bare config; whoever calls it goes on with the model that it passed.
         self._direct = isinstance(peft_config, PeftConfig)
+        self._switched: tuple[list[Head], list[ELPLayer]] | None = None
         super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
@@ -68,6 +69,7 @@ class ELPModel(BaseTuner):
             ValueError: The configuration does not fit the model. Nothing is changed then.
             RuntimeError: An adapter that the plan holds was not found after placing. The adapter is removed again.
         """
+        self._switched = None
         config = self.peft_config[adapter_name]
         assert isinstance(config, ELPConfig)
         self._check_new_adapter_config(config)
@@ -78,8 +80,9 @@ class ELPModel(BaseTuner):
                 f"{type(model).__name__} is an encoder stack itself, which has to be wrapped as a whole: adapters "
                 "that are injected into it would be passed by. Use get_peft_model(model, config)."
             )
-        first = not any(isinstance(layer, ELPLayer) for layer in model.modules())
+        layers = [layer for layer in model.modules() if isinstance(layer, (ELPLayer, Head))]
         trainable_before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        names_before = [layer._trainable for layer in layers]
 
         self.peft_config[adapter_name] = plan.config
         try:
@@ -108,8 +111,10 @@ class ELPModel(BaseTuner):
             _restore(trainable_before)
             raise
 
-        if not first:  # a further adapter leaves what others train as it was; the first one freezes the backbone
+        if layers:  # a further adapter leaves what others train as it was; the first one freezes the backbone
             _restore(trainable_before)
+            for layer, names in zip(layers, names_before, strict=True):
+                layer._trainable = layer._trainable | names
         names = [canonical(name) for name, module in model.named_modules() if isinstance(module, ELPLayer)]
         self.targeted_module_names[:] = names
 
@@ -180,6 +185,35 @@ class ELPModel(BaseTuner):
         with current_route.set(Route(names, max(1, *(number or 1 for number in repeats)))):
             yield
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one, and the only trainable one unless `inference_mode` is set.
+
+        PEFT searches the whole model for what has to be switched. This searches once.
+
+        Args:
+            adapter_name: Its name. Or several: E-adapters then run one after the other and pseudo features join one
+                another; of L-adapters, trained layer norms and heads only one can be active.
+            inference_mode: Leave it frozen.
+        """
+        if self._switched is None:
+            modules = list(self.model.modules())
+            self._switched = (
+                [module for module in modules if isinstance(module, Head)],
+                [module for module in modules if isinstance(module, ELPLayer)],
+            )
+        heads, layers = self._switched
+        for head in heads:
+            name = head.check_set_adapter(adapter_name)
+            head.set_adapter([name] if name in head._adapters else [], inference_mode=inference_mode)
+        for layer in layers:
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out of the model, its head included."""
+        super().delete_adapter(adapter_name)
+        self._switched = None
+
     def get_input_embeddings(self) -> nn.Module | None:
         """The embeddings of a text vocabulary, None for an encoder of speech.
 
@@ -203,6 +237,7 @@ class ELPModel(BaseTuner):
             self._check_merge_allowed()
         self.model = unwrap(self.model)
         remove_head(self.model)
+        self._switched = None
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

@@ -363,6 +363,29 @@ def test_a_second_adapter_loads_beside_the_first(tmp_path):
     assert torch.equal(logits(model), logits(e_only))
 
 
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_only_the_active_adapter_is_trainable_however_it_came_there(inference_mode, tmp_path):
+    model = get_peft_model(build("wavlm", "ForCTC"), ELPConfig(**ELP), adapter_name="one")
+    model.save_pretrained(tmp_path)
+    model.add_adapter("two", ELPConfig(adapters="E", e_dim=4))
+    model.load_adapter(tmp_path / "one", "three")
+    model.load_adapter(tmp_path / "one", "four", is_trainable=True)
+    assert {name.split(".")[-3] for name in trainable(model) if "elp_e" in name} == {"one", "four"}
+    for name in ("two", "three", "one", "four", "two"):
+        model.set_adapter(name, inference_mode=inference_mode)
+        expected = set() if inference_mode else {n for n, _ in model.named_parameters() if f".{name}." in n}
+        assert trainable(model) == expected
+    with model.disable_adapter():
+        assert not trainable(model)
+    model.set_adapter("three")
+    model.delete_adapter("two")
+    assert trainable(model) == {n for n, _ in model.named_parameters() if ".three." in n}
+
+
 # Switching off and unloading ----------------------------------------------------------------------------------------
 
 
