@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-collect_ignore = ["backbones.py", "families.py", "families_towers.py", "compiled.py"]  # models and inputs, no tests
+# Models, inputs and programs, no tests.
+collect_ignore = ["accelerated.py", "backbones.py", "compiled.py", "families.py", "families_towers.py"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
