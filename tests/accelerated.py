@@ -1,7 +1,7 @@
 """Training in one process or in several: `accelerate launch ... tests/accelerated.py <folder>`.
 
-Run by test_accelerate.py. What every check found is written to `<folder>/<process>.pt`. The tests run the same functions
-in one process, on batches as large as those of all processes together.
+Run by test_accelerate.py. What every check found is written to `<folder>/<process>.pt`. The tests run the same
+functions in one process, on batches as large as those of all processes together.
 """
 
 import sys

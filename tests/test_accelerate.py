@@ -6,6 +6,7 @@ The processes are started once, and do everything that `accelerated.py` lists.
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import accelerated
@@ -25,22 +26,26 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
+def started(launcher, script, folder):
+    """Run one of the programs in two processes."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # --multi_gpu is what starts several processes on one machine; `Accelerator(cpu=True)` keeps them off any GPU.
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
-    plain = "--mixed_precision no --dynamo_backend no"
     run = subprocess.run(
-        [sys.executable, *launch.split(), *plain.split(), str(tests / "accelerated.py"), str(folder)],
+        [sys.executable, "-m", *launcher.split(), str(tests / script), str(folder)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )
     assert run.returncode == 0, run.stderr[-5000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    # --multi_gpu is what starts several processes on one machine; `Accelerator(cpu=True)` keeps them off any GPU.
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    started(f"{launch} --mixed_precision no --dynamo_backend no", "accelerated.py", folder)
     return folder
 
 
@@ -126,6 +131,18 @@ def test_trainer_in_two_processes_saves_the_adapter_of_one(found, folder, tmp_pa
         assert saved.keys() == adapter.keys()
         for name, tensor in adapter.items():
             torch.testing.assert_close(saved[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed_gives_the_same_losses_and_the_same_file(tmp_path):
+    started("torch.distributed.run --standalone --nproc_per_node 2", "zero.py", tmp_path)
+    expected = accelerated.trained(Accelerator(cpu=True), accelerated.adapted("ELP"))
+    for stage in (2, 3):
+        adapter = load_file(tmp_path / f"stage-{stage}" / "adapter_model.safetensors")
+        for process in range(2):
+            losses = torch.load(tmp_path / f"{process}.pt", weights_only=True)[stage]
+            assert_same_training((losses, adapter), expected)
 
 
 def test_adapters_are_saved_whole_from_inside_wrappers_of_torch():
