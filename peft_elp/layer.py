@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence, Set
 from copy import deepcopy
 from functools import partial
@@ -258,18 +259,39 @@ class ELPStack(ELPLayer):
         path, _, name = self.family.layerdrop.rpartition(".")
         return self._attribute(path) if path else self.base_layer, name
 
-    def _switch_layerdrop(self) -> None:
+    def _switch_layerdrop(self, off: bool = False) -> None:
         # A skipped layer has no tap. Off while an L-adapter is active, as the backbone has it otherwise.
         holder, name = self._layerdrop_at()
         if not name:
             return
-        if self.running(self.elp_l):
+        if off or self.running(self.elp_l):
             if self._layerdrop is None:
                 self._layerdrop = getattr(holder, name)
                 setattr(holder, name, 0.0)
         elif self._layerdrop is not None:
             setattr(holder, name, self._layerdrop)
             self._layerdrop = None
+
+    def _runs_in_layers(self) -> bool:
+        """Whether an active adapter has parameters inside of the encoder layers."""
+        parts = [module for module in self.modules() if isinstance(module, (ELPSublayer, ELPNorm))]
+        return any(self.running(getattr(part, name)) for part in parts for name in part.adapter_layer_names)
+
+    def _keep_processes_in_step(self) -> None:
+        """Switch LayerDrop off where several processes train the layers: each waits for the gradients of all of them.
+
+        Here rather than in `set_adapter`, since processes may be joined after the adapters are placed.
+        """
+        if not (self.training and self.layerdrop > 0 and self._layerdrop is None):
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and self._runs_in_layers():
+            warnings.warn(
+                f"LayerDrop ({self.family.layerdrop}={self.layerdrop}) is off while adapters inside the encoder "
+                "layers are trained by several processes: in a skipped layer they have no gradient, and "
+                "DistributedDataParallel waits for one. unload() restores it.",
+                stacklevel=3,
+            )
+            self._switch_layerdrop(off=True)
 
     def train(self, mode: bool = True) -> ELPStack:
         """Set the mode of training; batch norms of the frozen encoder stay in evaluation.
@@ -292,6 +314,7 @@ class ELPStack(ELPLayer):
         Takes what the encoder takes. Where the front end is outside: `hidden_states`, `(batch, frames, hidden)`,
         `attention_mask`, `(batch, frames)` or None, and whatever the stack forwards to its layers.
         """
+        self._keep_processes_in_step()
         call = StackCall(needs_gradient=self._loses_gradients(), copy_taps=self.family.tap_in_place)
         route = None if self.disable_adapters else current_route.get()
         args, kwargs = self._with_pseudo_features(call, route, args, kwargs)

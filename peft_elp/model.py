@@ -243,6 +243,20 @@ class ELPModel(BaseTuner):
         return self.model
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # PEFT looks tensors up by the paths of their modules. PyTorch's wrappers around layers (FSDP1, activation
+        # checkpointing) put a step into these that a state dict lacks: what is inside would be left out of the file.
+        own = re.compile(rf"\.elp_[a-z]+\.{re.escape(adapter_name)}\.")
+        return {key: tensor for key, tensor in state_dict.items() if own.search(key)}
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # The saved name of a tensor must not depend on which other adapters wrap the same backbone.
         return canonical(re.sub(rf"(\.elp_[a-z]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key))
