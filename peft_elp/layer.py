@@ -76,6 +76,7 @@ class ELPLayer(Wrapper, BaseTunerLayer):
         super().__init__(base_layer)
         self._active_adapter = list(active_adapters)
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # which PEFT's disable_input_dtype_casting switches
         self.merged_adapters = []
 
     def place(self, container: str, adapter_name: str, adapter: nn.Module, inference_mode: bool) -> None:
