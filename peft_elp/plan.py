@@ -281,8 +281,8 @@ def _refuse_quantised(model: nn.Module, head: list[str]) -> None:
             if not parameter.dtype.is_floating_point or type(parameter).__module__.startswith("torchao"):
                 raise ValueError(
                     f"{join(path, name)!r} is quantised ({type(parameter).__name__}, {parameter.dtype}), and the head "
-                    f"is trained. Load the model with its head as it is: BitsAndBytesConfig(llm_int8_skip_modules="
-                    f"{head}) or TorchAoConfig(..., modules_to_not_convert={head})."
+                    "is trained. Quantise the encoder alone: load the model with BitsAndBytesConfig("
+                    f"llm_int8_skip_modules={head}, ...), or call torchao's quantize_ on its base_model."
                 )
 
 

@@ -3,7 +3,16 @@ import os
 import pytest
 import torch
 
-collect_ignore = ["backbones.py", "families.py", "families_towers.py", "compiled.py"]  # models and inputs, no tests
+# Models, inputs and what is run on them, no tests.
+collect_ignore = [
+    "backbones.py",
+    "families.py",
+    "families_towers.py",
+    "compiled.py",
+    "conformance.py",
+    "count_conformance.py",
+]
+pytest.register_assert_rewrite("conformance")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

@@ -7,6 +7,7 @@ import torch
 from backbones import ELP, build, result, shaken, waveforms
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
+from transformers import AutoModelForAudioClassification, BitsAndBytesConfig
 
 from peft_elp import ELPConfig
 
@@ -154,6 +155,28 @@ def test_a_backbone_prepared_for_quantised_training_takes_adapters(way):
     base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(base, ELPConfig(**ELP))
     assert step(model, torch.float32) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@quiet
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_transformers_quantises_while_loading_takes_adapters(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build("hubert", "ForSequenceClassification", **WIDE).save_pretrained(tmp_path / "base")
+    head = ["projector", "classifier"]
+
+    def load():
+        config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=head)
+        base = AutoModelForAudioClassification.from_pretrained(
+            tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32
+        )
+        return prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    model = get_peft_model(load(), ELPConfig(**ELP))
+    own = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert step(model, torch.float32) == own
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(answer(PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()), answer(model))
 
 
 @quiet
