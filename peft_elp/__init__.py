@@ -8,7 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .backbones import Backbone, register_backbone
 from .config import ELPConfig
-from .model import ELPModel, count_parameters
+from .model import ELPModel
+from .optim import create_optimizer, get_epochwise_schedule, parameter_groups
+from .parts import count_parameters
+from .published import published_factors, published_rates
 from .registry import register
 
 try:
@@ -18,4 +21,16 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
 
 register(ELPConfig, ELPModel)
 
-__all__ = ["Backbone", "ELPConfig", "ELPModel", "__version__", "count_parameters", "register_backbone"]
+__all__ = [
+    "Backbone",
+    "ELPConfig",
+    "ELPModel",
+    "__version__",
+    "count_parameters",
+    "create_optimizer",
+    "get_epochwise_schedule",
+    "parameter_groups",
+    "published_factors",
+    "published_rates",
+    "register_backbone",
+]

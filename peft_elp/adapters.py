@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .shapes import (
@@ -312,28 +312,74 @@ class PAdapter(nn.Module):
         if mask is None:
             return joined, None, RealFrames(frames + padding + length, None, 0, frames)
         mask = nn.functional.pad(mask, (0, padding))
-        source, real, _ = after_last_valid(mask, length, squeeze)
+        source, real, _ = places(end_of(mask, squeeze), frames + padding, length, length)
         joined = joined.gather(1, source.unsqueeze(-1).expand_as(joined))
         joined_mask = torch.cat([mask, mask.new_ones(batch, length)], dim=1).gather(1, source)
         return joined, joined_mask, RealFrames(joined.shape[1], real[:, :frames], 0, frames)
 
 
-def after_last_valid(
-    mask: FrameMask, length: int, squeeze: int = 1
-) -> tuple[JoinedIndex, FrameIndex, Int[Tensor, "batch rows"]]:
-    """Indices that move `length` rows from the end of a batch to behind each utterance's last valid frame.
+def join_each(
+    x: HiddenStates,
+    mask: FrameMask | None,
+    rows: Float[Tensor, "batch rows hidden"],
+    counts: Int[Tensor, "batch 1"],
+    before: Bool[Tensor, "batch 1"],
+    squeeze: int = 1,
+) -> tuple[JoinedStates, JoinedMask, RealFrames]:
+    """Join each utterance of a batch with pseudo features of its own, as `PAdapter` joins all with the same.
 
-    Behind it, they start at the next multiple of `squeeze`.
+    Args:
+        x: The frames, `(batch, frames, hidden)`.
+        mask: Which of them are valid, or None.
+        rows: For each utterance, as many pseudo features as the one with the most has.
+        counts: How many of them are its own; the others are masked.
+        before: Whether they come before its first frame, rather than after its last valid one.
+        squeeze: How many frames the encoder takes as one.
+
+    Returns:
+        As `PAdapter` does, always with a mask.
+    """
+    frames = x.shape[1]
+    padding = -frames % squeeze
+    x = nn.functional.pad(x, (0, 0, 0, padding))
+    if mask is None:  # without one, what follows the frames up to the pseudo features counts as frames
+        mask = torch.arange(frames + padding, device=x.device) < torch.where(counts > 0, frames + padding, frames)
+    else:
+        mask = nn.functional.pad(mask, (0, padding))
+    begin = torch.where(before, 0, end_of(mask, squeeze))
+    source, real, _ = places(begin, frames + padding, rows.shape[1], counts)
+    joined = torch.cat([x, rows.to(x.dtype)], dim=1)
+    joined = joined.gather(1, source.unsqueeze(-1).expand_as(joined))
+    own = (torch.arange(rows.shape[1], device=x.device) < counts).to(mask.dtype)
+    joined_mask = torch.cat([mask, own], dim=1).gather(1, source)
+    return joined, joined_mask, RealFrames(joined.shape[1], real[:, :frames], 0, frames)
+
+
+def end_of(mask: FrameMask, squeeze: int = 1) -> Int[Tensor, "batch 1"]:
+    """The first place behind each utterance's last valid frame that is a multiple of `squeeze`."""
+    step = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    valid = torch.where(mask != 0, step, 0).amax(dim=1, keepdim=True)
+    return (valid + squeeze - 1) // squeeze * squeeze
+
+
+def places(
+    begin: Int[Tensor, "batch 1"], frames: int, length: int, counts: Int[Tensor, "batch 1"] | int
+) -> tuple[JoinedIndex, FrameIndex, Int[Tensor, "batch rows"]]:
+    """Indices that move rows from the end of a batch in between each utterance's frames.
+
+    Args:
+        begin: Where the first row of each utterance goes.
+        frames: Number of frames.
+        length: Number of rows at the end of the batch.
+        counts: How many of them move; the others stay.
 
     Returns:
         `(batch, frames + length)`: for each place, which of `[frames ; rows]` goes there; `(batch, frames)`: for each
         frame, its place; `(batch, length)`: for each row, its place.
     """
-    frames = mask.shape[1]
-    place = torch.arange(frames + length, device=mask.device)
-    step = place[:frames]
-    valid = torch.where(mask != 0, step + 1, 0).amax(dim=1, keepdim=True)
-    valid = (valid + squeeze - 1) // squeeze * squeeze
-    end = valid + length
-    source = torch.where(place < valid, place, torch.where(place < end, place - valid + frames, place - length))
-    return source, torch.where(step < valid, step, step + length), valid + place[:length]
+    place = torch.arange(frames + length, device=begin.device)
+    step, row = place[:frames], place[:length]
+    shifted = torch.where(place < frames + counts, place - counts, place)
+    source = torch.where(place < begin, place, torch.where(place < begin + counts, place - begin + frames, shifted))
+    real = torch.where(step < begin, step, step + counts)
+    return source, real, torch.where(row < counts, begin + row, frames + row)

@@ -6,16 +6,15 @@ not meet, and nothing outlives the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import RealFrames, TapSum, after_last_valid
+from .adapters import RealFrames, TapSum, end_of, places
+from .routing import Current
 
 
 def first(output: Any) -> Tensor:
@@ -50,20 +49,23 @@ class Carried:
     mask: Tensor | None
 
     @classmethod
-    def beside(cls, x: Tensor, pseudo: Tensor, mask: Any) -> Carried:
+    def beside(cls, x: Tensor, pseudo: Tensor, counts: Tensor | None, mask: Any) -> Carried:
         """Behind each utterance's last valid frame, which the first frame's row of the attention mask tells.
 
         Args:
             x: The frames, `(batch, frames, hidden)`.
-            pseudo: The pseudo features, `(rows, hidden)`.
+            pseudo: The pseudo features, `(rows, hidden)` or `(batch, rows, hidden)`.
+            counts: How many of them each utterance has, `(batch, 1)`; None: all.
             mask: The attention mask of the frames, boolean or additive, or None.
 
         Raises:
             ValueError: The mask is of a kind that cannot be extended.
         """
-        (batch, frames, _), length = x.shape, len(pseudo)
+        (batch, frames, _), length = x.shape, pseudo.shape[-2]
         if mask is None:
-            return cls(RealFrames(frames + length, None, 0, frames), None, None, None)
+            if counts is None:
+                return cls(RealFrames(frames + length, None, 0, frames), None, None, None)
+            mask = x.new_zeros(batch, 1, 1, frames)
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             raise ValueError(
                 "Pseudo features are carried through the layers of this encoder, and its attention mask is a "
@@ -72,11 +74,17 @@ class Carried:
             )
         boolean = mask.dtype == torch.bool
         seen = mask[:, 0, 0] if boolean else mask[:, 0, 0] == 0
-        source, real, rows = after_last_valid(seen.expand(batch, -1), length)
+        source, real, rows = places(
+            end_of(seen.expand(batch, -1)), frames, length, length if counts is None else counts
+        )
         mask = mask.expand(batch, -1, -1, -1)
         # All queries see the pseudo features, but those of padding that see nothing at all.
         sight = mask.any(dim=-1, keepdim=True) if boolean else mask.new_zeros(*mask.shape[:-1], 1)
-        mask = torch.cat([mask, sight.expand(*mask.shape[:-1], length)], dim=-1)
+        sight = sight.expand(*mask.shape[:-1], length)
+        if counts is not None:
+            other = (torch.arange(length, device=x.device) >= counts)[:, None, None]
+            sight = sight.masked_fill(other, False if boolean else torch.finfo(mask.dtype).min)
+        mask = torch.cat([mask, sight], dim=-1)
         mask = mask.gather(-1, source[:, None, None].expand(-1, *mask.shape[1:-1], -1))
         if mask.shape[-2] > 1:
             mask = torch.cat([mask, mask[:, :, :1].expand(-1, -1, length, -1)], dim=-2)
@@ -97,12 +105,37 @@ class Carried:
 
 
 @dataclass
+class Taps:
+    """The running sum of one L-adapter during one call.
+
+    Args:
+        sum: The sum.
+        of_layer: For each tapped layer, its number among the taps.
+        rows: Which utterances of a batch the adapter serves; None: all.
+    """
+
+    sum: TapSum
+    of_layer: dict[int, int]
+    rows: Callable[[Tensor], Tensor] | None = None
+
+    def read(self, layer: int, x: Tensor, copy: bool) -> None:
+        """Add the tap of a layer with output `x`, if it has one."""
+        if layer in self.of_layer:
+            x = (x if self.rows is None else x[self.rows(x)]).to(self.sum.shares.dtype)
+            self.sum.add(self.of_layer[layer], x.clone() if copy else x)
+
+    def end(self, x: Tensor) -> Tensor:
+        """What the adapter puts in place of the encoder's output `x`, for its rows."""
+        y = self.sum.result().to(x.dtype)
+        return (x if self.rows is None else x[self.rows(x)]) + y if self.sum.adapter.residual else y
+
+
+@dataclass
 class StackCall:
     """One call of one encoder stack.
 
     Args:
-        taps: The running sum of the active L-adapter, if any.
-        tap_of_layer: For each tapped layer, its number among the taps.
+        taps: The running sums of the L-adapters at work: of one, or of one for each part of a mixed batch.
         last_layer: Number of the stack's last layer.
         ends_in_layer: Whether the sum of taps replaces the output of the last layer, rather than that of the stack.
         copy_taps: Whether the stack writes into the outputs of its layers.
@@ -110,19 +143,20 @@ class StackCall:
         squeeze: How many frames of the stack's input the layers take as one.
         pseudo: Pseudo features that are carried through the layers: `(rows, hidden)` before the first of them,
             `(batch, rows, hidden)` from then on. None where there are none, or where they joined the stack's input.
+        counts: How many of them each utterance has, `(batch, 1)`; None: all.
         positions: Computes what the layers know of positions, from hidden states `(batch, frames, hidden)` and the
             numbers of their frames, `(1, frames)`. None where the layers know nothing of them.
         needs_gradient: Whether a layer loses the gradients of what is inside it unless its input requires one.
     """
 
-    taps: TapSum | None = None
-    tap_of_layer: dict[int, int] = field(default_factory=dict)
+    taps: tuple[Taps, ...] = ()
     last_layer: int = 0
     ends_in_layer: bool = False
     copy_taps: bool = False
     real: tuple[RealFrames, ...] = ()
     squeeze: int = 1
     pseudo: Tensor | None = None
+    counts: Tensor | None = None
     positions: Callable[[Tensor, Tensor], Any] | None = None
     needs_gradient: bool = False
     _carried: Carried | None = None
@@ -136,9 +170,13 @@ class StackCall:
             x = x.detach().requires_grad_().clone()
         if self.pseudo is not None:
             if self._carried is None:
-                self._carried = Carried.beside(
-                    x, self.pseudo, args[1] if len(args) > 1 else kwargs.get("attention_mask")
-                )
+                mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+                self._carried = Carried.beside(x, self.pseudo, self.counts, mask)
+                if self._carried.mask is not None and len(args) < 2 and "attention_mask" not in kwargs:
+                    raise ValueError(
+                        "The layers of this encoder take no attention mask, so that utterances with different numbers "
+                        "of pseudo features cannot share a batch. Split it by adapter."
+                    )
                 self.real = (self._carried.real,)
             x = self._carried.join(x, self.pseudo)
             if len(args) > 1:
@@ -166,11 +204,11 @@ class StackCall:
         if self._carried is not None:
             x, self.pseudo = self._carried.part(x)
             output = with_first(output, x)
-        if self.taps is None or (layer == self.last_layer and not self.ends_in_layer):
-            return output
-        if layer == self.last_layer:
-            return with_first(output, self._end_taps(x))
-        self._tap(layer, x)
+        if layer < self.last_layer:
+            for taps in self.taps:
+                taps.read(layer, x, self.copy_taps)
+        elif self.taps and self.ends_in_layer:
+            output = with_first(output, self._end_taps(x))
         return output
 
     def after_stack(self, x: Tensor) -> Tensor:
@@ -178,23 +216,24 @@ class StackCall:
 
         The last tap reads it where it can: on a pre-norm stack, that is the last layer's output after the final norm.
         """
-        if self.taps is None:
-            return x
         if self.ends_in_layer:
-            self.taps.check()  # the last layer, and with it the end of the taps, may have been skipped
+            for taps in self.taps:
+                taps.sum.check()  # the last layer, and with it the end of the taps, may have been skipped
             return x
-        return self._end_taps(x)
-
-    def _tap(self, layer: int, x: Tensor) -> None:
-        if self.taps is not None and layer in self.tap_of_layer:
-            x = x.to(self.taps.shares.dtype)
-            self.taps.add(self.tap_of_layer[layer], x.clone() if self.copy_taps else x)
+        return self._end_taps(x) if self.taps else x
 
     def _end_taps(self, x: Tensor) -> Tensor:
-        assert self.taps is not None
-        self._tap(self.last_layer, x)
-        y = self.taps.result().to(x.dtype)
-        return x + y if self.taps.adapter.residual else y
+        for taps in self.taps:
+            taps.read(self.last_layer, x, self.copy_taps)
+        if self.taps[0].rows is None:
+            return self.taps[0].end(x)
+        # A head whose first layer was re-made reads the features that are its own; the rest of them is padding.
+        ends = [(taps.rows(x), taps.end(x)) for taps in self.taps if taps.rows is not None]
+        width = max([x.shape[-1], *(end.shape[-1] for _, end in ends)])
+        y = nn.functional.pad(x, (0, width - x.shape[-1]))
+        for rows, end in ends:
+            y = y.index_copy(0, rows, nn.functional.pad(end, (0, width - end.shape[-1])))
+        return y
 
     def _mark(self, x: Tensor) -> None:
         # Transformers may report this very tensor as a hidden state; the mark says where its real frames are.
@@ -203,34 +242,7 @@ class StackCall:
             x._elp_real_frames = real  # pyright: ignore[reportAttributeAccessIssue]
 
 
-_call: ContextVar[StackCall | None] = ContextVar("peft_elp_stack_call", default=None)
-# torch.compile cannot trace a context variable. It traces in one thread at a time, and its graph has no variable.
-_traced_call: StackCall | None = None
-
-
-def current_call() -> StackCall | None:
-    """The call of an encoder stack that is under way in this thread, None outside of one."""
-    # Where layers are compiled one by one, or the graph breaks, the stack itself runs untraced.
-    traced = _traced_call if torch.compiler.is_compiling() else None
-    return _call.get() if traced is None else traced
-
-
-@contextmanager
-def under_way(call: StackCall) -> Iterator[None]:
-    """Make `call` the current one for the duration of a `with` block."""
-    global _traced_call
-    if torch.compiler.is_compiling():
-        before, _traced_call = _traced_call, call
-        try:
-            yield
-        finally:
-            _traced_call = before
-    else:
-        token = _call.set(call)
-        try:
-            yield
-        finally:
-            _call.reset(token)
+current_call: Current[StackCall] = Current("peft_elp_stack_call")
 
 
 def trim_hidden_states(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError
 
 from .adapters import ACTIVATIONS
+from .published import SETTINGS
 
 LETTERS = "ELP"
 E_PLACES = ("feed_forward", "attention")
@@ -166,6 +170,61 @@ class ELPConfig(PeftConfig):
             )
         if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
             self.exclude_modules = sorted(self.exclude_modules)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Load the configuration of a saved adapter, and see that the weights beside it can be read.
+
+        PEFT puts the adapter and its head into the model before it fetches the weights, and leaves them there,
+        untrained, where that breaks. So the weights are fetched first: they are in the cache when PEFT wants them.
+
+        Args:
+            pretrained_model_name_or_path: A folder, which may hold a configuration alone, or a repository on the Hub.
+            subfolder: The folder inside of it.
+            **kwargs: What `huggingface_hub.hf_hub_download` takes, such as `token` and `revision`.
+
+        Raises:
+            ValueError: The configuration or the weights are not there, or the weights are broken.
+            OSError: The download broke. Errors of the Hub are passed on as they are.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir() and not any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            return config
+        hub_options, *_ = cls._split_kwargs(kwargs)
+        try:
+            load_peft_weights(pretrained_model_name_or_path, device="cpu", subfolder=subfolder, **hub_options)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of the adapter '{folder}' are broken or cut short ({error}). From the Hub, fetch them "
+                "again with force_download=True; in a folder, save them again."
+            ) from error
+        return config
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ELPConfig:
+        """The configuration of a published setting.
+
+        Args:
+            name: "e+l": the proposal of [arXiv:2212.02780](https://arxiv.org/abs/2212.02780), E after the feed-forward
+                module of all layers but the last, and L. "conventional": what it compares with, E after attention and
+                feed-forward in all layers. "e-only": E in all layers. "l-only": L, with trained layer norms (which the
+                published count of its parameters leaves out). "e+l+p": all three adapters, as in
+                [arXiv:2407.21066](https://arxiv.org/abs/2407.21066); what it leaves open of P has our defaults.
+            overrides: Fields to set differently. The published code has `e_activation="relu", l_activation="relu"` for
+                speaker verification and emotion recognition.
+
+        Raises:
+            ValueError: The name is unknown, or the value of a field is out of its range.
+
+        Example:
+            >>> ELPConfig.preset("conventional").e_after
+            ('feed_forward', 'attention')
+        """
+        _one_of("The name of a preset", name, list(SETTINGS))
+        return cls(**{**SETTINGS[name], **overrides})
 
 
 def _letters(value: Any) -> str:

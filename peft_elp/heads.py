@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
+
+from .routing import current_route
 
 
 def canonical(name: str) -> str:
@@ -88,6 +90,40 @@ def resolve(model: nn.Module, names: list[str], stack_path: str, head: list[str]
     return paths
 
 
+class Head(ModulesToSaveWrapper):
+    """A module of the head with a copy for each adapter, which also serves batches that mix adapters.
+
+    PEFT's own wrapper mixes linear and convolutional layers only, and asks whether the active adapter has a copy where
+    it has to ask for each one of the batch.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        route = None if self.disable_adapters else current_route.get()
+        if route is None:
+            return super().forward(*args, **kwargs)
+        x, *others = args
+        copies = dict(self.modules_to_save.items())
+        parts: list[tuple[Tensor, Tensor]] = []
+        for name in dict.fromkeys(route.names):
+            rows = route.rows(name, x, axes=2)
+            module: Any = copies.get(name, self.original_module)
+            # Features of another width than its own came padded to the widest.
+            own = x[rows, ..., : module.in_features] if isinstance(module, nn.Linear) else x[rows]
+            part = module(own, *(y[rows] if isinstance(y, Tensor) else y for y in others), **kwargs)
+            parts.append((rows, part))
+        shapes = {tuple(part.shape[1:]) for _, part in parts}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"The heads of {', '.join(map(repr, dict.fromkeys(route.names)))} give outputs of different shapes, "
+                f"{' and '.join(map(str, sorted(shapes)))}, which do not fit into one batch. Call the model once for "
+                "each."
+            )
+        y = parts[0][1].new_empty(len(x), *shapes.pop())
+        for rows, part in parts:
+            y = y.index_copy(0, rows, part)
+        return y
+
+
 def head_copy(module: nn.Module, adapter_name: str) -> nn.Module:
     """The copy of a head's module that belongs to an adapter."""
     assert isinstance(module, ModulesToSaveWrapper)
@@ -128,7 +164,7 @@ def place_head(
             wrapper: Any = module
             wrapper.update(adapter_name)
         else:
-            wrapper = ModulesToSaveWrapper(module, adapter_name)
+            wrapper = Head(module, adapter_name)
             wrapper.set_adapter([])
             setattr(parent, name, wrapper)
         if path in replacements:

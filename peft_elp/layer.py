@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .adapters import EAdapter, LAdapter, PAdapter, TapSum
+from .adapters import EAdapter, LAdapter, TapSum, join_each
 from .backbones import Backbone
-from .call import StackCall, current_call, first, under_way, with_first, without_pseudo_features
+from .call import StackCall, Taps, current_call, first, with_first, without_pseudo_features
 from .guards import reentrant_checkpointing
+from .routing import Route, current_route
 
 WHY_NO_MERGE = (
     "ELP-adapters cannot be merged into the backbone: an E-adapter is a non-linear bottleneck, an L-adapter reads "
@@ -57,7 +59,7 @@ class TappedLayer(Wrapper):
         self.training = base_layer.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = current_call()
+        call = current_call.get()
         if call is None:
             return self.base_layer(*args, **kwargs)
         args, kwargs = call.before_layer(args, kwargs)
@@ -86,8 +88,15 @@ class ELPLayer(Wrapper, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def running(self, container: nn.ModuleDict) -> list[str]:
-        """The active adapters among those in `container`; none while adapters are disabled."""
+        """The adapters of the whole batch among those in `container`; none while adapters are disabled."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in container]
+
+    def mixed(self, container: nn.ModuleDict, x: Tensor) -> list[tuple[str, Tensor]] | None:
+        """The adapters in `container` that serve a part of the batch `x`, each with its rows; None: no mixed batch."""
+        route = None if self.disable_adapters else current_route.get()
+        if route is None:
+            return None
+        return [(name, route.rows(name, x)) for name in route.adapters if name in container]
 
     def only_running(self, container: nn.ModuleDict, what: str) -> str | None:
         """The one active adapter in `container`, None if there is none.
@@ -133,12 +142,20 @@ class ELPSublayer(ELPLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.base_layer(*args, **kwargs)
-        for name in self.running(self.elp_e):
-            adapter = self.elp_e[name]
-            assert isinstance(adapter, EAdapter)
-            z = first(output)
-            output = with_first(output, adapter(self._cast_input_dtype(z, adapter.up.weight.dtype)).to(z.dtype))
-        return output
+        z = first(output)
+        mixed = self.mixed(self.elp_e, z)
+        if mixed is None:
+            for name in self.running(self.elp_e):
+                z = self._through(name, z)
+        else:
+            for name, rows in mixed:
+                z = z.index_copy(0, rows, self._through(name, z[rows]))
+        return with_first(output, z)
+
+    def _through(self, name: str, z: Tensor) -> Tensor:
+        adapter = self.elp_e[name]
+        assert isinstance(adapter, EAdapter)
+        return adapter(self._cast_input_dtype(z, adapter.up.weight.dtype)).to(z.dtype)
 
 
 class ELPNorm(ELPLayer):
@@ -155,9 +172,16 @@ class ELPNorm(ELPLayer):
         self.place("elp_norm", adapter_name, deepcopy(self.base_layer), inference_mode)
 
     def forward(self, x: Tensor) -> Tensor:
+        mixed = self.mixed(self.elp_norm, x)
+        if mixed is not None:
+            y = self.base_layer(x)
+            for name, rows in mixed:
+                y = y.index_copy(0, rows, self._through(name, x[rows]))
+            return y
         name = self.only_running(self.elp_norm, "The trained layer norms")
-        if name is None:
-            return self.base_layer(x)
+        return self.base_layer(x) if name is None else self._through(name, x)
+
+    def _through(self, name: str, x: Tensor) -> Tensor:
         norm = self.elp_norm[name]
         return norm(self._cast_input_dtype(x, next(norm.parameters()).dtype)).to(x.dtype)
 
@@ -248,37 +272,57 @@ class ELPStack(ELPLayer):
         `attention_mask`, `(batch, frames)` or None, and whatever the stack forwards to its layers.
         """
         call = StackCall(needs_gradient=self._loses_gradients(), copy_taps=self.family.tap_in_place)
-        prompts: list[Any] = [self.elp_p[name] for name in self.running(self.elp_p)]
-        if prompts and self.family.front_end_inside:
-            call.pseudo = torch.cat([adapter.rows for adapter in prompts])
-            call.positions = self._positions()
-        elif prompts:
-            args, kwargs = self._join(call, prompts, args, kwargs)
-
-        name = self.only_running(self.elp_l, "The L-adapters")
-        if name is not None:
-            adapter = self.elp_l[name]
-            assert isinstance(adapter, LAdapter)
-            call.taps = TapSum(adapter)
-            call.tap_of_layer = {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}
-            call.last_layer = len(self.encoder_layers) - 1
-            call.ends_in_layer = self.family.taps_end == "last layer"
-        with under_way(call):
+        route = None if self.disable_adapters else current_route.get()
+        args, kwargs = self._with_pseudo_features(call, route, args, kwargs)
+        call.taps = self._taps(route)
+        call.last_layer = len(self.encoder_layers) - 1
+        call.ends_in_layer = self.family.taps_end == "last layer"
+        with current_call.set(call):
             output = self.base_layer(*args, **kwargs)
         x = call.after_stack(first(output))
         # Carried pseudo features left the frames where each layer ended.
         return with_first(output, x if self.family.front_end_inside else without_pseudo_features(x, call.real))
 
-    def _join(
-        self, call: StackCall, prompts: list[PAdapter], args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _taps(self, route: Route | None) -> tuple[Taps, ...]:
+        if route is not None:
+            return tuple(
+                self._taps_of(name, partial(route.rows, name)) for name in route.adapters if name in self.elp_l
+            )
+        name = self.only_running(self.elp_l, "The L-adapters")
+        return () if name is None else (self._taps_of(name),)
+
+    def _taps_of(self, name: str, rows: Callable[[Tensor], Tensor] | None = None) -> Taps:
+        adapter = self.elp_l[name]
+        assert isinstance(adapter, LAdapter)
+        return Taps(TapSum(adapter), {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}, rows)
+
+    def _with_pseudo_features(
+        self, call: StackCall, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the stack with pseudo features among its frames."""
+        """The arguments of the stack with pseudo features among its frames, where they do not travel beside them."""
+        names = self.running(self.elp_p) if route is None else [name for name in route.adapters if name in self.elp_p]
+        if not names:
+            return args, kwargs
+        prompts: list[Any] = [self.elp_p[name] for name in names]
+        if self.family.front_end_inside:
+            call.positions = self._positions()
+            if route is None:
+                call.pseudo = torch.cat([adapter.rows for adapter in prompts])
+            else:
+                call.pseudo, counts, _ = self._own_rows(route, names)
+                call.counts = None if len(counts.unique()) == 1 else counts
+            return args, kwargs
+
         inputs = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | kwargs
         x, mask = inputs.pop("hidden_states"), inputs.pop("attention_mask", None)
         call.squeeze = int(self._attribute(self.family.squeeze) or 1)
-        for adapter in prompts:
-            x, mask, real = adapter(x, mask, call.squeeze)
-            call.real += (real,)
+        if route is None:
+            for adapter in prompts:
+                x, mask, real = adapter(x, mask, call.squeeze)
+                call.real += (real,)
+        else:
+            x, mask, real = join_each(x, mask, *self._own_rows(route, names), call.squeeze)
+            call.real = (real,)
         chunk = self._attribute(self.family.attention_chunk)
         if chunk and x.shape[1] > chunk:
             raise ValueError(
@@ -288,6 +332,19 @@ class ELPStack(ELPLayer):
                 "adapters."
             )
         return (x,), {**inputs, "attention_mask": mask}
+
+    def _own_rows(self, route: Route, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """For each utterance of a mixed batch: pseudo features, how many are its own, whether they come first."""
+        prompts: list[Any] = [self.elp_p[name] for name in names]
+        length = max(len(adapter.rows) for adapter in prompts)
+        none = torch.zeros_like(prompts[0].rows[:1]).expand(length, -1)
+        table = [nn.functional.pad(adapter.rows, (0, 0, 0, length - len(adapter.rows))) for adapter in prompts]
+        which = torch.tensor([names.index(name) if name in names else -1 for name in route.names])
+        counts = torch.tensor([*(len(adapter.rows) for adapter in prompts), 0])[which]
+        before = torch.tensor([*(adapter.position == "prepend" for adapter in prompts), False])[which]
+        device = none.device
+        rows = torch.stack([*table, none])[which.to(device)]
+        return rows, counts[:, None].to(device), before[:, None].to(device)
 
     def _positions(self) -> Callable[[Tensor, Tensor], Any] | None:
         """How the stack computes what its layers know of positions, from hidden states and the numbers of frames."""

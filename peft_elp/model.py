@@ -20,6 +20,7 @@ from .heads import canonical, place_head, remove_head
 from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer
 from .placing import new_head_input, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
+from .routing import BASE, Route, current_route
 
 
 class ELPModel(BaseTuner):
@@ -153,13 +154,32 @@ class ELPModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT drops the argument where a tuner has no such method, and all rows would run with the active adapter.
-        if kwargs.get("adapter_names") is not None:
+        """What PEFT enters around each call: a batch whose utterances use different adapters, if the caller says so.
+
+        Raises:
+            ValueError: The model is in training mode, or an adapter does not exist.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"adapter_names is a list with one name an utterance, got {names!r}.")
+        if self.training:
             raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: ELP cannot mix adapters within one batch yet. Split the "
-                "batch by adapter and call set_adapter(name) before each part."
+                "adapter_names mixes adapters in one batch for inference only, and the model is in training mode. "
+                "Call model.eval() first, or train one adapter at a time."
             )
-        yield
+        unknown = sorted({*names} - {*self.peft_config, BASE})
+        if unknown:
+            raise ValueError(
+                f"adapter_names asks for {', '.join(map(repr, unknown))}, and the model has "
+                f"{', '.join(map(repr, sorted(self.peft_config)))}; {BASE!r} stands for the backbone alone."
+            )
+        generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        repeats = [kwargs.get(name, getattr(generation, name, None)) for name in ("num_beams", "num_return_sequences")]
+        with current_route.set(Route(names, max(1, *(number or 1 for number in repeats)))):
+            yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; where it was active, the first of the others is active then."""
@@ -208,28 +228,3 @@ class ELPModel(BaseTuner):
 def _restore(trainable: dict[nn.Parameter, bool]) -> None:
     for parameter, requires_grad in trainable.items():
         parameter.requires_grad_(requires_grad)
-
-
-def count_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
-    """How many parameters an adapter holds, by part.
-
-    Args:
-        model: A model with ELP-adapters, as `get_peft_model` returns it.
-        adapter_name: The adapter to count.
-
-    Returns:
-        Numbers under "E", "L" (with its layer weights), "P", "layer norms" and "head".
-
-    Raises:
-        ValueError: The model has no adapter of that name.
-    """
-    peft_config = getattr(model, "peft_config", {})
-    if adapter_name not in peft_config:
-        raise ValueError(f"No adapter named {adapter_name!r}; the model has {sorted(peft_config) or 'none'}.")
-    containers = {"elp_e": "E", "elp_l": "L", "elp_p": "P", "elp_norm": "layer norms", "modules_to_save": "head"}
-    counts: dict[str, int] = dict.fromkeys(containers.values(), 0)
-    for name, parameter in model.named_parameters():
-        for container, part in containers.items():
-            if f".{container}.{adapter_name}." in name:
-                counts[part] += parameter.numel()
-    return counts

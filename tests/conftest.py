@@ -11,6 +11,7 @@ collect_ignore = [
     "compiled.py",
     "conformance.py",
     "count_conformance.py",
+    "hub.py",
 ]
 pytest.register_assert_rewrite("conformance")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

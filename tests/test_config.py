@@ -85,3 +85,16 @@ def test_a_field_from_a_newer_version_is_reported_and_dropped(tmp_path):
 
 def test_the_type_is_a_member_of_the_enumeration():
     assert ELPConfig().peft_type is PeftType.ELP  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_folder_may_hold_a_configuration_alone(tmp_path):
+    config = ELPConfig(adapters="EL", e_dim=64)
+    config.save_pretrained(tmp_path)
+    assert ELPConfig.from_pretrained(tmp_path) == config
+
+
+def test_broken_weights_are_noticed_with_the_configuration(tmp_path):
+    ELPConfig().save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match=f"weights of the adapter '{tmp_path}' are broken.*force_download=True"):
+        ELPConfig.from_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from peft_elp import Backbone, ELPConfig, register_backbone
 from peft_elp.backbones import BACKBONES
-from peft_elp.call import StackCall, under_way
+from peft_elp.call import StackCall, current_call
 
 SMALL_TEXT = {
     "hidden_size": 16,
@@ -274,7 +274,7 @@ def test_an_attention_mask_that_cannot_take_pseudo_features_is_refused():
     layer = model.get_base_model().model.encoder.layers[0]
     with (
         pytest.raises(ValueError, match=r"mask is a object that cannot be extended.*'sdpa' or 'eager'"),
-        under_way(StackCall(pseudo=torch.zeros(3, 16))),
+        current_call.set(StackCall(pseudo=torch.zeros(3, 16))),
     ):
         layer(torch.zeros(1, 5, 16), object())  # such as the block mask of flex attention
 

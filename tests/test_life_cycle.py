@@ -115,12 +115,6 @@ def test_a_head_that_cannot_be_copied_leaves_the_model_as_it_was():
     assert_untouched(model, before)
 
 
-def test_a_mixed_batch_is_refused():
-    model = get_peft_model(build(), ELPConfig(**ELP))
-    with pytest.raises(ValueError, match=r"cannot mix adapters within one batch yet.*set_adapter\(name\)"):
-        model(waveforms()[0], adapter_names=["default", "__base__", "default"])
-
-
 def test_the_backbones_own_convolutions_after_the_encoder_are_named_when_they_stay_frozen():
     options = {"add_adapter": True, "output_hidden_size": 24, "num_adapter_layers": 1}
     with pytest.warns(

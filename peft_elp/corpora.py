@@ -1,0 +1,201 @@
+"""The corpora of the ELP paper, read from the folders in which they are published.
+
+Each reader takes the folder that you downloaded and returns a data set with the columns it names: `audio` is what
+`peft_elp.audio.decode` takes, every other column is text. Nothing is decoded yet: `peft_elp.data.check_audio` is next.
+Where a folder does not hold what a reader looks for, a `ValueError` says what that is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from .data import from_rows, read_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FOUR_EMOTIONS = MappingProxyType({"ang": "ang", "hap": "hap", "exc": "hap", "neu": "neu", "sad": "sad"})
+
+
+def librispeech(root: str | Path, split: str) -> Dataset:
+    """LibriSpeech, [openslr.org/12](https://www.openslr.org/12), for speech recognition.
+
+    Layout: `<root>/<split>/<speaker>/<chapter>/<utterance>.flac` beside `<speaker>-<chapter>.trans.txt`, whose lines
+    are an utterance and its text. `root` is the folder `LibriSpeech` of the archives.
+
+    Args:
+        root: The folder that holds the splits.
+        split: Such as "train-clean-100", "dev-clean" or "test-other".
+
+    Returns:
+        Columns audio, text (upper case), speaker, chapter, utterance.
+
+    Raises:
+        ValueError: There are no transcriptions, or recordings without one.
+    """
+    return _transcribed([Path(root, split)])
+
+
+def librilight(root: str | Path, split: str = "10h") -> Dataset:
+    """Libri-light's limited-resource training sets, [Kahn et al. 2020](https://arxiv.org/abs/1912.07875).
+
+    Layout: `<root>/1h/{0..5}/{clean,other}/...` and `<root>/9h/{clean,other}/...`, and so on as in LibriSpeech. `root`
+    is the folder `librispeech_finetuning` of the
+    [archive](https://dl.fbaipublicfiles.com/librilight/data/librispeech_finetuning.tgz). Validation and test are
+    LibriSpeech's own.
+
+    Args:
+        root: The folder that holds `1h` and `9h`.
+        split: "10h" is `1h` and `9h` together, "1h" its six parts of 10 minutes, "10min" the first of them.
+
+    Returns:
+        Columns audio, text (upper case), speaker, chapter, utterance.
+
+    Raises:
+        ValueError: There is no such split, a part of it is absent, or recordings have no transcription.
+    """
+    parts = {"10h": ("1h", "9h"), "1h": ("1h",), "10min": ("1h/0",)}
+    if split not in parts:
+        raise ValueError(f"The splits of Libri-light's limited sets are {', '.join(parts)}, not {split!r}.")
+    return _transcribed([Path(root, part) for part in parts[split]])
+
+
+def voxceleb1(root: str | Path, split: str, protocol: str = "verification") -> Dataset:
+    """VoxCeleb1, [robots.ox.ac.uk/~vgg/data/voxceleb](https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html).
+
+    Layout: `<root>/wav/<speaker>/<video>/<segment>.wav`, with vox1_dev_wav and vox1_test_wav unpacked into the
+    one folder `wav`, and the lists `<root>/veri_test.txt` or `<root>/iden_split.txt`. The trials are read by
+    `peft_elp.data.read_trials(f"{root}/veri_test.txt", f"{root}/wav")`.
+
+    Args:
+        root: The folder that holds `wav` and the list.
+        split: "train" or "test"; for identification also "validation".
+        protocol: "verification" tests on the speakers of veri_test.txt, 40 of 1,251, and trains on all others;
+            "identification" hears the same speakers everywhere, by iden_split.txt.
+
+    Returns:
+        Columns audio, speaker, video.
+
+    Raises:
+        ValueError: The list or the recordings are absent, or there is no such split or protocol.
+    """
+    splits = {"verification": ("train", "test"), "identification": ("train", "validation", "test")}
+    if split not in splits.get(protocol, ()):
+        raise ValueError(f"VoxCeleb1 has {splits}, and no split {split!r} for {protocol!r}.")
+    wav = Path(root, "wav")
+    listed = Path(root, "veri_test.txt" if protocol == "verification" else "iden_split.txt")
+    lines = [line.split() for line in _there([listed] if listed.is_file() else [], listed)[0].read_text().splitlines()]
+    if protocol == "identification":
+        number = str(splits[protocol].index(split) + 1)
+        files = [wav / line[1] for line in lines if line and line[0] == number]
+    else:
+        test_speakers = {file.split("/")[0] for _, *pair in filter(None, lines) for file in pair}
+        files = [path for path in wav.glob("*/*/*.wav") if (path.parts[-3] in test_speakers) == (split == "test")]
+    rows = [{"audio": path, "speaker": path.parts[-3], "video": path.parts[-2]} for path in sorted(files)]
+    return from_rows(_there(rows, wav / f"<speaker>/<video>/<segment>.wav of the split {split!r}"))
+
+
+def iemocap(root: str | Path, labels: Mapping[str, str] = FOUR_EMOTIONS) -> Dataset:
+    """IEMOCAP, [sail.usc.edu/iemocap](https://sail.usc.edu/iemocap/), for emotion recognition.
+
+    Layout: `<root>/Session{1..5}/sentences/wav/<dialog>/<utterance>.wav`, with the label that most raters chose in
+    `<root>/Session{1..5}/dialog/EmoEvaluation/<dialog>.txt`: lines `[start - end]`, utterance, label and `[valence,
+    activation, dominance]`, separated by tabs. There is no split: `peft_elp.data.leave_one_group_out` makes folds by
+    session or by speaker.
+
+    Args:
+        root: The folder that holds the sessions, `IEMOCAP_full_release`.
+        labels: The label of the corpus to the class that it counts for. Utterances of other labels, such as "fru" or
+            "xxx" (no majority), are left out. The default is the usual task of four classes with "exc" counted as
+            "hap", for which the full release has 5,531 utterances.
+
+    Returns:
+        Columns audio, label, session ("Session1"), speaker ("Ses01F"), utterance.
+
+    Raises:
+        ValueError: There are no label files, a line is broken, or a class has no utterance.
+    """
+    rows, heard = [], set()
+    # The release has hidden copies of these files by macOS beside them.
+    files = sorted(path for path in Path(root).glob("Session*/dialog/EmoEvaluation/*.txt") if path.name[0] != ".")
+    for file in _there(files, Path(root, "Session1/dialog/EmoEvaluation/<dialog>.txt")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("["):
+                continue  # the header, and what single raters chose
+            found = re.match(r"\[[\d.]+ - [\d.]+\]\t((Ses\d+)\w_\w+_([FM])\d+\w*)\t(\w+)\t\[", line)
+            if not found:
+                raise ValueError(f"{file} has a line that is not of an utterance and its label: {line!r}.")
+            utterance, session, gender, label = found.groups()
+            heard.add(label)
+            if label in labels:
+                audio = file.parents[2] / "sentences" / "wav" / file.stem / f"{utterance}.wav"
+                row = {"audio": audio, "label": labels[label], "session": file.parents[2].name}
+                rows.append({**row, "speaker": session + gender, "utterance": utterance})
+    if absent := set(labels.values()) - {row["label"] for row in rows}:
+        raise ValueError(
+            f"No utterance in {root} counts for {', '.join(sorted(absent))}; its labels: {', '.join(sorted(heard))}."
+        )
+    return from_rows(rows)
+
+
+def fluent_speech_commands(root: str | Path, split: str) -> Dataset:
+    """Fluent Speech Commands, [Lugosch et al. 2019](https://arxiv.org/abs/1904.03670), for intent classification.
+
+    Layout: `<root>/data/{train,valid,test}_data.csv` with columns path, speakerId, transcription, action, object and
+    location; a path, `wavs/speakers/<speaker>/<recording>.wav`, counts from `root`.
+
+    Args:
+        root: The folder that holds `data` and `wavs`.
+        split: "train", "validation" (or "valid") or "test".
+
+    Returns:
+        Columns audio, text, speaker, the slots action, object and location, and label: the intent, which is the three
+        slots joined, such as "activate, lights, kitchen".
+
+    Raises:
+        ValueError: There is no table of that split, or it lacks a column.
+    """
+    table = Path(root, "data", f"{'valid' if split == 'validation' else split}_data.csv")
+    rows = read_table(_there([table] if table.is_file() else [], table)[0])
+    names = {"path": "audio", "transcription": "text", "speakerId": "speaker"}
+    slots = ("action", "object", "location")
+    if absent := {*names, *slots} - set(rows[0] if rows else ()):
+        raise ValueError(f"{table} has no column {', '.join(sorted(absent))}.")
+    return from_rows(
+        [
+            {**{new: row[old] for old, new in names.items()}, **{slot: row[slot] for slot in slots}}
+            | {"label": ", ".join(row[slot] for slot in slots)}
+            for row in rows
+        ],
+        root,
+    )
+
+
+def _transcribed(folders: list[Path]) -> Dataset:
+    """The utterances below the folders that LibriSpeech's `*.trans.txt` list."""
+    rows = []
+    for folder in folders:
+        recordings = set(folder.rglob("*.flac"))
+        for file in _there(sorted(folder.rglob("*.trans.txt")), folder / "<speaker>/<chapter>/<...>.trans.txt"):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                utterance, _, text = line.partition(" ")
+                if not text.strip():
+                    raise ValueError(f"{file} has a line without a text: {line!r}.")
+                audio = file.with_name(f"{utterance}.flac")
+                recordings.discard(audio)
+                speaker, chapter = file.parts[-3:-1]
+                row = {"audio": audio, "text": text, "speaker": speaker, "chapter": chapter}
+                rows.append({**row, "utterance": utterance})
+        if recordings:
+            raise ValueError(f"{len(recordings)} recordings in {folder} have no text, such as {min(recordings)}.")
+    return from_rows(rows)
+
+
+def _there(found: list[Any], looked_for: Path) -> list[Any]:
+    if not found:
+        raise ValueError(f"There is no {looked_for}. Is the root folder the one that the layout names?")
+    return found

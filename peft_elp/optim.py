@@ -1,0 +1,157 @@
+"""A learning rate for each part: head, L, E, P and layer norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_pt_utils import get_parameter_names
+
+from .parts import PARTS, parameters_by_part
+
+# What Trainer spares from weight decay, besides `nn.LayerNorm`: it asks for these patterns in a method of its own.
+NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+def parameter_groups(
+    model: nn.Module, rates: Mapping[str, float], adapter_name: str = "default", weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters of an adapter in groups for an optimizer, each with the learning rate of its part.
+
+    Args:
+        model: A model with ELP-adapters, as `get_peft_model` returns it.
+        rates: The learning rate of each part that is trained: "head", "L" (with its layer weights), "E", "P" and
+            "layer norms". `published_rates` has those of the publications.
+        adapter_name: The adapter.
+        weight_decay: Of all but biases and the weights of norms, which have none, as in Transformers' `Trainer`.
+
+    Returns:
+        One group for each part in the order of `rates`, or two if there is weight decay; next to PyTorch's keys,
+        "part" holds the name.
+
+    Raises:
+        ValueError: `rates` names what is no part, or a part of which nothing is trained, or lacks a part that is; a
+            rate is not a positive number; a trainable parameter is in no part; or the model has no such adapter.
+    """
+    parts = {
+        part: {name: p for name, p in held.items() if p.requires_grad}
+        for part, held in parameters_by_part(model, adapter_name).items()
+    }
+    trained = [part for part in PARTS if parts[part]]
+    for part, rate in rates.items():
+        if part not in trained:
+            raise ValueError(
+                f"rates has {part!r}, of which adapter {adapter_name!r} trains nothing. It trains "
+                f"{', '.join(map(repr, trained)) or 'no part (in inference mode?)'}. Leave {part!r} out of rates."
+            )
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            raise ValueError(
+                f"The learning rate of {part!r} is a positive number, got {rate!r}. Write for example 1e-4."
+            )
+    for part in trained:
+        if part not in rates:
+            raise ValueError(
+                f"rates has no {part!r}, and adapter {adapter_name!r} trains {len(parts[part])} tensors of that part, "
+                f"such as {next(iter(parts[part]))}. Add a rate for {part!r}, or freeze them."
+            )
+    covered = {name for held in parts.values() for name in held}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and name not in covered]
+    if others:
+        raise ValueError(
+            f"{len(others)} trainable tensors belong to no part of adapter {adapter_name!r}: {', '.join(others[:3])}"
+            f"{', ...' if others[3:] else ''}. Freeze them with requires_grad_(False); to train a module outside the "
+            "encoder with the adapter, name it in modules_to_save."
+        )
+
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY)) if weight_decay else set()
+    groups = [
+        {
+            "params": [p for name, p in parts[part].items() if (name in decayed) == bool(decay)],
+            "lr": rate,
+            "weight_decay": decay,
+            "part": part,
+        }
+        for part, rate in rates.items()
+        for decay in dict.fromkeys((weight_decay, 0.0))  # one of them where they are the same
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def create_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer] = AdamW,
+    *,
+    rates: Mapping[str, float],
+    adapter_name: str = "default",
+    weight_decay: float = 0.0,
+    **kwargs: Any,
+) -> Optimizer:
+    """An optimizer for an adapter that has a learning rate for each part.
+
+    Transformers' trainer takes it as `Trainer(..., optimizers=(optimizer, None))` and adds its own schedule.
+
+    Args:
+        model: A model with ELP-adapters, as `get_peft_model` returns it.
+        optimizer_cls: The optimizer. AdamW without weight decay, the default, is the Adam of the publications.
+        rates: The learning rate of each part that is trained: "head", "L" (with its layer weights), "E", "P" and
+            "layer norms". `published_rates` has those of the publications.
+        adapter_name: The adapter.
+        weight_decay: Of all but biases and the weights of norms, which have none, as in `Trainer`.
+        kwargs: Further arguments of `optimizer_cls`, such as `betas`.
+
+    Raises:
+        ValueError: `rates` does not fit the adapter; see `parameter_groups`.
+        TypeError: `lr` is among `kwargs`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import WavLMConfig, WavLMForCTC
+        >>> from peft_elp import ELPConfig, create_optimizer, published_rates
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, layerdrop=0.0)
+        >>> model = get_peft_model(WavLMForCTC(WavLMConfig(vocab_size=8, **size)), ELPConfig.preset("e+l"))
+        >>> optimizer = create_optimizer(model, rates=published_rates("e+l", "asr"))
+        >>> [(group["part"], group["lr"]) for group in optimizer.param_groups]
+        [('head', 0.002), ('L', 0.001), ('E', 0.001), ('layer norms', 0.001)]
+    """
+    if "lr" in kwargs:
+        raise TypeError(f"lr={kwargs['lr']!r} would reach no parameter: rates has the learning rate of each part.")
+    return optimizer_cls(parameter_groups(model, rates, adapter_name, weight_decay), **kwargs)
+
+
+def get_epochwise_schedule(
+    optimizer: Optimizer, factors: Sequence[float], num_training_steps: int, last_epoch: int = -1
+) -> LambdaLR:
+    """A schedule that multiplies all learning rates by one factor for each equal stretch of the training.
+
+    At step `s` of `S` the factor is `factors[floor(s * len(factors) / S)]`. With as many epochs as factors, each epoch
+    has its own; a longer or shorter training keeps the shape. `published_factors` has those of the publications.
+
+    Args:
+        optimizer: The optimizer, whose rates are those of a factor of 1.
+        factors: At least one, each a number of 0 or more.
+        num_training_steps: Steps of the optimizer in the whole training, at least 1. `Trainer` takes
+            `epochs * ceil(len(train_dataset) / (batch size * devices * gradient_accumulation_steps))`, or `max_steps`.
+        last_epoch: The number of steps that were done, less one, where a training goes on.
+
+    Raises:
+        ValueError: There is no factor, one is no number of 0 or more, or `num_training_steps` is below 1.
+    """
+    if not len(factors) or not all(0 <= factor < math.inf for factor in factors):
+        raise ValueError(
+            f"factors are one or more numbers of 0 or more, got {factors!r}. Write for example [1.0, 0.1]."
+        )
+    if num_training_steps < 1:
+        raise ValueError(
+            f"num_training_steps is 1 or more, got {num_training_steps!r}. It is the number of optimizer steps in the "
+            "whole training."
+        )
+    return LambdaLR(optimizer, partial(_factor_at, factors=tuple(factors), steps=num_training_steps), last_epoch)
+
+
+def _factor_at(step: int, *, factors: tuple[float, ...], steps: int) -> float:
+    return factors[min(step * len(factors) // steps, len(factors) - 1)]

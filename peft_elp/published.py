@@ -1,0 +1,123 @@
+"""What was published with E- and L-adapters, by name: settings, learning rates, and factors of the rates by epoch.
+
+Source: the code and the tables that accompany Otake et al. 2023 ([arXiv:2212.02780](https://arxiv.org/abs/2212.02780)),
+[sinhat98/adapter-wavlm](https://github.com/sinhat98/adapter-wavlm), for WavLM-base-plus and Adam. Tasks: "asr", speech
+recognition (LibriLight 10 h, CTC); "asv", speaker verification (VoxCeleb1); "er", emotion recognition (IEMOCAP); "ic",
+intent classification (Fluent Speech Commands).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+_SIZES = {"e_dim": 256, "l_dim": 512, "e_activation": "gelu", "l_activation": "gelu"}
+_START = {"train_layer_norms": True, "init_weights": True, "init_std": 1e-3}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "e+l": {"adapters": "EL", **_SIZES, **_START},
+    "conventional": {"adapters": "E", "e_after": ("attention", "feed_forward"), **_SIZES, **_START},
+    "e-only": {"adapters": "E", **_SIZES, **_START},
+    "l-only": {"adapters": "L", **_SIZES, **_START},
+    "e+l+p": {"adapters": "ELP", **_SIZES, **_START},
+}
+
+# By setting and task: head, then L, E and layer norms as far as the setting has them.
+RATES: dict[str, dict[str, dict[str, float]]] = {
+    "e+l": {
+        "asv": {"head": 5e-4, "L": 1e-4, "E": 1e-5, "layer norms": 1e-5},
+        "er": {"head": 5e-4, "L": 1e-4, "E": 5e-5, "layer norms": 5e-5},
+        "asr": {"head": 2e-3, "L": 1e-3, "E": 1e-3, "layer norms": 1e-3},
+        "ic": {"head": 5e-4, "L": 1e-5, "E": 1e-5, "layer norms": 1e-5},
+    },
+    "conventional": {
+        "asv": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
+        "er": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
+        "asr": {"head": 1e-3, "E": 1e-5, "layer norms": 1e-5},
+        "ic": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
+    },
+    "e-only": {
+        "asv": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
+        "er": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
+        "asr": {"head": 2e-3, "E": 1e-5, "layer norms": 1e-5},
+        "ic": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
+    },
+    "l-only": {
+        "asv": {"head": 5e-4, "L": 5e-4, "layer norms": 5e-4},
+        "er": {"head": 5e-4, "L": 5e-4, "layer norms": 5e-4},
+        "asr": {"head": 2e-3, "L": 1e-3, "layer norms": 1e-3},
+        "ic": {"head": 5e-4, "L": 1e-4, "layer norms": 1e-4},
+    },
+}
+# No rate was found published for P. Like E it changes what frozen layers compute: it gets E's, our choice.
+RATES["e+l+p"] = {task: {**rates, "P": rates["E"]} for task, rates in RATES["e+l"].items()}
+
+FACTORS: dict[str, tuple[float, ...]] = {
+    "asv": (0.3, 0.5, 0.7, 1.0, 0.2, 0.1),
+    "er": (1.0,) * 10 + (0.1,) * 10,
+    "asr": (
+        *(0.1 + 0.9 * epoch / 19 for epoch in range(20)),
+        *(1.0,) * 3,
+        *((1 - 0.99 * epoch / 77) / (1 + 9 * epoch / 77) for epoch in range(77)),
+    ),
+    "ic": (0.1, 0.5, 0.7, 1.0, 0.5, 0.3, 0.1),
+}
+_CONVENTIONAL_ASR = tuple(0.3 ** (epoch // 25) for epoch in range(100))
+
+
+def published_rates(setting: str, task: str) -> dict[str, float]:
+    """The published learning rates of a setting for a task.
+
+    For "e+l+p" they are those of "e+l", with P at the rate of E: our choice, as no rate was found published for P.
+
+    Args:
+        setting: "e+l", "conventional", "e-only", "l-only" or "e+l+p", as in `ELPConfig.preset`.
+        task: "asr", "asv", "er" or "ic".
+
+    Returns:
+        Rates by part, for `create_optimizer`: "head" and, as far as the setting has them, "L", "E", "P" and "layer
+        norms". A new dictionary at each call.
+
+    Raises:
+        ValueError: The setting or the task is unknown.
+
+    Example:
+        >>> published_rates("e+l", "asv")
+        {'head': 0.0005, 'L': 0.0001, 'E': 1e-05, 'layer norms': 1e-05}
+    """
+    by_task = RATES[_known("setting", setting, RATES)]
+    return dict(by_task[_known("task", task, by_task)])
+
+
+def published_factors(setting: str, task: str) -> tuple[float, ...]:
+    """The published factors of all learning rates, one for each epoch of training.
+
+    Their number is that of the published epochs: 100 for "asr", 6 for "asv", 20 for "er", 7 for "ic". For "asr" they
+    rise linearly from 1/10 to 1 over the first 20 %, stay for 3 %, then fall as `(1 - 0.99 p) / (1 + 9 p)` with `p`
+    from 0 to 1, down to 1/1000 where the training ends. Under "conventional" they are multiplied by 0.3 every 25
+    epochs instead.
+
+    Args:
+        setting: "e+l", "conventional", "e-only", "l-only" or "e+l+p", as in `ELPConfig.preset`.
+        task: "asr", "asv", "er" or "ic".
+
+    Returns:
+        Factors, 1 at the peak, for `get_epochwise_schedule`.
+
+    Raises:
+        ValueError: The setting or the task is unknown.
+
+    Example:
+        >>> published_factors("e+l", "asv")
+        (0.3, 0.5, 0.7, 1.0, 0.2, 0.1)
+    """
+    _known("setting", setting, SETTINGS)
+    factors = FACTORS[_known("task", task, FACTORS)]
+    return _CONVENTIONAL_ASR if (setting, task) == ("conventional", "asr") else factors
+
+
+def _known(what: str, name: Any, names: Iterable[str]) -> str:
+    """The name, if it is one of the known ones."""
+    if name not in (names := list(names)):
+        raise ValueError(f"Unknown {what} {name!r}; choose one of {', '.join(map(repr, names))}.")
+    return name

@@ -1,0 +1,96 @@
+"""Which adapter answers for which utterance of a batch, where a call says so rather than the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+BASE = "__base__"
+
+
+class Current(Generic[T]):
+    """A value that holds for the duration of a `with` block, and for the thread that set it alone.
+
+    torch.compile cannot trace a context variable. It traces in one thread at a time, so that what is set while it does
+    may live here; and where no thread holds a value, there is no need to look.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._variable: ContextVar[T | None] = ContextVar(name, default=None)
+        self._traced: T | None = None
+        self._lock = Lock()
+        self._holders = 0
+        self._held = False
+
+    def get(self) -> T | None:
+        if torch.compiler.is_compiling() and (self._traced is not None or not self._held):
+            return self._traced
+        # Layers that are compiled one by one, or behind a break of the graph, are called by an untraced stack.
+        return self._variable.get()
+
+    @contextmanager
+    def set(self, value: T) -> Iterator[None]:
+        if torch.compiler.is_compiling():
+            before, self._traced = self._traced, value
+            try:
+                yield
+            finally:
+                self._traced = before
+            return
+        token = self._variable.set(value)
+        self._hold(1)
+        try:
+            yield
+        finally:
+            self._hold(-1)
+            self._variable.reset(token)
+
+    def _hold(self, change: int) -> None:
+        with self._lock:
+            self._holders += change
+            self._held = self._holders > 0
+
+
+class Route:
+    """The adapters of one call, by utterance.
+
+    Args:
+        names: The name of each utterance's adapter, or "__base__" for the backbone alone.
+        beams: How often generation repeats each utterance behind the encoder.
+    """
+
+    def __init__(self, names: Sequence[str], beams: int = 1) -> None:
+        self.names = tuple(names)
+        self.beams = beams
+        self.adapters = tuple(dict.fromkeys(name for name in names if name != BASE))
+        self._rows: dict[tuple[str, Any, int], Tensor] = {}
+
+    def rows(self, name: str, x: Tensor, axes: int = 3) -> Tensor:
+        """The places in the batch `x`, a tensor of at least so many axes, of the utterances that use an adapter.
+
+        Raises:
+            ValueError: The batch is of another size.
+        """
+        repeats = len(x) // len(self.names)
+        if x.dim() < axes or len(x) != repeats * len(self.names) or repeats not in (1, self.beams):
+            raise ValueError(
+                f"adapter_names holds {len(self.names)} names, and a tensor of shape {tuple(x.shape)} came where each "
+                "utterance has one row. Give one name an utterance. An encoder that packs utterances into one "
+                "sequence, or folds long ones, cannot mix adapters: call it once for each."
+            )
+        key = (name, x.device, repeats)
+        if key not in self._rows:
+            rows = [row for row, known in enumerate(self.names) if known == name]
+            places = [row * repeats + copy for row in rows for copy in range(repeats)]
+            self._rows[key] = torch.tensor(places, device=x.device)
+        return self._rows[key]
+
+
+current_route: Current[Route] = Current("peft_elp_route")

@@ -1,0 +1,456 @@
+"""Recordings and data sets as a user has them: whole, broken, in every layout that the readers know."""
+
+import json
+import pickle
+import re
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from backbones import build
+from datasets import Audio, ClassLabel, Dataset, Features, Value
+
+from peft_elp.audio import AudioError, decode
+from peft_elp.data import (
+    check_audio,
+    check_disjoint,
+    from_rows,
+    label_names,
+    leave_one_group_out,
+    read_column,
+    read_dataset,
+    read_trials,
+)
+
+
+def tone(duration_s=0.2, rate_hz=16000, pitch_hz=440):
+    return 0.5 * np.sin(2 * np.pi * pitch_hz * np.arange(round(duration_s * rate_hz)) / rate_hz)
+
+
+def record(path, waveform=None, rate_hz=16000, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, tone(rate_hz=rate_hz) if waveform is None else waveform, rate_hz, **options)
+    return path
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def fails(path):
+    with pytest.raises(AudioError) as raised:
+        decode(path)
+    return raised.value.reason, str(raised.value)
+
+
+# One recording
+
+
+def test_a_recording_at_16_khz_is_read_as_it_is(tmp_path):
+    waveform = tone().astype("float32")
+    read = decode(record(tmp_path / "a.wav", waveform, subtype="FLOAT"))
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, waveform)
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 22050, 48000])
+def test_another_rate_is_resampled_to_the_same_sound(tmp_path, rate_hz):
+    read = decode(record(tmp_path / "a.flac", tone(rate_hz=rate_hz), rate_hz))
+    assert len(read) == 3200
+    inner = slice(400, -400)  # the filter rings at both ends
+    np.testing.assert_allclose(read[inner], tone()[inner], atol=5e-3)
+    assert len(decode(tmp_path / "a.flac", rate_hz=8000)) == 1600
+
+
+def test_channels_are_averaged(tmp_path):
+    left, right = tone(), np.full(3200, 0.25)
+    read = decode(record(tmp_path / "a.wav", np.stack([left, right], 1), subtype="FLOAT"))
+    np.testing.assert_allclose(read, (left + right) / 2, atol=1e-6)
+
+
+def test_the_bytes_of_a_recording_come_before_its_path(tmp_path):
+    content = record(tmp_path / "a.flac").read_bytes()
+    read = decode({"path": "elsewhere/b.flac", "bytes": content})
+    np.testing.assert_array_equal(read, decode(tmp_path / "a.flac"))
+
+
+@pytest.mark.parametrize("audio", [None, "", {"path": None, "bytes": None}])
+def test_no_recording_is_an_error(audio):
+    assert fails(audio) == ("missing", "no recording is given")
+
+
+def test_a_missing_or_empty_file_is_an_error(tmp_path):
+    (tmp_path / "empty.wav").touch()
+    assert fails(tmp_path / "none.wav") == ("missing", "there is no such file")
+    assert fails(tmp_path / "empty.wav") == ("empty", "the file is empty")
+    assert fails({"path": "a.wav", "bytes": b""})[0] == "empty"
+    assert fails(record(tmp_path / "silent.wav", np.zeros(0))) == ("empty", "it holds no sound")
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
+def test_a_recording_that_was_cut_off_is_an_error(tmp_path, kind):
+    path = record(tmp_path / f"a.{kind}", np.random.default_rng(0).normal(0, 0.1, 16000))
+    decode(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert fails(path)[0] == "unreadable"
+
+
+@pytest.mark.parametrize("stated", [0x7FFFF000, 0xFFFFFFFF])
+def test_a_wav_file_that_was_piped_is_whole_although_its_header_promises_gigabytes(stated):
+    samples = (tone() * 32767).astype("<i2").tobytes()
+    form = struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)
+    header = b"RIFF" + struct.pack("<I", 0xFFFFFFFF) + b"WAVEfmt " + form + b"data" + struct.pack("<I", stated)
+    np.testing.assert_allclose(decode({"bytes": header + samples}), tone(), atol=1e-4)
+
+
+def test_samples_that_are_not_numbers_are_an_error(tmp_path):
+    waveform = tone()
+    waveform[7] = np.nan
+    assert fails(record(tmp_path / "a.wav", waveform, subtype="FLOAT"))[1] == "it holds samples that are not numbers"
+
+
+def test_without_torchcodec_a_format_that_soundfile_cannot_read_names_both(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    path = write(tmp_path / "a.m4a", "no sound at all")
+    reason, message = fails(path)
+    assert reason == "unreadable"
+    assert "soundfile cannot read it" in message
+    assert "install torchcodec and ffmpeg" in message
+
+
+def test_with_torchcodec_more_formats_are_read_in_the_same_way(tmp_path):
+    try:
+        from torchcodec.encoders import AudioEncoder
+    except (ImportError, OSError, RuntimeError) as error:
+        pytest.skip(f"torchcodec is not there: {str(error).splitlines()[0]}")
+    left = torch.from_numpy(tone(1, 44100)).float()
+    AudioEncoder(torch.stack([left, left / 2]), sample_rate=44100).to_file(tmp_path / "a.m4a")
+    for audio in (tmp_path / "a.m4a", {"bytes": (tmp_path / "a.m4a").read_bytes()}):
+        read = decode(audio)
+        assert len(read) == pytest.approx(16000, rel=0.1)  # AAC pads
+        assert np.abs(read[4000:12000]).max() == pytest.approx(0.375, abs=0.05)
+    reason, message = fails(write(tmp_path / "b.m4a", "no sound at all"))
+    assert reason == "unreadable"
+    assert "neither soundfile" in message
+
+
+def test_the_error_of_a_recording_survives_another_process():
+    error = pickle.loads(pickle.dumps(AudioError("there is no such file", "missing")))
+    assert (str(error), error.reason) == ("there is no such file", "missing")
+
+
+# Layouts
+
+
+def layout_metadata_csv(root):
+    write(root / "train/metadata.csv", "file_name,label", "a.wav,yes", "deep/b.wav,no")
+    return root, [record(root / "train/a.wav"), record(root / "train/deep/b.wav")]
+
+
+def layout_metadata_jsonl(root):
+    rows = [{"file_name": "a.wav", "label": "yes"}, {"label": "no", "file_name": "b.wav"}]
+    write(root / "train/metadata.jsonl", *map(json.dumps, rows))
+    return root, [record(root / "train/a.wav"), record(root / "train/b.wav")]
+
+
+def layout_classes(root):
+    (root / "train/yes").mkdir(parents=True)
+    write(root / "train/yes/LICENSE", "not a recording")
+    return root, [record(root / "train/yes/a.wav"), record(root / "train/no/x/b.WAV", format="WAV")][::-1]
+
+
+def layout_table_for_each_split(root):
+    write(root / "train.tsv", "path\tlabel", "clips/a.wav\tyes", "clips/b.wav\tno")
+    write(root / "test.tsv", "path\tlabel", "clips/c.wav\tyes")
+    return root, [record(root / "clips/a.wav"), record(root / "clips/b.wav")]
+
+
+def layout_one_table(root):
+    a, b = record(root / "a.wav"), record(root / "b.wav")
+    write(root / "all.csv", "split,label,audio", f"train,yes,{a}", "test,no,c.wav", "train,no,b.wav")
+    return root / "all.csv", [a, b]
+
+
+def layout_metadata_with_splits(root):
+    a, b = record(root / "a.wav"), record(root / "b.wav")
+    write(root / "metadata.csv", "split,label,file_name", "train,yes,a.wav", "test,no,c.wav", "train,no,b.wav")
+    return root, [a, b]
+
+
+LAYOUTS = [value for name, value in list(globals().items()) if name.startswith("layout_")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.removeprefix("layout_"))
+def test_a_local_split_is_read_in_every_layout(tmp_path, layout):
+    place, files = layout(tmp_path / "data")
+    dataset = read_dataset(place, "train")
+    assert dataset.features["audio"] == Audio(decode=False)
+    assert [row["path"] for row in dataset["audio"]] == [str(file) for file in files]
+    assert dataset["label"][:] == (["no", "yes"] if layout is layout_classes else ["yes", "no"])
+    assert len(check_audio(dataset)) == 2
+    with pytest.raises(ValueError, match="'dev'"):
+        read_dataset(place, "dev")
+
+
+def test_a_copy_of_a_hub_data_set_is_read_with_its_bytes(tmp_path):
+    content = record(tmp_path / "a.flac").read_bytes()
+    hub = Dataset.from_dict({"sound": [{"path": "a.flac", "bytes": content}], "label": [0], "file": ["x/a.flac"]})
+    hub = hub.cast_column("sound", Audio()).cast_column("label", ClassLabel(names=["no", "yes"]))
+    (tmp_path / "hub/data").mkdir(parents=True)
+    hub.to_parquet(tmp_path / "hub/data/train-00000-of-00001.parquet")
+    dataset = read_dataset(tmp_path / "hub", "train")
+    assert dataset.column_names == ["audio", "label", "file"]
+    np.testing.assert_array_equal(decode(dataset[0]["audio"]), decode(tmp_path / "a.flac"))
+    assert read_column(dataset, "label") == ["no"]
+    with pytest.raises(ValueError, match="Name one split"):
+        read_dataset(tmp_path / "hub", None)
+    with pytest.raises(ValueError, match="'label' holds neither recordings nor paths"):
+        read_dataset(tmp_path / "hub", "train", audio_column_name="label")
+
+
+def test_what_a_table_holds_stays_text(tmp_path):
+    write(tmp_path / "all.csv", "\ufefffile_name,speaker,text", 'a.wav,007,"null, and void"', "b.wav,1e3,NA")
+    dataset = read_dataset(tmp_path / "all.csv", None)
+    assert (dataset["speaker"][:], dataset["text"][:]) == (["007", "1e3"], ["null, and void", "NA"])
+
+
+def test_a_key_that_only_later_rows_have_is_kept(tmp_path):
+    write(tmp_path / "all.jsonl", '{"path": "a.wav"}', "", '{"path": "b.wav", "text": "hello"}')
+    assert read_dataset(tmp_path / "all.jsonl", None)["text"][:] == [None, "hello"]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("a.csv", ["file_name,text", "a.wav,hello, world"], "line 2, has more fields than the 2"),
+        ("a.csv", ["file_name,text", "a.wav,hello", "b.wav"], "line 3, has fewer fields than the 2"),
+        ("a.jsonl", ['{"path": "a.wav"}', "{"], "Row 2 of .*a.jsonl is no JSON object"),
+        ("a.jsonl", ["3"], "Row 1 of .*a.jsonl is no JSON object"),
+        ("a.csv", ["sound,text", "a.wav,hello"], "looked for file_name, audio, path, file among sound, text"),
+        ("a.csv", ["file_name,text"], "at least one recording"),
+    ],
+)
+def test_a_broken_table_is_named(tmp_path, name, lines, message):
+    with pytest.raises(ValueError, match=message):
+        read_dataset(write(tmp_path / name, *lines), None)
+
+
+def test_the_audio_column_can_be_named(tmp_path):
+    table = write(tmp_path / "a.csv", "file_name,sound,audio", "a.wav,b.wav,c.wav")
+    dataset = read_dataset(table, None, audio_column_name="sound")
+    assert dataset[0]["audio"]["path"] == str(tmp_path / "b.wav")
+
+
+def test_two_tables_for_one_split_and_a_configuration_of_a_folder_are_refused(tmp_path):
+    write(tmp_path / "train/metadata.csv", "file_name", "a.wav")
+    with pytest.raises(ValueError, match="no configurations such as 'en'"):
+        read_dataset(tmp_path, "train", "en")
+    write(tmp_path / "train/metadata.jsonl", '{"file_name": "a.wav"}')
+    with pytest.raises(ValueError, match="Which table is meant"):
+        read_dataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./folder", "~/no-such-folder", "clips.csv"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_dataset(name, "train")
+
+
+# Checking
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Eight recordings of which three are good, two of these at other rates."""
+    good = [record(tmp_path / "good.wav"), record(tmp_path / "8.wav", rate_hz=8000), tmp_path / "44.flac"]
+    record(good[2], rate_hz=44100)
+    bad = [tmp_path / "none.wav", tmp_path / "empty.wav", write(tmp_path / "corrupt.wav", "RIFF")]
+    bad[1].touch()
+    long, short = record(tmp_path / "long.wav", tone(3)), record(tmp_path / "short.wav", tone(0.01))
+    return from_rows([{"audio": path.name} for path in [good[0], *bad, long, short, *good[1:]]], tmp_path)
+
+
+BAD = r"5 of 8 recordings cannot be used: 1 missing, 1 empty, 1 unreadable, 1 too long, 1 too short\.\n"
+
+
+def test_bad_recordings_are_an_error_that_counts_and_names_them(mixed):
+    with pytest.raises(ValueError, match=BAD) as raised:
+        check_audio(mixed, min_duration_in_seconds=0.05, max_duration_in_seconds=2)
+    message = str(raised.value)
+    assert "none.wav: there is no such file" in message
+    assert "long.wav: 3 s, too long: 0.05 s to 2 s are allowed" in message
+    assert "on_bad_audio='skip'" in message
+
+
+def test_bad_recordings_are_left_out_on_request_and_said(mixed):
+    with (
+        pytest.warns(UserWarning, match="resampled") as resampled,
+        pytest.warns(UserWarning, match="cannot be used") as left_out,
+    ):
+        checked = check_audio(
+            mixed, min_duration_in_seconds=0.05, max_duration_in_seconds=2, on_bad_audio="skip", num_proc=2
+        )
+    assert [entry["path"].rpartition("/")[2] for entry in checked["audio"]] == ["good.wav", "8.wav", "44.flac"]
+    assert checked["duration_s"][:] == pytest.approx([0.2, 0.2, 0.2])
+    assert re.match(BAD, str(left_out[0].message))
+    said = str(resampled[0].message)
+    assert said == "Recordings that are resampled to 16,000 Hz when decoded: 1 of 8,000 Hz, 1 of 44,100 Hz."
+
+
+def test_only_the_first_few_of_many_bad_recordings_are_named(tmp_path):
+    rows = [{"audio": f"{index}.wav"} for index in range(20)] + [{"audio": None}]
+    with pytest.raises(ValueError, match=r"21 of 21 .* 21 missing") as raised:
+        check_audio(from_rows(rows, tmp_path), on_bad_audio="skip")  # nothing is left: an error all the same
+    assert "4.wav" in str(raised.value)
+    assert "5.wav" not in str(raised.value)
+    assert str(raised.value).endswith("... and 16 more\nNone is left.")
+
+
+def test_a_recording_too_short_for_the_encoder_is_found_to_the_sample(tmp_path):
+    config = build().config  # needs 45 samples for a frame
+    record(tmp_path / "45.wav", tone()[:45])
+    record(tmp_path / "44.wav", tone()[:44])
+    check_audio(from_rows([{"audio": "45.wav"}], tmp_path), config)
+    with pytest.raises(ValueError, match=r"1 of 1 .* 1 too short"):
+        check_audio(from_rows([{"audio": "44.wav"}], tmp_path), config)
+    check_audio(from_rows([{"audio": "44.wav"}], tmp_path), object())  # an encoder without convolutions over samples
+
+
+def test_a_misspelt_policy_is_refused(mixed):
+    with pytest.raises(ValueError, match="'error' or 'skip', not 'ignore'"):
+        check_audio(mixed, on_bad_audio="ignore")
+
+
+def test_a_checked_data_set_can_be_checked_again(tmp_path):
+    dataset = check_audio(from_rows([{"audio": str(record(tmp_path / "a.wav")), "text": "a"}]))
+    assert check_audio(dataset).column_names == ["audio", "text", "duration_s"]
+
+
+# Columns, speakers, folds
+
+
+def rows_of(**columns):
+    count = len(next(iter(columns.values())))
+    return Dataset.from_dict({"audio": [f"{index}.wav" for index in range(count)], **columns})
+
+
+def test_classes_are_those_of_training_and_test_adds_none():
+    train = rows_of(label=["b", "a", "b"])
+    assert label_names(train, rows_of(label=["b"])) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"1 classes .* 2 of training.*\n  c"):
+        label_names(train, rows_of(label=["b", "c"]))
+    with pytest.raises(ValueError, match="one class in the column 'label', 'a', and two are needed"):
+        label_names(rows_of(label=["a", "a"]))
+
+
+def test_a_row_without_a_value_is_an_error():
+    for blank in ("", " ", None):
+        with pytest.raises(ValueError, match="1 of 3 rows have nothing in the column 'text'; the first is row 1"):
+            read_column(rows_of(text=["a", blank, "b"]), "text")
+    unlabelled = Dataset.from_dict({"label": [1, -1]}, Features({"label": ClassLabel(names=["a", "b"])}))
+    with pytest.raises(ValueError, match="first is row 1"):
+        read_column(unlabelled, "label")
+    with pytest.raises(ValueError, match="no column 'label' among audio, text"):
+        read_column(rows_of(text=["a"]), "label")
+    assert read_column(rows_of(label=[0, 1]).cast_column("label", Value("int8")), "label") == ["0", "1"]
+
+
+def test_a_speaker_in_training_and_test_is_named():
+    train = rows_of(speaker=["anna", "bert", "carl"])
+    check_disjoint(train, rows_of(speaker=["dora"]))
+    with pytest.raises(ValueError, match=r"2 values of the column 'speaker' .*\n  anna\n  carl$"):
+        check_disjoint(train, rows_of(speaker=["carl", "dora", "anna"]))
+
+
+def test_each_session_is_held_out_once():
+    dataset = rows_of(session=["2", "1", "2", "3"])
+    folds = list(leave_one_group_out(dataset, "session"))
+    assert folds == [("1", [0, 2, 3], [1]), ("2", [1, 3], [0, 2]), ("3", [0, 1, 2], [3])]
+    with pytest.raises(ValueError, match=r"fewer than 2 unique groups|number of groups"):
+        list(leave_one_group_out(rows_of(session=["1", "1"]), "session"))
+
+
+# Trials
+
+
+@pytest.mark.parametrize("kind", ["voxceleb", "csv", "other columns"])
+def test_trials_are_read_from_lists_in_every_form(tmp_path, kind):
+    files = [record(tmp_path / "wav" / name) for name in ("id1/v/1.wav", "id1/w/1.wav", "id2/v/1.wav")]
+    a, b, c = (str(file.relative_to(tmp_path / "wav")) for file in files)
+    options = {"folder": tmp_path / "wav"}
+    if kind == "voxceleb":
+        path = write(tmp_path / "veri_test.txt", f"1 {a} {b}", f"0 {a} {c}")
+    elif kind == "csv":
+        path = write(tmp_path / "wav/trials.csv", "label,file_a,file_b,note", f"1,{a},{b},x", f"0,{a},{c},y")
+        options = {}
+    else:
+        path = write(tmp_path / "trials.csv", "enrolled,tested,same", f"{a},{b},1", f"{a},{c},0")
+        options["columns"] = ("same", "enrolled", "tested")
+    trials = read_trials(path, **options)
+    assert [tuple(trial) for trial in trials] == [
+        (1, str(files[0]), str(files[1])),
+        (0, str(files[0]), str(files[2])),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["1 a.wav", "0 a.wav b.wav"], "a trial '1 a.wav', where a label"),
+        (["a.wav b.wav 1"], "a trial 'a.wav b.wav 1'"),
+        (["1 a.wav b.wav", "1 a.wav a.wav"], "its 2 trials are all alike"),
+        ([""], "its 0 trials"),
+    ],
+)
+def test_a_broken_list_of_trials_is_refused(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        read_trials(write(tmp_path / "trials.txt", *lines))
+
+
+def test_trials_without_their_columns_or_recordings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no column file_a, file_b; name three of label, x, y"):
+        read_trials(write(tmp_path / "trials.csv", "label,x,y", "1,a.wav,b.wav"))
+    record(tmp_path / "a.wav")
+    path = write(tmp_path / "trials.txt", "1 a.wav b.wav", "0 a.wav c.wav", "0 b.wav a.wav")
+    with pytest.raises(FileNotFoundError, match=r"2 of the 3 recordings .*\n  .*b.wav\n  .*c.wav$"):
+        read_trials(path)
+
+
+# Packages
+
+
+WITHOUT_PACKAGES = """
+import importlib, sys
+sys.modules.update(dict.fromkeys(["datasets", "soundfile", "soxr"]))
+import peft_elp
+for absent in (["soundfile"], ["datasets"]):
+    for name in ("datasets", "soundfile", "soxr"):
+        sys.modules.pop(name, None)
+    sys.modules.update(dict.fromkeys(absent))
+    for name in ("audio", "data", "corpora"):
+        try:
+            importlib.import_module(f"peft_elp.{name}")
+        except ImportError as error:
+            print(absent[0], name, error)
+"""
+
+
+def test_the_package_itself_needs_no_package_for_data_and_the_modules_name_the_extra():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_PACKAGES], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    said = run.stdout.splitlines()
+    assert [line.split()[:2] for line in said] == [
+        ["soundfile", "audio"],
+        ["soundfile", "data"],
+        ["soundfile", "corpora"],
+        ["datasets", "data"],
+        ["datasets", "corpora"],
+    ]
+    assert all("pip install 'peft-elp[recipes]'" in line for line in said)

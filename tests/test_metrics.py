@@ -1,0 +1,246 @@
+"""Error rates against hand-worked cases and plain loops, scores against the written formulas."""
+
+import itertools
+import math
+import random
+import statistics
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.interpolate import interp1d
+from scipy.optimize import brentq
+from sklearn.metrics import roc_curve
+
+from peft_elp.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
+
+
+def rates(labels, scores):
+    """P_fa and P_miss at every threshold, from the highest, by counting."""
+    targets = [s for s, label in zip(scores, labels, strict=True) if label]
+    others = [s for s, label in zip(scores, labels, strict=True) if not label]
+    return [
+        (sum(s >= t for s in others) / len(others), sum(s < t for s in targets) / len(targets))
+        for t in [math.inf, *sorted(set(scores), reverse=True)]
+    ]
+
+
+def crossing(points):
+    """Where the line through the points meets P_fa = P_miss."""
+    for (fa, miss), (next_fa, next_miss) in itertools.pairwise(points):
+        if next_fa >= next_miss:
+            share = (miss - fa) / ((miss - fa) + (next_fa - next_miss))
+            return fa + share * (next_fa - fa)
+    raise AssertionError("the last point accepts every trial")
+
+
+def trials(seed, count=200, ties=False):
+    generator = random.Random(seed)
+    labels = [generator.random() < 0.3 for _ in range(count)]
+    scores = [generator.gauss(1.0 * label, 1.0) for label in labels]
+    return labels, [round(score, 1) for score in scores] if ties else scores
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_rates_and_costs_are_those_of_a_plain_loop_over_thresholds(seed, ties):
+    labels, scores = trials(seed, ties=ties)
+    points = rates(labels, scores)
+    assert equal_error_rate(labels, scores) == pytest.approx(crossing(points), abs=1e-12)
+    for p_target, c_miss, c_fa in ((0.01, 1, 1), (0.05, 1, 1), (0.5, 1, 1), (0.01, 10, 1), (0.9, 1, 5)):
+        cost = min(c_miss * p_target * miss + c_fa * (1 - p_target) * fa for fa, miss in points)
+        expected = cost / min(c_miss * p_target, c_fa * (1 - p_target))
+        found = min_dcf(labels, scores, p_target=p_target, c_miss=c_miss, c_fa=c_fa)
+        assert found == pytest.approx(expected, abs=1e-12)
+        assert 0 < found <= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_equal_error_rate_is_the_usual_root_on_the_roc_curve(seed):
+    labels, scores = trials(seed, ties=True)
+    false_alarms, hits, _ = roc_curve(labels, scores, drop_intermediate=False)
+    steps = np.arange(len(hits))
+    gap = interp1d(steps, false_alarms - (1 - hits))
+    expected = interp1d(steps, false_alarms)(brentq(gap, 0, steps[-1], xtol=1e-13))
+    assert equal_error_rate(labels, scores) == pytest.approx(float(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "rate"),
+    [
+        ([1, 1, 0, 0], [0.9, 0.8, 0.2, 0.1], 0.0),
+        ([1, 1, 0, 0], [0.1, 0.2, 0.8, 0.9], 1.0),
+        ([1, 1, 0, 0], [0.5, 0.5, 0.5, 0.5], 0.5),  # all tied: the line from (0, 1) to (1, 0)
+        ([1, 0, 1, 0], [0.9, 0.5, 0.5, 0.1], 0.25),  # one of each tied: from (0, 1/2) to (1/2, 0)
+        ([1, 0, 0, 0], [0.5, 0.5, 0.2, 0.1], 0.25),  # from (0, 1) to (1/3, 0)
+        ([1, 1, 1, 0, 0], [4, 3, 1, 2, 0], 1 / 3),  # from (0, 1/3) to (1/2, 1/3), flat
+    ],
+)
+def test_the_equal_error_rate_of_cases_worked_by_hand(labels, scores, rate):
+    assert equal_error_rate(labels, scores) == pytest.approx(rate, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "options", "cost"),
+    [
+        ([1, 1, 0, 0], [0.9, 0.8, 0.2, 0.1], {}, 0.0),
+        ([1, 1, 0, 0], [0.1, 0.2, 0.8, 0.9], {}, 1.0),  # nothing is better than to accept none
+        ([1, 1, 0, 0], [0.5, 0.5, 0.5, 0.5], {}, 1.0),
+        # Above 0.5: half of the targets missed, no false alarm. From 0.5: no miss, half of the others let in.
+        ([1, 0, 1, 0], [0.9, 0.5, 0.5, 0.1], {"p_target": 0.5}, 0.5),
+        ([1, 0, 1, 0], [0.9, 0.5, 0.5, 0.1], {"p_target": 0.05}, 0.5),
+        ([1, 0, 1, 0], [0.9, 0.5, 0.5, 0.1], {"p_target": 0.5, "c_miss": 10.0}, 0.5),
+        # A miss costs 0.01 * 10, a false alarm 0.99 / 2: 0.1 against 0.495, over 0.1.
+        ([1, 0, 0], [0.5, 0.9, 0.1], {"p_target": 0.01, "c_miss": 10.0}, 1.0),
+    ],
+)
+def test_the_detection_cost_of_cases_worked_by_hand(labels, scores, options, cost):
+    assert min_dcf(labels, scores, **options) == pytest.approx(cost, abs=1e-12)
+
+
+def test_scores_that_know_nothing_have_an_equal_error_rate_of_a_half_and_cost_as_much_as_no_system():
+    generator = np.random.default_rng(0)
+    labels, scores = generator.integers(0, 2, 20_000), generator.normal(size=20_000)
+    assert equal_error_rate(labels, scores) == pytest.approx(0.5, abs=0.02)
+    assert min_dcf(labels, scores) == pytest.approx(1, abs=0.02)
+
+
+def test_only_the_order_of_scores_counts_and_containers_do_not():
+    labels, scores = trials(3)
+    rate, cost = equal_error_rate(labels, scores), min_dcf(labels, scores)
+    assert equal_error_rate(labels, [math.atan(3 * score + 1) for score in scores]) == rate
+    assert equal_error_rate(torch.tensor(labels), torch.tensor(scores, dtype=torch.float64)) == rate
+    assert min_dcf(np.array(labels, dtype=float), np.array(scores)) == cost
+    shuffled = random.Random(0).sample(list(zip(labels, scores, strict=True)), len(labels))
+    assert equal_error_rate(*zip(*shuffled, strict=True)) == rate
+
+
+@pytest.mark.parametrize("metric", [equal_error_rate, min_dcf])
+@pytest.mark.parametrize(
+    ("labels", "scores", "message"),
+    [
+        ([1, 0, 0], [0.5, 0.1], r"got shapes \(3,\) and \(2,\)"),
+        ([[1, 0]], [[0.5, 0.1]], r"got shapes \(1, 2\) and \(1, 2\)"),
+        ([1, 1], [0.5, 0.1], "need target and non-target trials, got 2 trials, all with label 1"),
+        ([0, 0, 0], [0.5, 0.1, 0.2], "got 3 trials, all with label 0"),
+        ([], [], "got 0 trials"),
+        ([1, 2], [0.5, 0.1], "labels are 1 .* and 0 .*, got 2.*order of the arguments is labels, scores"),
+        ([0.5, 0.1], [1, 0], "got 0.1, 0.5"),
+        (["target", "other"], [1, 0], "got 'other', 'target'"),
+        ([1, 0, 0], [0.5, math.nan, math.nan], "2 of 3 scores are not finite, the first at 1: nan"),
+        ([1, 0, 0], [0.5, 0.1, math.inf], "1 of 3 scores are not finite, the first at 2: inf"),
+    ],
+)
+def test_trials_without_a_meaning_are_refused(metric, labels, scores, message):
+    with pytest.raises(ValueError, match=message):
+        metric(labels, scores)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p_target": 0.0}, "p_target is a probability between 0 and 1, got 0.0"),
+        ({"p_target": 1}, "got 1"),
+        ({"p_target": math.nan}, "got nan"),
+        ({"c_miss": 0}, "c_miss is a cost above 0, got 0"),
+        ({"c_fa": -1.0}, "c_fa is a cost above 0, got -1.0"),
+        ({"c_fa": math.inf}, "got inf"),
+    ],
+)
+def test_costs_without_a_meaning_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        min_dcf([1, 0], [1.0, 0.0], **options)
+
+
+def test_a_missing_scikit_learn_is_named_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(ImportError, match=r"scikit-learn: pip install 'peft-elp\[recipes\]'"):
+        equal_error_rate([1, 0], [1.0, 0.0])
+
+
+def voices(seed=0, speakers=5, utterances=3, width=6):
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(speakers, width))
+    return {
+        f"{speaker}/{utterance}": centres[speaker] + 0.4 * generator.normal(size=width)
+        for speaker in range(speakers)
+        for utterance in range(utterances)
+    }
+
+
+def cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def test_cosine_scores_are_the_cosines_of_the_pairs_in_the_order_of_trials():
+    embeddings = voices()
+    pairs = list(itertools.combinations(embeddings, 2))
+    expected = [cosine(embeddings[a], embeddings[b]) for a, b in pairs]
+    assert cosine_scores(embeddings, pairs).tolist() == pytest.approx(expected)
+    tensors = {name: torch.tensor(x) for name, x in embeddings.items()}
+    assert cosine_scores(tensors, pairs).tolist() == pytest.approx(expected)
+    labels = [a[0] == b[0] for a, b in pairs]
+    assert equal_error_rate(labels, cosine_scores(embeddings, pairs)) < 0.2
+
+
+@pytest.mark.parametrize("top_k", [None, 4, 2])
+def test_s_norm_is_its_formula_over_the_closest_of_the_cohort(top_k, monkeypatch):
+    monkeypatch.setattr("peft_elp.metrics.BLOCK", 4)  # several blocks, the last one not full
+    embeddings, cohort = voices(0), list(voices(1).values())
+    pairs = list(itertools.combinations(embeddings, 2))[::3]
+
+    def normalised(score, name):
+        closest = sorted((cosine(embeddings[name], other) for other in cohort), reverse=True)[:top_k]
+        return (score - statistics.mean(closest)) / statistics.stdev(closest)
+
+    expected = []
+    for a, b in pairs:
+        score = cosine(embeddings[a], embeddings[b])
+        expected.append((normalised(score, a) + normalised(score, b)) / 2)
+    assert s_norm_scores(embeddings, pairs, np.stack(cohort), top_k).tolist() == pytest.approx(expected)
+    turned = [(b, a) for a, b in pairs]
+    assert s_norm_scores(embeddings, turned, cohort, top_k).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pairs", "message"),
+    [
+        ({}, [], "trials is empty"),
+        ({}, [("a", "b", "b")], r"Trial 0 is \('a', 'b', 'b'\)"),
+        ({}, [("a", "b"), "ab"], "Trial 1 is 'ab'"),
+        ({}, [("a", "x"), ("y", "b")], "2 of the 4 utterances in the trials have no embedding: 'x', 'y'"),
+        (
+            {"b": [1.0, 2.0, 3.0]},
+            [("a", "b")],
+            r"The embedding of 'b' has shape \(3,\), and the first one has 2 numbers",
+        ),
+        ({"b": [[1.0, 2.0]]}, [("a", "b")], r"The embedding of 'b' has shape \(1, 2\)"),
+        ({"b": [0.0, 0.0]}, [("a", "b")], "The embedding of 'b' has length 0.0: no angle"),
+        ({"b": [1.0, math.nan]}, [("a", "b")], "The embedding of 'b' has length nan"),
+    ],
+)
+def test_embeddings_that_have_no_angle_are_named(changes, pairs, message):
+    embeddings = {"a": [1.0, 2.0], "b": [2.0, 1.0]} | changes
+    cohort = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    for scores in (lambda: cosine_scores(embeddings, pairs), lambda: s_norm_scores(embeddings, pairs, cohort)):
+        with pytest.raises(ValueError, match=message):
+            scores()
+
+
+@pytest.mark.parametrize(
+    ("cohort", "top_k", "message"),
+    [
+        ([[1.0, 0.0]], None, "top_k is from 2 to the size of the cohort, 1, got 1"),
+        ([[1.0, 0.0], [0.0, 1.0]], 3, "size of the cohort, 2, got 3"),
+        ([[1.0, 0.0], [0.0, 1.0]], 1, "got 1"),
+        ([1.0, 0.0], None, r"cohort is of shape \(cohort, width\), got \(2,\)"),
+        ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], None, r"Row 0 of the cohort has shape \(3,\)"),
+        ([[1.0, 0.0], [0.0, 0.0]], None, "Row 1 of the cohort has length 0.0"),
+        ([[1.0, 0.0], [2.0, 0.0]], None, "2 utterances, such as 'a', are equally close to all 2 of the cohort"),
+    ],
+)
+def test_a_cohort_that_cannot_normalise_is_refused(cohort, top_k, message):
+    with pytest.raises(ValueError, match=message):
+        s_norm_scores({"a": [1.0, 2.0], "b": [2.0, 1.0]}, [("a", "b")], cohort, top_k)

@@ -1,0 +1,184 @@
+"""A batch whose utterances use different adapters answers as each utterance does alone with its adapter."""
+
+import pytest
+import torch
+from backbones import ELP, HEADS, NORMS, build, has, result, shaken, waveforms
+from families import FAMILIES
+from peft import get_peft_model
+from test_families import TOWERS, encoded
+
+from peft_elp import ELPConfig
+
+FAMILIES = FAMILIES | TOWERS
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+ADAPTERS = {
+    "all": {"adapters": "ELP"},
+    "narrow": {"adapters": "ELP", "l_dim": 6, "p_length": 5, "l_layers": [0, 2]},
+    "front": {"adapters": "P", "p_position": "prepend", "p_length": 2},
+    "bottleneck": {"adapters": "E", "e_dim": 4, "e_after": ("feed_forward", "attention")},
+    "sums": {"adapters": "L", "train_layer_norms": False},
+    "residual": {"adapters": "LP", "l_output": "residual"},
+}
+
+
+PACKED = "packs utterances into one sequence"
+CANNOT = {
+    "glmasr": "take no attention mask",
+    "qwen2_5_omni": PACKED,
+    "qwen3_omni_moe": PACKED,
+    "qwen3_asr": PACKED,
+}
+
+
+# Their convolutions let padding in, with or without adapters: pseudo features of different number move each other.
+SENSITIVE = {"data2vec-audio", "seamless_m4t_v2", "wav2vec2-conformer", "wav2vec2-conformer-frames"}
+
+
+def adapted(base, adapters=ADAPTERS, **options):
+    """A model with all of the adapters, each one moved from where it starts."""
+    model = None
+    for name, own in adapters.items():
+        config = ELPConfig(**ELP | options | own)
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        model.set_adapter(name)
+        shaken(model)
+    return model.eval()
+
+
+def alone(model, name, **inputs):
+    with torch.no_grad():
+        if name == "__base__":
+            with model.disable_adapter():
+                return model(**inputs)
+        model.set_adapter(name)
+        return model(**inputs)
+
+
+def mixed(model, names, **inputs):
+    with torch.no_grad():
+        return model(**inputs, adapter_names=names)
+
+
+def valid(output, row, mask):
+    """What a user may look at: an output for each frame ends with the utterance."""
+    return (
+        output if output.dim() < 2 or mask is None else output[: len(output) * int(mask[row].sum()) // mask.shape[1]]
+    )
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("family", "stable"), NORMS)
+def test_each_utterance_is_as_alone_with_its_adapter(family, stable, head):
+    if not has(family, head):
+        pytest.skip("a head that this family lacks")
+    model = adapted(build(family, head, do_stable_layer_norm=stable))
+    names = ["narrow", "__base__", "all", "front", "bottleneck", "sums", "residual", "all"]
+    if family in SENSITIVE:
+        names = ["bottleneck", "__base__", "sums"] * 2 + ["bottleneck"] * 2
+    waveform, mask = waveforms((2000, 1300, 900, 1700, 2000, 1100, 1500, 1450))
+    model.set_adapter("sums")  # whichever is active has no part in it
+    together = result(mixed(model, names, input_values=waveform, attention_mask=mask))
+    for row, name in enumerate(names):
+        own = result(alone(model, name, input_values=waveform, attention_mask=mask))
+        torch.testing.assert_close(
+            valid(together[row], row, mask),
+            valid(own[row], row, mask),
+            atol=2e-5,
+            rtol=1e-4,
+            msg=lambda message, name=name: f"{name}: {message}",
+        )
+
+
+def test_a_batch_without_padding_needs_no_mask():
+    model = adapted(build("wavlm", "ForSequenceClassification"))
+    waveform, _ = waveforms((1500,) * 4)
+    names = ["all", "narrow", "__base__", "front"]
+    together = result(mixed(model, names, input_values=waveform))
+    for row, name in enumerate(names):
+        own = result(alone(model, name, input_values=waveform))[row]
+        torch.testing.assert_close(together[row], own, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_mixes_adapters_or_says_why_not(name):
+    family = FAMILIES[name]
+    letters = family.adapters.replace("P", "") if name in SENSITIVE else family.adapters
+    options = {
+        "long": {"adapters": letters, **({"p_length": 6} if "P" in letters else {})},
+        "short": {"adapters": "E"},
+    }
+    model = adapted(family.model(), options, **family.options)
+    size = len(encoded(alone(model, "__base__", **family.inputs)))
+    names = [("long", "__base__", "short")[row % 3] for row in range(size)]
+    if name in CANNOT:
+        with pytest.raises(ValueError, match=CANNOT[name]):
+            mixed(model, names, **family.inputs)
+        return
+    together = encoded(mixed(model, names, **family.inputs))
+    for row, adapter in enumerate(names):
+        own = encoded(alone(model, adapter, **family.inputs))
+        mask = family.inputs.get("attention_mask")
+        torch.testing.assert_close(
+            valid(together[row], row, mask),
+            valid(own[row], row, mask),
+            atol=5e-5,
+            rtol=1e-4,
+            msg=lambda message, name=adapter: f"{name}: {message}",
+        )
+
+
+# What is refused ----------------------------------------------------------------------------------------------------
+
+
+def small():
+    return adapted(build("wav2vec2", "ForCTC"), {"asr": {"adapters": "EL"}, "emotion": {"adapters": "L"}})
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["asr", "asr"], ValueError, "holds 2 names, and a tensor of shape"),
+        (["asr", "emotoin", "asr"], ValueError, "asks for 'emotoin', and the model has 'asr', 'emotion'"),
+        ("asr", TypeError, "one name an utterance, got 'asr'"),
+    ],
+)
+def test_names_that_do_not_fit_the_batch_are_refused(names, error, message):
+    waveform, mask = waveforms()
+    with pytest.raises(error, match=message):
+        mixed(small(), names, input_values=waveform, attention_mask=mask)
+
+
+def test_training_a_mixed_batch_is_refused():
+    waveform, mask = waveforms()
+    with pytest.raises(ValueError, match="for inference only"):
+        mixed(small().train(), ["asr"] * 3, input_values=waveform, attention_mask=mask)
+
+
+def test_a_mixed_call_leaves_the_next_call_alone():
+    model, (waveform, mask) = small(), waveforms()
+    before = alone(model, "asr", input_values=waveform, attention_mask=mask).logits
+    mixed(model, ["emotion", "asr", "__base__"], input_values=waveform, attention_mask=mask)
+    with pytest.raises(ValueError, match="holds 2 names"):
+        mixed(model, ["emotion"] * 2, input_values=waveform, attention_mask=mask)
+    with torch.no_grad():
+        assert torch.equal(model(waveform, attention_mask=mask).logits, before)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_mixes_adapters(beams):
+    family = FAMILIES["whisper"]
+    model = adapted(family.model(), {"one": {"adapters": "ELP"}, "two": {"adapters": "EP", "p_length": 5}})
+    inputs = {"input_features": family.inputs["input_features"], "max_new_tokens": 5, "num_beams": beams}
+    names = [("one", "two", "__base__")[row % 3] for row in range(len(inputs["input_features"]))]
+    together = model.generate(**inputs, adapter_names=names)
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                own = model.generate(**inputs)[row]
+        else:
+            model.set_adapter(name)
+            own = model.generate(**inputs)[row]
+        assert together[row].tolist() == own.tolist()

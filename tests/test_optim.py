@@ -1,0 +1,348 @@
+"""A learning rate for each part, the published ones, and what Transformers' Trainer makes of them."""
+
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from backbones import ELP, FAMILIES, build, has
+from peft import get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments, WavLMConfig, WavLMModel
+
+from peft_elp import (
+    ELPConfig,
+    count_parameters,
+    create_optimizer,
+    get_epochwise_schedule,
+    parameter_groups,
+    published_factors,
+    published_rates,
+)
+
+SETTINGS = ("e+l", "conventional", "e-only", "l-only", "e+l+p")
+TASKS = ("asr", "asv", "er", "ic")
+RATES = {"head": 5e-3, "L": 1e-3, "E": 1e-4, "P": 2e-2, "layer norms": 1e-5}
+PARTS = {"elp_e": "E", "elp_l": "L", "elp_p": "P", "elp_norm": "layer norms", "modules_to_save": "head"}
+SMALL = {"e_dim": 8, "l_dim": 10}
+
+
+def adapted(head="ForCTC", family="wavlm", adapter_name="default", **options):
+    base = build(family, head)
+    torch.manual_seed(5)
+    return get_peft_model(base, ELPConfig(**ELP | options), adapter_name=adapter_name)
+
+
+def part_of(name, adapter_name="default"):
+    held = re.search(rf"\.({'|'.join(PARTS)})\.{adapter_name}\.", name)
+    return PARTS[held[1]] if held else None
+
+
+# Groups -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification", "ForXVector"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_every_trainable_tensor_is_in_one_group_with_the_rate_of_its_part(head, weight_decay):
+    model = adapted(head, adapter_name="mine", e_after=("attention", "feed_forward"))
+    groups = parameter_groups(model, RATES, "mine", weight_decay)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates.get(id(parameter)) == RATES.get(part_of(name, "mine")), name
+        assert (id(parameter) in rates) == parameter.requires_grad, name
+    sizes = dict.fromkeys(RATES, 0)
+    for group in groups:
+        sizes[group["part"]] += sum(p.numel() for p in group["params"])
+    assert sizes == count_parameters(model, "mine")
+    if not weight_decay:
+        assert [group["part"] for group in groups] == list(RATES)
+
+
+@pytest.mark.parametrize(("family", "head"), [(f, h) for f in FAMILIES for h in ("ForCTC", "ForXVector") if has(f, h)])
+def test_weight_decay_spares_what_trainer_spares(family, head, tmp_path):
+    model = adapted(head, family)
+    groups = parameter_groups(model, RATES, weight_decay=0.1)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    decayed = set(trainer.get_decay_parameter_names(model))
+    found = {name: decay[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert found == {name: 0.1 if name in decayed else 0.0 for name in found}
+    assert {name.rsplit(".", 1)[-1] for name, value in found.items() if value} == {"weight", "layer_weights", "rows"}
+    assert not any("norm" in name for name, value in found.items() if value)
+
+
+@pytest.mark.parametrize(
+    ("options", "rates", "message"),
+    [
+        ({}, {**RATES, "l": 1e-3}, "rates has 'l', of which adapter 'default' trains nothing. It trains 'E', 'L', "),
+        ({"adapters": "L"}, RATES, "rates has 'E', of which.*It trains 'L', 'layer norms', 'head'. Leave 'E' out"),
+        ({"train_layer_norms": False}, RATES, "rates has 'layer norms', of which"),
+        ({"inference_mode": True}, {"E": 1e-3}, "It trains no part \\(in inference mode\\?\\)"),
+        ({}, {k: v for k, v in RATES.items() if k != "P"},
+         r"rates has no 'P', and adapter 'default' trains 1 tensors of that part, such as \S*elp_p.default.rows. Add"),
+        ({}, {}, r"rates has no 'E', and adapter 'default' trains 12 tensors"),
+        ({}, {**RATES, "E": 0.0}, "The learning rate of 'E' is a positive number, got 0.0"),
+        ({}, {**RATES, "E": -1e-3}, "got -0.001"),
+        ({}, {**RATES, "E": math.nan}, "got nan"),
+        ({}, {**RATES, "E": math.inf}, "got inf"),
+        ({}, {**RATES, "E": "1e-3"}, "got '1e-3'"),
+        ({}, {**RATES, "E": None}, "got None"),
+    ],
+)  # fmt: skip
+def test_rates_that_do_not_fit_the_adapter_are_named(options, rates, message):
+    model = adapted(**options)
+    for use in (parameter_groups, lambda model, rates: create_optimizer(model, rates=rates)):
+        with pytest.raises(ValueError, match=message):
+            use(model, rates)
+
+
+def test_trainable_tensors_outside_of_the_adapter_are_named():
+    model = adapted()
+    model.base_model.model.wavlm.feature_projection.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"4 trainable tensors belong to no part of adapter 'default': \S*feature_proj"
+    ):
+        parameter_groups(model, RATES)
+    model = adapted()
+    model.add_adapter("other", ELPConfig(**ELP, adapters="E", e_layers=[0]))
+    for name, parameter in model.named_parameters():
+        if ".elp_e.other." in name:
+            parameter.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"belong to no part of adapter 'default': \S*elp_e.other"):
+        parameter_groups(model, RATES)
+
+
+def test_an_unknown_adapter_or_a_plain_model_is_named():
+    with pytest.raises(ValueError, match=r"No adapter named 'mine'; the model has \['default'\]"):
+        create_optimizer(adapted(), rates=RATES, adapter_name="mine")
+    with pytest.raises(ValueError, match="No adapter named 'default'; the model has none"):
+        create_optimizer(build(), rates=RATES)
+
+
+def test_the_optimizer_takes_its_own_options_and_no_common_rate():
+    optimizer = create_optimizer(adapted(), torch.optim.Adam, rates=RATES, betas=(0.9, 0.98), eps=1e-6)
+    assert type(optimizer) is torch.optim.Adam
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.98), 1e-6)}
+    assert {group["part"]: group["lr"] for group in optimizer.param_groups} == RATES
+    with pytest.raises(TypeError, match=r"lr=0.001 would reach no parameter"):
+        create_optimizer(adapted(), rates=RATES, lr=1e-3)
+
+
+def test_the_default_optimizer_steps_as_the_adam_of_the_publications():
+    models = [adapted(), adapted()]
+    for model, kind in zip(models, ({}, {"optimizer_cls": torch.optim.Adam}), strict=True):
+        optimizer = create_optimizer(model, rates=RATES, **kind)
+        for step in range(3):
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+            optimizer.step()
+    for (name, found), (_, expected) in zip(*(model.named_parameters() for model in models), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+# The published settings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "total"),
+    [("e+l", 9_127_436), ("conventional", 9_535_488), ("e-only", 4_786_176), ("l-only", 4_737_036 + 36_864)],
+)
+def test_a_preset_trains_as_many_parameters_as_were_published(setting, total):
+    # The published 4.74 M of L alone leave out its layer norms, which have a published learning rate.
+    config = WavLMConfig(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, layerdrop=0.0
+    )
+    with torch.device("meta"):
+        model = get_peft_model(WavLMModel(config), ELPConfig.preset(setting))
+    # A bare encoder has no head that could take 512 features: the published counts leave the way out of L aside.
+    outside = 512 * 768 + 768 if "L" in model.peft_config["default"].adapters else 0
+    assert sum(count_parameters(model).values()) - outside == total
+
+
+def test_a_preset_is_a_configuration_whose_fields_can_be_overridden():
+    config = ELPConfig.preset("e+l", e_dim=64, e_activation="relu")
+    assert (config.adapters, config.e_dim, config.e_activation, config.l_dim) == ("EL", 64, "relu", 512)
+    assert ELPConfig.preset("e+l+p").to_dict() == ELPConfig().to_dict()  # the defaults are the method itself
+    with pytest.raises(ValueError, match=r"preset is one of 'e\+l', 'conventional', .*got 'E\+L'"):
+        ELPConfig.preset("E+L")
+    with pytest.raises(ValueError, match="e_dim is a whole number"):
+        ELPConfig.preset("e+l", e_dim=0)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("task", TASKS)
+def test_published_rates_name_the_parts_that_the_preset_trains(setting, task):
+    model = get_peft_model(build(), ELPConfig.preset(setting, **SMALL))
+    rates = published_rates(setting, task)
+    optimizer = create_optimizer(model, rates=rates)
+    assert {group["part"]: group["lr"] for group in optimizer.param_groups} == rates
+    rates.clear()
+    assert published_rates(setting, task)  # each call has its own
+
+
+def test_published_rates_are_those_of_the_table():
+    def row(setting):
+        parts = ("head", "L", "E", "layer norms")
+        return [
+            tuple(published_rates(setting, task).get(part) for part in parts) for task in ("asv", "er", "asr", "ic")
+        ]
+
+    assert row("e+l") == [
+        (5e-4, 1e-4, 1e-5, 1e-5), (5e-4, 1e-4, 5e-5, 5e-5), (2e-3, 1e-3, 1e-3, 1e-3), (5e-4, 1e-5, 1e-5, 1e-5)
+    ]  # fmt: skip
+    assert row("l-only") == [
+        (5e-4, 5e-4, None, 5e-4), (5e-4, 5e-4, None, 5e-4), (2e-3, 1e-3, None, 1e-3), (5e-4, 1e-4, None, 1e-4)
+    ]  # fmt: skip
+    assert row("e-only") == [(head, None, 1e-5, 1e-5) for head in (5e-4, 5e-4, 2e-3, 5e-4)]
+    assert row("conventional") == [(head, None, 1e-5, 1e-5) for head in (5e-4, 5e-4, 1e-3, 5e-4)]
+    for task in TASKS:
+        assert published_rates("e+l+p", task) == {
+            **published_rates("e+l", task),
+            "P": published_rates("e+l", task)["E"],
+        }
+
+
+@pytest.mark.parametrize("lookup", [published_rates, published_factors])
+def test_unknown_settings_and_tasks_are_named_with_the_known_ones(lookup):
+    with pytest.raises(ValueError, match=r"Unknown setting 'full'; choose one of 'e\+l', 'conventional'"):
+        lookup("full", "asr")
+    with pytest.raises(ValueError, match="Unknown task 'sid'; choose one of 'asv', 'er', 'asr', 'ic'"):
+        lookup("e+l", "sid")
+
+
+def test_published_factors_are_the_published_schedules():
+    decay = np.linspace(100, 1, 78) / np.linspace(100, 1000, 78)  # to 1/1000, after the last epoch
+    asr = np.concatenate([np.linspace(10, 100, 20) / 100, np.ones(3), decay])[:100]
+    for setting in ("e+l", "e-only", "l-only", "e+l+p"):
+        assert published_factors(setting, "asr") == pytest.approx(asr)
+    assert published_factors("conventional", "asr") == pytest.approx([0.3 ** (epoch // 25) for epoch in range(100)])
+    for setting in SETTINGS:
+        assert published_factors(setting, "asv") == (0.3, 0.5, 0.7, 1.0, 0.2, 0.1)
+        assert published_factors(setting, "er") == (*[1.0] * 10, *[0.1] * 10)
+        assert published_factors(setting, "ic") == (0.1, 0.5, 0.7, 1.0, 0.5, 0.3, 0.1)
+
+
+# Schedules ----------------------------------------------------------------------------------------------------------
+
+
+def scheduled(factors, steps, more=0):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = get_epochwise_schedule(optimizer, factors, steps)
+    found = []
+    for _ in range(steps + more):
+        found.append(optimizer.param_groups[0]["lr"] / 2.0)
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_each_epoch_has_its_own_factor():
+    assert scheduled([0.3, 0.5, 1.0], 12) == [0.3] * 4 + [0.5] * 4 + [1.0] * 4
+    for steps_per_epoch in (1, 7, 31):
+        factors = published_factors("e+l", "asr")
+        expected = [factor for factor in factors for _ in range(steps_per_epoch)]
+        assert scheduled(factors, steps_per_epoch * 100) == pytest.approx(expected)
+
+
+def test_a_training_of_another_length_keeps_the_shape_of_the_schedule():
+    assert scheduled([0.3, 0.5, 1.0], 7) == [0.3] * 3 + [0.5] * 2 + [1.0] * 2
+    assert scheduled([0.1, 0.5, 1.0, 0.2], 2) == [0.1, 1.0]
+    assert scheduled([1.0, 0.1], 2, more=3) == [1.0, 0.1, 0.1, 0.1, 0.1]
+    assert scheduled(np.array([0.5]), 1) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("factors", "steps", "message"),
+    [
+        ([], 10, r"factors are one or more numbers of 0 or more, got \[\]"),
+        ([1.0, -0.1], 10, r"got \[1.0, -0.1\]"),
+        ([1.0, math.nan], 10, "nan"),
+        ([1.0], 0, "num_training_steps is 1 or more, got 0"),
+        ([1.0], -1, "got -1"),
+    ],
+)
+def test_schedules_without_a_meaning_are_refused(factors, steps, message):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(ValueError, match=message):
+        get_epochwise_schedule(optimizer, factors, steps)
+
+
+# Trainer ------------------------------------------------------------------------------------------------------------
+
+
+class RatesOfEachStep(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append({group["part"]: group["lr"] for group in optimizer.param_groups})
+
+
+def examples(count=16):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"input_values": torch.randn(800, generator=generator) * (1 + 2 * (i % 2)), "labels": i % 2}
+        for i in range(count)
+    ]
+
+
+def trainer(folder, factors=None, **options):
+    """Two epochs of four steps, with the rates of each step on record."""
+    model = adapted("ForSequenceClassification")
+    optimizer = create_optimizer(model, rates=RATES)
+    schedule = None if factors is None else get_epochwise_schedule(optimizer, factors, num_training_steps=8)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        save_steps=4,
+        report_to=[],
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        seed=7,
+        **options,
+    )
+    record = RatesOfEachStep()
+    run = Trainer(model, arguments, train_dataset=examples(), optimizers=(optimizer, schedule), callbacks=[record])
+    return run, record.seen
+
+
+def scaled(factor):
+    return pytest.approx({part: rate * factor for part, rate in RATES.items()})
+
+
+def test_trainer_gives_each_part_its_rate_and_its_own_schedule_scales_them_all(tmp_path):
+    run, seen = trainer(tmp_path, lr_scheduler_type="linear", learning_rate=1.0, save_strategy="no")
+    run.train()
+    assert seen == [scaled(1 - step / 8) for step in range(8)]
+
+
+def test_an_epochwise_schedule_scales_all_parts_in_trainer_and_every_part_moves(tmp_path):
+    run, seen = trainer(tmp_path, [0.3, 1.0], save_strategy="no")
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    assert seen == [scaled(0.3)] * 4 + [scaled(1.0)] * 4
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+        if parameter.requires_grad:
+            # Adam's first steps are about as long as its rate: here 4 * 0.3 + 4 * 1 rates in all.
+            assert (parameter - before[name]).abs().max() < 5.3 * RATES[part_of(name)], name
+
+
+def test_a_resumed_run_goes_on_with_the_rates_of_an_uninterrupted_one(tmp_path):
+    whole, rates_of_whole = trainer(tmp_path / "whole", [0.3, 0.5, 1.0, 0.2])
+    whole.train()
+    resumed, rates_of_resumed = trainer(tmp_path / "resumed", [0.3, 0.5, 1.0, 0.2])
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed.train(resume_from_checkpoint=True)
+    assert rates_of_whole == [scaled(factor) for factor in (0.3, 0.3, 0.5, 0.5, 1.0, 1.0, 0.2, 0.2)]
+    assert rates_of_resumed == rates_of_whole[4:]
+    for (name, found), (_, expected) in zip(
+        resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(found, expected, msg=name)
