@@ -57,7 +57,6 @@ KNOWN = {
     ("ELP", "transformers_switches_adapters_on_again"): (NOT_ON_AGAIN, HEADS),
     ("ELP", "transformers_loads_adapters"): ("names in the file lack the wrappers around the adapters", None),
     ("ELP", "state_dict_of_the_base_is_taken_and_given"): ("PEFT takes no wrapper of a layer out of its names", None),
-    ("ELP", "mixed_batches_answer_row_by_row"): ("refused with a way out", None),
     ("ELP", "weighted_adapters_are_made"): ("it makes none", None),
     ("ELP", "merged_model_is_a_plain_one"): ("its adapters are no change of weights; the error says so", None),
     ("ELP", "config_that_leaves_choices_open_is_passed_on_as_it_is"): (
@@ -90,7 +89,6 @@ DECIDED = {"merged_model_is_a_plain_one", "config_that_leaves_choices_open_is_pa
 OPEN = {
     "transformers_loads_adapters",
     "state_dict_of_the_base_is_taken_and_given",
-    "mixed_batches_answer_row_by_row",
     "weighted_adapters_are_made",
 }
 
