@@ -79,6 +79,7 @@ class ELPLayer(Wrapper, BaseTunerLayer):
         super().__init__(base_layer)
         self._active_adapter = list(active_adapters)
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # which PEFT's disable_input_dtype_casting switches
         self.merged_adapters = []
         self._trainable: Set[str] = frozenset()  # adapters that may be; all others are frozen
 

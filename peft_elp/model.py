@@ -84,7 +84,8 @@ class ELPModel(BaseTuner):
         trainable_before = {parameter: parameter.requires_grad for parameter in model.parameters()}
         names_before = [layer._trainable for layer in layers]
 
-        self.peft_config[adapter_name] = plan.config
+        if plan.config != config:  # else the caller's own object, as from_pretrained(..., config=config) promises
+            self.peft_config[adapter_name] = plan.config
         try:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._place(model, adapter_name, plan)
@@ -210,9 +211,16 @@ class ELPModel(BaseTuner):
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out of the model, its head included."""
+        """Delete an adapter; where it was active, the first of the others is active then."""
+        active = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self._switched = None
+        # In PEFT each layer chooses what comes next among its own, and the first layer for all: a part that only some
+        # adapters have would leave them mixed, or none of them active.
+        following = active or list(self.peft_config)[:1]
+        if was_active and following:
+            self.set_adapter(following)
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The embeddings of a text vocabulary, None for an encoder of speech.

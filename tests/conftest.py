@@ -5,6 +5,7 @@ import torch
 
 # Models, inputs, servers and programs: what matches test_*.py holds the tests.
 collect_ignore_glob = ["[!t]*.py"]
+pytest.register_assert_rewrite("conformance")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
