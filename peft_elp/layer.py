@@ -16,6 +16,7 @@ from .adapters import EAdapter, LAdapter, TapSum, join_each
 from .backbones import Backbone
 from .call import StackCall, Taps, current_call, first, with_first, without_pseudo_features
 from .guards import reentrant_checkpointing
+from .head_config import TaskHead
 from .routing import Route, current_route
 
 WHY_NO_MERGE = (
@@ -34,6 +35,16 @@ class Wrapper(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
+    def keep_names(self) -> None:
+        """Leave the wrapper out of the names in a state dict, as PyTorch's own wrapper for checkpointing does.
+
+        An adapter's file, the backbone's checkpoint and the adapted model then agree on names, and Transformers, which
+        matches the first with the last, finds each tensor.
+        """
+        if _named_without_wrapper not in self._state_dict_hooks.values():
+            self.register_state_dict_post_hook(_named_without_wrapper)
+            self.register_load_state_dict_pre_hook(_named_with_wrapper)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -41,6 +52,18 @@ class Wrapper(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+def _named_without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    inside = f"{prefix}base_layer."
+    for key in [key for key in state_dict if key.startswith(inside)]:
+        state_dict[prefix + key.removeprefix(inside)] = state_dict.pop(key)
+
+
+def _named_with_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    own = tuple(f"{prefix}{name}." for name, _ in module.named_children())
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
+        state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
 class TappedLayer(Wrapper):
@@ -226,6 +249,7 @@ class ELPStack(ELPLayer):
         self.tapped_layers: dict[str, list[int]] = {}  # by adapter name
         self.elp_l = nn.ModuleDict()
         self.elp_p = nn.ModuleDict()
+        self.task_head = TaskHead(None)
         self._layerdrop: float | None = None  # the backbone's own, while it is off
 
     @property
@@ -243,15 +267,24 @@ class ELPStack(ELPLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._switch_layerdrop()
+        self._follow_adapters()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self._switch_layerdrop()
+        self._follow_adapters()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.forget(adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what the stack knows of an adapter that is gone."""
         self.tapped_layers.pop(adapter_name, None)
+        self.task_head.settings.pop(adapter_name, None)
+        self._follow_adapters()
+
+    def _follow_adapters(self) -> None:
+        self.task_head.follow(self.active_adapters, not self.disable_adapters)
         self._switch_layerdrop()
 
     def _layerdrop_at(self) -> tuple[Any, str]:
