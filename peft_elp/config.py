@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
@@ -157,6 +157,9 @@ class ELPConfig(PeftConfig):
         },
     )
 
+    # Whether this was read from beside weights, which are loaded next. No field: it is not saved.
+    weights_follow: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ELP")
@@ -203,7 +206,7 @@ class ELPConfig(PeftConfig):
             ValueError: The configuration or the weights are not there, or the weights are broken.
             OSError: The download broke. Errors of the Hub are passed on as they are.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir() and not any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
             return config
@@ -215,6 +218,7 @@ class ELPConfig(PeftConfig):
                 f"The weights of the adapter '{folder}' are broken or cut short ({error}). From the Hub, fetch them "
                 "again with force_download=True; in a folder, save them again."
             ) from error
+        config.weights_follow = True
         return config
 
     @classmethod

@@ -19,6 +19,7 @@ from .config import ELPConfig
 from .guards import expect_loading, refuse_unloaded
 from .heads import Head, canonical, place_head, remove_head
 from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer, Wrapper
+from .loading import refuse_misfits, with_head
 from .placing import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
 from .routing import BASE, Route, current_route
@@ -51,6 +52,7 @@ class ELPModel(BaseTuner):
         # PEFT's inject_adapter_in_model passes a bare config; whoever calls it goes on with the model that it passed.
         self._direct = isinstance(peft_config, PeftConfig)
         self._switched: tuple[list[Head], list[ELPLayer]] | None = None
+        self._unloaded: dict[str, dict[nn.Parameter, bool]] = {}
         super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
@@ -86,6 +88,8 @@ class ELPModel(BaseTuner):
 
         if plan.config != config:  # else the caller's own object, as from_pretrained(..., config=config) promises
             self.peft_config[adapter_name] = plan.config
+        if config.weights_follow:
+            self._unloaded[adapter_name] = trainable_before
         try:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._place(model, adapter_name, plan)
@@ -105,6 +109,7 @@ class ELPModel(BaseTuner):
                 active=adapter_name in self.active_adapters,
                 inference_mode=config.inference_mode,
                 replacements=new_head(model, plan),
+                named_by_tuner=not self._direct,
             )
             join_head(model, plan, adapter_name)
         except BaseException:
@@ -301,11 +306,34 @@ class ELPModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        """The saved tensors under their names in the model, if they are those of the adapter.
+
+        Raises:
+            ValueError: They are not. An adapter that was placed to be loaded is taken out again.
+        """
         own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict())
         names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
         outside = "base_model.model."  # which a saved name starts with, and a model without a PeftModel around lacks
         names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
-        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+        named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
+        tuner = getattr(model, "base_model", None)
+        trainable = tuner._unloaded.pop(adapter_name, None) if isinstance(tuner, cls) else None
+        try:
+            refuse_misfits(model, adapter_name, named)
+        except ValueError:
+            if isinstance(tuner, cls) and trainable is not None:
+                tuner._take_back(adapter_name, trainable)
+            raise
+        return named
+
+    def _take_back(self, adapter_name: str, trainable: dict[nn.Parameter, bool]) -> None:
+        """Leave the model as it was before an adapter was placed."""
+        del self.peft_config[adapter_name]
+        self.model = remove_adapter(self.model, adapter_name)
+        self._switched = None
+        _restore(trainable)
+        if not self.peft_config and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
 
 
 def _no_embeddings() -> None:
