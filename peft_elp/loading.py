@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -24,40 +22,50 @@ def with_head(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
     return named
 
 
-def refuse_misfits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """See that saved tensors are exactly those of an adapter.
+def misfits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str:
+    """What tells saved tensors from those of an adapter, but for their shapes; empty if nothing does.
 
     Args:
         model: The model that has the adapter.
         adapter_name: Its name.
         state_dict: The saved tensors, by their names in the model.
-
-    Raises:
-        ValueError: Tensors are missing, left over, of another shape, or hold values that are no finite numbers.
     """
     tensors = model.state_dict()
-    own = {name: _shape(tensor) for name, tensor in tensors.items() if belongs_to(adapter_name, name)}
-    problems = {
-        "missing": [f"{name} {shape}" for name, shape in own.items() if name not in state_dict],
-        "left over": [
-            f"{name} {_shape(tensor)}"
-            for name, tensor in state_dict.items()
-            if name not in tensors and name.removeprefix("base_model.model.") not in tensors
-        ],
-        "of another shape": [
-            f"{name} {_shape(state_dict[name])} in place of {shape}"
-            for name, shape in own.items()
-            if name in state_dict and _shape(state_dict[name]) != shape
-        ],
-        "not finite": [name for name in own if name in state_dict and not _finite(state_dict[name])],
-    }
-    found = [f"{len(names)} {what} ({_some(names)})" for what, names in problems.items() if names]
-    if found:
-        raise ValueError(
-            f"The saved tensors are not those of adapter {adapter_name!r} in {type(model).__name__}: "
-            f"{'; '.join(found)}. Nothing was loaded. Load the adapter into the backbone that it was trained on "
-            "(base_model_name_or_path in its adapter_config.json), from the folder as save_pretrained wrote it."
-        )
+    own = {name: tensor for name, tensor in tensors.items() if belongs_to(adapter_name, name)}
+    return _listed(
+        {
+            "missing": [f"{name} {_shape(tensor)}" for name, tensor in own.items() if name not in state_dict],
+            "left over": [
+                f"{name} {_shape(tensor)}"
+                for name, tensor in state_dict.items()
+                if name not in tensors and name.removeprefix("base_model.model.") not in tensors
+            ],
+            "not finite": [name for name in own if name in state_dict and not _finite(state_dict[name])],
+        }
+    )
+
+
+def mismatches(model: nn.Module, state_dict: dict[str, Tensor]) -> str:
+    """Which of some tensors are of another shape than those of that name in the model; empty if none is."""
+    own = model.state_dict()
+    return _listed(
+        {
+            "of another shape": [
+                f"{name} {_shape(tensor)} in place of {_shape(own[name])}"
+                for name, tensor in state_dict.items()
+                if name in own and _shape(tensor) != _shape(own[name])
+            ]
+        }
+    )
+
+
+def misfit_error(model: nn.Module, adapter_name: str, what: str) -> ValueError:
+    """The error about an adapter that was not loaded."""
+    return ValueError(
+        f"The saved tensors are not those of adapter {adapter_name!r} in {type(model).__name__}: {what}. Nothing was "
+        "loaded. Load the adapter into the backbone that it was trained on (base_model_name_or_path in its "
+        "adapter_config.json), from the folder as save_pretrained wrote it."
+    )
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -68,6 +76,9 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+def _listed(problems: dict[str, list[str]]) -> str:
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+        for what, names in problems.items()
+        if names
+    )

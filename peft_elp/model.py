@@ -19,7 +19,7 @@ from .config import ELPConfig
 from .guards import expect_loading, refuse_unloaded
 from .heads import Head, canonical, place_head, remove_head
 from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer, Wrapper
-from .loading import refuse_misfits, with_head
+from .loading import misfit_error, misfits, mismatches, with_head
 from .placing import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
 from .routing import BASE, Route, current_route
@@ -318,12 +318,20 @@ class ELPModel(BaseTuner):
         named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
         tuner = getattr(model, "base_model", None)
         trainable = tuner._unloaded.pop(adapter_name, None) if isinstance(tuner, cls) else None
-        try:
-            refuse_misfits(model, adapter_name, named)
-        except ValueError:
-            if isinstance(tuner, cls) and trainable is not None:
+
+        def refuse(what: str) -> None:
+            if what and isinstance(tuner, cls) and trainable is not None:
                 tuner._take_back(adapter_name, trainable)
-            raise
+            if what:
+                raise misfit_error(model, adapter_name, what)
+
+        def refuse_mismatches(_: nn.Module, tensors: dict[str, torch.Tensor], *args: Any) -> None:
+            hook.remove()
+            refuse(mismatches(model, tensors))
+
+        refuse(misfits(model, adapter_name, named))
+        # Only PEFT knows by now whether tensors of another size are to be passed over, and which.
+        hook = model.register_load_state_dict_pre_hook(refuse_mismatches)
         return named
 
     def _take_back(self, adapter_name: str, trainable: dict[nn.Parameter, bool]) -> None:
