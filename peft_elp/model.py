@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .adapters import EAdapter, LAdapter, PAdapter
+from .averaging import check_combination, combine
 from .config import ELPConfig
 from .guards import expect_loading, refuse_unloaded
 from .heads import Head, canonical, place_head, remove_head
@@ -253,6 +255,37 @@ class ELPModel(BaseTuner):
         following = active or list(self.peft_config)[:1]
         if was_active and following:
             self.set_adapter(following)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the weighted average of adapters of one make as a further adapter, as model soups do.
+
+        Computes `sum_i weights_i * adapters_i` over all tensors, those of the head included. As in PEFT, the new
+        adapter is frozen, and not active until `set_adapter`.
+
+        Args:
+            adapters: Names of adapters with the same letters, sizes, layers and head.
+            weights: One weight for each. They add up to 1; some may be negative.
+            adapter_name: Name of the new adapter.
+            combination_type: "linear", the only one that has a meaning for ELP.
+
+        Raises:
+            ValueError: The adapters are of different make, or another argument does not fit. Nothing is changed then.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"combination_type={combination_type!r} combines low-rank factors, which ELP-adapters do not have. "
+                "Write combination_type='linear'."
+            )
+        config = check_combination(self.peft_config, adapters, weights, adapter_name)
+        self.peft_config[adapter_name] = replace(config, inference_mode=True)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            self.peft_config.pop(adapter_name)
+            raise
+        combine(self.model, adapters, weights, adapter_name)
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The embeddings of a text vocabulary, None for an encoder of speech.
