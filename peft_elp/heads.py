@@ -122,8 +122,11 @@ class Head(ModulesToSaveWrapper):
         route = None if self.disable_adapters else current_route.get()
         if route is None:
             return super().forward(*args, **kwargs)
+        copies: dict[str, Any] = dict(self.modules_to_save.items())
+        if route.whole is not None:
+            whole: Any = copies.get(route.whole, self.original_module)
+            return whole(*args, **kwargs)
         x, *others = args
-        copies = dict(self.modules_to_save.items())
         parts: list[tuple[Tensor, Tensor]] = []
         for name in dict.fromkeys(route.names):
             rows = route.rows(name, x, axes=2)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from .adapters import EAdapter, LAdapter, TapSum, join_each
 from .backbones import Backbone
-from .call import StackCall, Taps, current_call, first, with_first, without_pseudo_features
+from .call import StackCall, Taps, current_call, without_pseudo_features
 from .guards import reentrant_checkpointing
 from .head_config import TaskHead
+from .outputs import first, with_first
 from .routing import Route, current_route
+from .sharing import SharedPass, current_pass, readers_of_pass
 
 WHY_NO_MERGE = (
     "ELP-adapters cannot be merged into the backbone: an E-adapter is a non-linear bottleneck, an L-adapter reads "
@@ -178,7 +180,27 @@ class TappedLayer(ELPLayer):
         if call is None:
             return self.base_layer(*args, **kwargs)
         args, kwargs = call.before_layer(args, kwargs)
-        return call.after_layer(self.index, self.base_layer(*args, **kwargs))
+        if call.shared is not None and call.shared.ends:
+            output = call.shared.replay(self.index, args[0] if args else kwargs["hidden_states"])
+        else:
+            output = self.base_layer(*args, **kwargs)
+            if call.shared is not None:
+                call.shared.keep(self.index, output)
+        return call.after_layer(self.index, output)
+
+
+class FrontEnd(ELPLayer):
+    """The convolutions over the waveform, which run once for all tasks that share a pass."""
+
+    adapter_layer_names = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        shared = current_pass.get()
+        if shared is None:
+            return self.base_layer(*args, **kwargs)
+        if shared.features is None:
+            shared.features = self.base_layer(*args, **kwargs)
+        return shared.features
 
 
 class ELPSublayer(ELPLayer):
@@ -356,7 +378,8 @@ class ELPStack(ELPLayer):
         call = StackCall(needs_gradient=self._loses_gradients(), copy_taps=self.family.tap_in_place)
         route = None if self.disable_adapters else current_route.get()
         args, kwargs = self._with_pseudo_features(call, route, args, kwargs)
-        call.taps = self._taps(route)
+        call.shared = None if self.disable_adapters else readers_of_pass()
+        call.taps = self._taps(route) if call.shared is None else _taps_of_all(call.shared)
         call.last_layer = len(self.encoder_layers) - 1
         call.ends_in_layer = self.family.taps_end == "last layer"
         with current_call.set(call):
@@ -456,3 +479,13 @@ class ELPStack(ELPLayer):
                 "Trainer TrainingArguments(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         return True
+
+
+def _taps_of_all(shared: SharedPass) -> tuple[Taps, ...]:
+    """The sums of all tasks that share a pass, where the layers run; of none, where they ran already."""
+    if shared.ends:
+        return ()
+    return tuple(
+        Taps(TapSum(adapter), {layer: tap for tap, layer in enumerate(layers)}, task=task)
+        for task, (adapter, layers) in shared.readers.items()
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +21,9 @@ from .averaging import check_combination, combine
 from .config import ELPConfig
 from .guards import expect_loading, refuse_unloaded
 from .heads import Head, canonical, place_head, remove_head
-from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer, Wrapper
+from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPStack, ELPSublayer, Wrapper
 from .loading import misfit_error, misfits, mismatches, with_head
+from .multitask import Task, parts_of, refuse_reports, run
 from .placing import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
 from .routing import BASE, Route, current_route
@@ -255,6 +257,62 @@ class ELPModel(BaseTuner):
         following = active or list(self.peft_config)[:1]
         if was_active and following:
             self.set_adapter(following)
+
+    def forward_all(
+        self,
+        adapter_names: Sequence[str],
+        *args: Any,
+        labels: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The outputs of several L-adapters, each with its head, from one pass through the frozen backbone.
+
+        Equal to activating each of them and calling the model. In training, gradients reach those that are trainable
+        (`model.set_requires_grad(adapter_names)`).
+
+        Args:
+            adapter_names: Names of adapters that leave the backbone alone: `adapters="L"`, `train_layer_norms=False`.
+            args: What the model takes.
+            labels: For each adapter that is to have a loss, its labels.
+            kwargs: What the model takes.
+
+        Returns:
+            The model's output under each name.
+
+        Raises:
+            ValueError: An adapter is unknown, or changes what the layers compute; or hidden states are asked for.
+        """
+        names = [*adapter_names, *(labels or ())]
+        unknown = sorted({*names} - {*self.peft_config})
+        if unknown or isinstance(adapter_names, str):
+            raise ValueError(
+                f"forward_all takes a list of adapter names, got {adapter_names!r}; the model has "
+                f"{', '.join(map(repr, sorted(self.peft_config)))}."
+            )
+        refuse_reports(self.model, kwargs)
+        _, stack = parts_of(self)
+        tasks: dict[str, Task] = {}
+        for name in adapter_names:
+            own = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
+            tasks[name] = Task(stack, name, partial(self._as, name, stack, *args, **own), Route.only(name))
+            if not tasks[name].leaves_backbone_alone():
+                config: Any = self.peft_config[name]
+                raise ValueError(
+                    f"{name!r} changes what the layers compute (adapters={config.adapters!r}, "
+                    f"train_layer_norms={config.train_layer_norms}), so that it has no pass in common "
+                    "with others. Share passes among adapters with adapters='L' and train_layer_norms=False, and call "
+                    "the model once for each of the others."
+                )
+        return run(tasks)
+
+    def _as(self, adapter_name: str, stack: ELPStack, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with the settings of an adapter's head, on which its loss depends."""
+        stack.task_head.follow([adapter_name], enabled=True)
+        stack._switch_layerdrop(off=True)
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            stack._follow_adapters()
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"

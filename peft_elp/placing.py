@@ -14,7 +14,7 @@ from .call import trim_hidden_states
 from .guards import refuse_short_utterances
 from .head_config import remade_head
 from .heads import canonical, join, original, remove_head, remove_head_copies
-from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, TappedLayer, Wrapper
+from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, FrontEnd, TappedLayer, Wrapper
 from .plan import Parts, Plan
 
 
@@ -65,6 +65,15 @@ def join_head(model: nn.Module, plan: Plan, adapter_name: str) -> None:
     if plan.config.head_config:
         stack.task_head.settings[adapter_name] = plan.config.head_config
     stack._follow_adapters()
+
+
+def wrap_front_end(parts: Parts) -> None:
+    """Let the convolutions over the waveform run once for all tasks that share a pass."""
+    if parts.family.feature_encoder:
+        path, _, name = parts.family.feature_encoder.rpartition(".")
+        holder = attrgetter(path)(parts.encoder) if path else parts.encoder
+        if not isinstance(getattr(holder, name), FrontEnd):
+            setattr(holder, name, FrontEnd(getattr(holder, name)))
 
 
 def placed(model: nn.Module, adapter_name: str) -> set[str]:
