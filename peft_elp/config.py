@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 
 from .adapters import ACTIVATIONS
+from .card import Description, write_card
 from .published import SETTINGS
 
 LETTERS = "ELP"
@@ -145,6 +146,8 @@ class ELPConfig(PeftConfig):
         },
     )
 
+    description: ClassVar[Description | None] = None  # for the card alone; `describe` sets it on one configuration
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ELP")
@@ -170,6 +173,19 @@ class ELPConfig(PeftConfig):
             )
         if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
             self.exclude_modules = sorted(self.exclude_modules)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration; beside an adapter's weights, which PEFT saves first, the adapter's card as well.
+
+        A card that was edited stays as it is; `describe` says what else the card shall tell.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: What PEFT adds.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if any(Path(save_directory, name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            write_card(save_directory, self.description)
 
     @classmethod
     def from_pretrained(
