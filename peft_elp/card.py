@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
+from yaml import YAMLError
 
 from .saved import SavedAdapter, read_adapter
 
@@ -122,6 +123,17 @@ def write_card(folder: str | Path, description: Description | None = None) -> bo
     text += f"\n<!-- peft-elp card {_fingerprint(text)}: saving writes it anew until its text is edited -->\n"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True).save(path)
     return True
+
+
+def read_results(folder: str | Path) -> list[EvalResult]:
+    """What the card in a folder says was measured; nothing without a card, or where its metadata cannot be read."""
+    path = Path(folder, "README.md")
+    if not path.is_file():
+        return []
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.eval_results or []
+    except (ValueError, YAMLError):
+        return []
 
 
 def is_generated(text: str) -> bool:
@@ -258,30 +270,9 @@ def _command(saved: SavedAdapter, description: Description) -> str:
 
 
 def _parts(saved: SavedAdapter) -> str:
-    config = saved.config
-    layers = {name: _ranges(config.get(name)) for name in ("e_layers", "l_layers")}
-    places = " and ".join(place.replace("_", "-") for place in config.get("e_after") or ())
-    what = {
-        "E": f"bottleneck of {config.get('e_dim')} after the {places} modules of layers {layers['e_layers']}",
-        "L": f"taps of {config.get('l_dim')} on layers {layers['l_layers']}, output: {config.get('l_output')}",
-        "P": f"{config.get('p_length')} pseudo features, position: {config.get('p_position')}",
-        "layer norms": "the adapter's own, in the place of the base's",
-        "head": ", ".join(f"`{path}`" for path in config.get("modules_to_save") or ()),
-    }
-    rows = [f"| {part} | {count:,} | {what[part]} |" for part, count in saved.counts.items() if count]
+    rows = [f"| {part} | {saved.counts[part]:,} | {what} |" for part, what in saved.sizes().items()]
     rows.append(f"| all | {sum(saved.counts.values()):,} | |")
     return "\n".join(["| part | parameters | |", "|---|--:|---|", *rows])
-
-
-def _ranges(numbers: Sequence[int] | None) -> str:
-    """`[0, 1, 2, 5]` as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers or ():
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _training(description: Description) -> str:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from .adapters import ACTIVATIONS
 from .card import Description, write_card
+from .head_config import HEAD_SETTINGS
 from .published import SETTINGS
 
 LETTERS = "ELP"
@@ -50,6 +51,9 @@ class ELPConfig(PeftConfig):
         init_std: Standard deviation of the linear weights where `init_weights` is True.
         modules_to_save: None: every module of the model outside its base encoder, but no decoder or language model. A
             list: exactly that.
+        head_config: The settings of the model's configuration that its head is made from, such as
+            `{"num_labels": 10}` or `{"vocab_size": 32}`, where the adapter's head differs from the model's. None: as
+            in the model. They are saved with the adapter: loaded into a model with another head, it gets its own.
         target: Which speech encoder, where the model holds several: its path or the name of its class.
         exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
 
@@ -131,6 +135,14 @@ class ELPConfig(PeftConfig):
             "of paths as elsewhere in PEFT."
         },
     )
+    head_config: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of the model's configuration that the head is made from, where the adapter's head "
+            f"differs from the model's: {', '.join(HEAD_SETTINGS)}. None: as in the model. Saved with the adapter, so "
+            "that it has its own head in whatever model it is loaded into."
+        },
+    )
     target: str | None = field(
         default=None,
         metadata={
@@ -173,9 +185,11 @@ class ELPConfig(PeftConfig):
             )
         if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
             self.exclude_modules = sorted(self.exclude_modules)
+        if self.head_config is not None:
+            self.head_config = _head_config(self.head_config)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration; beside an adapter's weights, which PEFT saves first, the adapter's card as well.
+        """Save the configuration; and where a `PeftModel` saves an adapter, the adapter's card as well.
 
         A card that was edited stays as it is; `describe` says what else the card shall tell.
 
@@ -183,8 +197,10 @@ class ELPConfig(PeftConfig):
             save_directory: The folder.
             **kwargs: What PEFT adds.
         """
+        # A PeftModel names the class of its base, and has saved the weights by now. Transformers does neither.
+        last = kwargs.get("auto_mapping_dict") is not None
         super().save_pretrained(save_directory, **kwargs)
-        if any(Path(save_directory, name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        if last:
             write_card(save_directory, self.description)
 
     @classmethod
@@ -241,6 +257,21 @@ class ELPConfig(PeftConfig):
         """
         _one_of("The name of a preset", name, list(SETTINGS))
         return cls(**{**SETTINGS[name], **overrides})
+
+
+def _head_config(value: Any) -> dict[str, Any]:
+    unknown = sorted(set(value) - set(HEAD_SETTINGS)) if isinstance(value, dict) else value
+    if not isinstance(value, dict) or unknown:
+        raise ValueError(
+            f"head_config is a dictionary of settings that a head is made from, got {unknown!r}. It takes "
+            f"{', '.join(HEAD_SETTINGS)}, as in head_config={{'num_labels': 10}}."
+        )
+    settings = dict(value)
+    if "id2label" in settings:  # JSON makes strings of the numbers
+        settings["id2label"] = {int(number): label for number, label in settings["id2label"].items()}
+        settings["label2id"] = {label: number for number, label in settings["id2label"].items()}
+        settings["num_labels"] = len(settings["id2label"])
+    return {name: settings[name] for name in HEAD_SETTINGS if name in settings}
 
 
 def _letters(value: Any) -> str:

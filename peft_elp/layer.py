@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence, Set
 from copy import deepcopy
 from functools import partial
@@ -15,6 +16,7 @@ from .adapters import EAdapter, LAdapter, TapSum, join_each
 from .backbones import Backbone
 from .call import StackCall, Taps, current_call, first, with_first, without_pseudo_features
 from .guards import reentrant_checkpointing
+from .head_config import TaskHead
 from .routing import Route, current_route
 
 WHY_NO_MERGE = (
@@ -33,6 +35,16 @@ class Wrapper(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
+    def keep_names(self) -> None:
+        """Leave the wrapper out of the names in a state dict, as PyTorch's own wrapper for checkpointing does.
+
+        An adapter's file, the backbone's checkpoint and the adapted model then agree on names, and Transformers, which
+        matches the first with the last, finds each tensor.
+        """
+        if _named_without_wrapper not in self._state_dict_hooks.values():
+            self.register_state_dict_post_hook(_named_without_wrapper)
+            self.register_load_state_dict_pre_hook(_named_with_wrapper)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -40,6 +52,18 @@ class Wrapper(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+def _named_without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    inside = f"{prefix}base_layer."
+    for key in [key for key in state_dict if key.startswith(inside)]:
+        state_dict[prefix + key.removeprefix(inside)] = state_dict.pop(key)
+
+
+def _named_with_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    own = tuple(f"{prefix}{name}." for name, _ in module.named_children())
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
+        state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
 class TappedLayer(Wrapper):
@@ -78,6 +102,7 @@ class ELPLayer(Wrapper, BaseTunerLayer):
         super().__init__(base_layer)
         self._active_adapter = list(active_adapters)
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # which PEFT's disable_input_dtype_casting switches
         self.merged_adapters = []
         self._trainable: Set[str] = frozenset()  # adapters that may be; all others are frozen
 
@@ -224,6 +249,7 @@ class ELPStack(ELPLayer):
         self.tapped_layers: dict[str, list[int]] = {}  # by adapter name
         self.elp_l = nn.ModuleDict()
         self.elp_p = nn.ModuleDict()
+        self.task_head = TaskHead(None)
         self._layerdrop: float | None = None  # the backbone's own, while it is off
 
     @property
@@ -241,15 +267,24 @@ class ELPStack(ELPLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._switch_layerdrop()
+        self._follow_adapters()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self._switch_layerdrop()
+        self._follow_adapters()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.forget(adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what the stack knows of an adapter that is gone."""
         self.tapped_layers.pop(adapter_name, None)
+        self.task_head.settings.pop(adapter_name, None)
+        self._follow_adapters()
+
+    def _follow_adapters(self) -> None:
+        self.task_head.follow(self.active_adapters, not self.disable_adapters)
         self._switch_layerdrop()
 
     def _layerdrop_at(self) -> tuple[Any, str]:
@@ -258,18 +293,39 @@ class ELPStack(ELPLayer):
         path, _, name = self.family.layerdrop.rpartition(".")
         return self._attribute(path) if path else self.base_layer, name
 
-    def _switch_layerdrop(self) -> None:
+    def _switch_layerdrop(self, off: bool = False) -> None:
         # A skipped layer has no tap. Off while an L-adapter is active, as the backbone has it otherwise.
         holder, name = self._layerdrop_at()
         if not name:
             return
-        if self.running(self.elp_l):
+        if off or self.running(self.elp_l):
             if self._layerdrop is None:
                 self._layerdrop = getattr(holder, name)
                 setattr(holder, name, 0.0)
         elif self._layerdrop is not None:
             setattr(holder, name, self._layerdrop)
             self._layerdrop = None
+
+    def _runs_in_layers(self) -> bool:
+        """Whether an active adapter has parameters inside of the encoder layers."""
+        parts = [module for module in self.modules() if isinstance(module, (ELPSublayer, ELPNorm))]
+        return any(self.running(getattr(part, name)) for part in parts for name in part.adapter_layer_names)
+
+    def _keep_processes_in_step(self) -> None:
+        """Switch LayerDrop off where several processes train the layers: each waits for the gradients of all of them.
+
+        Here rather than in `set_adapter`, since processes may be joined after the adapters are placed.
+        """
+        if not (self.training and self.layerdrop > 0 and self._layerdrop is None):
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and self._runs_in_layers():
+            warnings.warn(
+                f"LayerDrop ({self.family.layerdrop}={self.layerdrop}) is off while adapters inside the encoder "
+                "layers are trained by several processes: in a skipped layer they have no gradient, and "
+                "DistributedDataParallel waits for one. unload() restores it.",
+                stacklevel=3,
+            )
+            self._switch_layerdrop(off=True)
 
     def train(self, mode: bool = True) -> ELPStack:
         """Set the mode of training; batch norms of the frozen encoder stay in evaluation.
@@ -292,6 +348,7 @@ class ELPStack(ELPLayer):
         Takes what the encoder takes. Where the front end is outside: `hidden_states`, `(batch, frames, hidden)`,
         `attention_mask`, `(batch, frames)` or None, and whatever the stack forwards to its layers.
         """
+        self._keep_processes_in_step()
         call = StackCall(needs_gradient=self._loses_gradients(), copy_taps=self.family.tap_in_place)
         route = None if self.disable_adapters else current_route.get()
         args, kwargs = self._with_pseudo_features(call, route, args, kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -16,9 +16,10 @@ from torch import nn
 
 from .adapters import EAdapter, LAdapter, PAdapter
 from .config import ELPConfig
+from .guards import expect_loading, refuse_unloaded
 from .heads import Head, canonical, place_head, remove_head
-from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer
-from .placing import new_head_input, placed, remove_adapter, unwrap, wrap, wrap_stack
+from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer, Wrapper
+from .placing import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
 from .routing import BASE, Route, current_route
 
@@ -69,7 +70,6 @@ class ELPModel(BaseTuner):
             ValueError: The configuration does not fit the model. Nothing is changed then.
             RuntimeError: An adapter that the plan holds was not found after placing. The adapter is removed again.
         """
-        self._switched = None
         config = self.peft_config[adapter_name]
         assert isinstance(config, ELPConfig)
         self._check_new_adapter_config(config)
@@ -84,7 +84,8 @@ class ELPModel(BaseTuner):
         trainable_before = {parameter: parameter.requires_grad for parameter in model.parameters()}
         names_before = [layer._trainable for layer in layers]
 
-        self.peft_config[adapter_name] = plan.config
+        if plan.config != config:  # else the caller's own object, as from_pretrained(..., config=config) promises
+            self.peft_config[adapter_name] = plan.config
         try:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._place(model, adapter_name, plan)
@@ -103,20 +104,44 @@ class ELPModel(BaseTuner):
                 adapter_name,
                 active=adapter_name in self.active_adapters,
                 inference_mode=config.inference_mode,
-                replacements=new_head_input(model, plan),
+                replacements=new_head(model, plan),
             )
+            join_head(model, plan, adapter_name)
         except BaseException:
             self.peft_config[adapter_name] = config
             self.model = remove_adapter(self.model, adapter_name)
             _restore(trainable_before)
             raise
+        finally:
+            self._switched = None
 
-        if layers:  # a further adapter leaves what others train as it was; the first one freezes the backbone
+        # A further adapter leaves what others train as it was. The first one freezes the backbone, and without a
+        # PeftModel each becomes the only active one.
+        if layers and not self._direct:
             _restore(trainable_before)
             for layer, names in zip(layers, names_before, strict=True):
                 layer._trainable = layer._trainable | names
         names = [canonical(name) for name, module in model.named_modules() if isinstance(module, ELPLayer)]
         self.targeted_module_names[:] = names
+        if self._direct:
+            self._finish_alone(model, adapter_name, autocast_adapter_dtype)
+
+    def _finish_alone(self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Do for an adapter what a PeftModel does, for a model that goes on without one, as in Transformers' API."""
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in model.modules():
+            if isinstance(module, Wrapper):
+                module.keep_names()
+        config = self.peft_config[adapter_name]
+        kind = type(model)
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        if config.inference_mode:
+            own = re.compile(rf"\.(elp_[a-z]+|modules_to_save)\.{re.escape(adapter_name)}\.")
+            expect_loading(parameter for name, parameter in model.named_parameters() if own.search(name))
+            if refuse_unloaded not in model._forward_pre_hooks.values():
+                model.register_forward_pre_hook(refuse_unloaded)
+        if self.get_input_embeddings() is None:  # which saving asks the model for, where a PeftModel asks the tuner
+            vars(model).update(get_input_embeddings=_no_embeddings, get_output_embeddings=_no_embeddings)
 
     def _place(self, model: nn.Module, adapter_name: str, plan: Plan) -> None:
         config, parts = plan.config, plan.parts
@@ -204,15 +229,22 @@ class ELPModel(BaseTuner):
         heads, layers = self._switched
         for head in heads:
             name = head.check_set_adapter(adapter_name)
-            head.set_adapter([name] if name in head._adapters else [], inference_mode=inference_mode)
+            head.set_adapter([name] if name and name in head._adapters else [], inference_mode=inference_mode)
         for layer in layers:
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out of the model, its head included."""
+        """Delete an adapter; where it was active, the first of the others is active then."""
+        active = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self._switched = None
+        # In PEFT each layer chooses what comes next among its own, and the first layer for all: a part that only some
+        # adapters have would leave them mixed, or none of them active.
+        following = active or list(self.peft_config)[:1]
+        if was_active and following:
+            self.set_adapter(following)
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The embeddings of a text vocabulary, None for an encoder of speech.
@@ -223,7 +255,7 @@ class ELPModel(BaseTuner):
         base: Any = self.model
         try:
             return base.get_input_embeddings()
-        except NotImplementedError:
+        except (AttributeError, NotImplementedError):
             return None
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -242,10 +274,39 @@ class ELPModel(BaseTuner):
             del self.model.peft_config
         return self.model
 
+    # PEFT looks for an adapter's tensors under the names of its modules. Not every state dict has these: Transformers'
+    # leaves ELP's wrappers out, that of an FSDP1 unit or an activation checkpoint PyTorch's. And the saved name of a
+    # tensor must not depend on which other adapters wrap the same backbone.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: Sequence[str] = (),
+    ) -> dict[str, torch.Tensor]:
+        pattern = re.compile(rf"\b{cls.prefix}[a-z]+\.{re.escape(adapter_name)}\.")
+        return {key: tensor for key, tensor in state_dict.items() if pattern.search(key)}
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # The saved name of a tensor must not depend on which other adapters wrap the same backbone.
-        return canonical(re.sub(rf"(\.elp_[a-z]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key))
+        return canonical(re.sub(rf"\b({cls.prefix}[a-z]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict())
+        names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
+        outside = "base_model.model."  # which a saved name starts with, and a model without a PeftModel around lacks
+        names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
+        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+
+
+def _no_embeddings() -> None:
+    """What a model of speech answers when it is asked for the embeddings of a text vocabulary."""
 
 
 def _restore(trainable: dict[nn.Parameter, bool]) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from .call import trim_hidden_states
 from .guards import refuse_short_utterances
+from .head_config import remade_head
 from .heads import canonical, join, original, remove_head, remove_head_copies
 from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, TappedLayer, Wrapper
 from .plan import Parts, Plan
@@ -50,6 +52,21 @@ def wrap_stack(model: nn.Module, parts: Parts, active_adapters: list[str]) -> EL
     return stack
 
 
+def join_head(model: nn.Module, plan: Plan, adapter_name: str) -> None:
+    """Tell the stack which head goes along with its adapters."""
+    stack = model.get_submodule(plan.parts.stack_path)
+    assert isinstance(stack, ELPStack)
+    stack.task_head.config = getattr(model, "config", None)
+    for path in plan.config.modules_to_save or ():
+        copies = model.get_submodule(path)
+        assert isinstance(copies, ModulesToSaveWrapper)
+        if all(copies is not known for known in stack.task_head.copies):
+            stack.task_head.copies.append(copies)
+    if plan.config.head_config:
+        stack.task_head.settings[adapter_name] = plan.config.head_config
+    stack._follow_adapters()
+
+
 def placed(model: nn.Module, adapter_name: str) -> set[str]:
     """The names of the adapters of that name that are in the model, as `Plan.expected` names them."""
     names: set[str] = set()
@@ -86,8 +103,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
                 if adapter_name in getattr(layer, container):
                     del getattr(layer, container)[adapter_name]
         if isinstance(layer, ELPStack):
-            layer.tapped_layers.pop(adapter_name, None)
-            layer._switch_layerdrop()
+            layer.forget(adapter_name)
     remove_head_copies(model, adapter_name)
     remove_head(model, only_unused=True)
     return unwrap(model, only_unused=True)
@@ -126,6 +142,7 @@ def _unwrap_stack(model: nn.Module, stack: ELPStack) -> None:
     if stack._layerdrop is not None:
         holder, attribute = stack._layerdrop_at()
         setattr(holder, attribute, stack._layerdrop)
+    stack.task_head.follow([], enabled=False)
     for index, layer in enumerate(stack.encoder_layers):
         if isinstance(layer, TappedLayer):
             stack.encoder_layers[index] = layer.base_layer
@@ -147,18 +164,20 @@ def _around(model: nn.Module, stack: ELPStack) -> list[nn.Module]:
     return [module for module in hooked if any(part in (stack, stack.base_layer) for part in module.modules())]
 
 
-def new_head_input(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The head's first linear layer at width `l_dim`, by its path; nothing where the plan has none.
+def new_head(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The modules of the head that an adapter does not copy from the model, by path.
 
-    It starts as Transformers starts the layers of that model.
+    They are what its own settings make otherwise, and the first linear layer at width `l_dim` where the plan says so,
+    which starts as Transformers starts the layers of that model.
     """
+    fresh = remade_head(model, plan.config.modules_to_save or (), plan.config.head_config)
     path = plan.new_head_input
     if path is None:
-        return {}
-    old = original(model.get_submodule(path))
+        return fresh
+    old = fresh.get(path, original(model.get_submodule(path)))
     assert isinstance(old, nn.Linear)
     bias = old.bias is not None
     new = nn.Linear(plan.config.l_dim, old.out_features, bias, device=old.weight.device, dtype=old.weight.dtype)
     if isinstance(model, PreTrainedModel):
         model._init_weights(new)
-    return {path: new}
+    return {**fresh, path: new}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .backbones import BACKBONES, BRIDGES, REFUSED, Backbone, family, head_input
 from .config import ELPConfig
+from .head_config import head_config
 from .heads import canonical, find_head, join, original, resolve
 from .layer import Wrapper
 
@@ -267,9 +268,25 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
             warnings.simplefilter("ignore")  # about parameters of a head that the user did not ask for
             head = _head(model, parts)
         config.modules_to_save = resolve(model, config.modules_to_save, parts.stack_path, head)
+    if config.modules_to_save or config.head_config:
+        config.head_config = head_config(model, config.head_config)
+    _refuse_quantised(model, config.modules_to_save)
     if "L" in config.adapters:
         _resolve_l_output(model, plan)
     return plan
+
+
+def _refuse_quantised(model: nn.Module, head: list[str]) -> None:
+    """Refuse to train what is quantised; the frozen encoder may be."""
+    for path in head:
+        for name, parameter in original(model.get_submodule(path)).named_parameters():
+            # torchao's tensors pass for floating-point ones.
+            if not parameter.dtype.is_floating_point or type(parameter).__module__.startswith("torchao"):
+                raise ValueError(
+                    f"{join(path, name)!r} is quantised ({type(parameter).__name__}, {parameter.dtype}), and the head "
+                    "is trained. Quantise the encoder alone: load the model with BitsAndBytesConfig("
+                    f"llm_int8_skip_modules={head}, ...), or call torchao's quantize_ on its base_model."
+                )
 
 
 def _head(model: nn.Module, parts: Parts) -> list[str]:

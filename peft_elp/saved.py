@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -59,9 +61,58 @@ class SavedAdapter:
         ending = next((ending for ending in TASKS if (self.model_class or "").endswith(ending)), None)
         return TASKS.get(ending or "")
 
+    @property
+    def labels(self) -> list[str]:
+        """The names of the labels, or as many numbers where nobody has named them; none without a head for labels."""
+        head = self.config.get("head_config") or {}
+        names = {int(number): name for number, name in (head.get("id2label") or {}).items()}
+        count = head.get("num_labels", 0) if self.task == "audio-classification" else 0
+        return [names.get(number, f"LABEL_{number}") for number in range(count)]
+
+    def sizes(self) -> dict[str, str]:
+        """What each part that the adapter has consists of, in words."""
+        config = self.config
+        places = " and ".join(place.replace("_", "-") for place in config.get("e_after") or ())
+        words = {
+            "E": f"bottleneck of {config.get('e_dim')} after {places}, layers {_ranges(config.get('e_layers'))}",
+            "L": f"taps of {config.get('l_dim')}, layers {_ranges(config.get('l_layers'))}, to: {config.get('l_output')}",
+            "P": f"{config.get('p_length')} pseudo features, {config.get('p_position')}ed",
+            "layer norms": "in the place of the base's",
+            "head": ", ".join(config.get("modules_to_save") or ()),
+        }
+        return {part: words[part] for part, count in self.counts.items() if count}
+
     def holds(self, *names: str) -> bool:
         """Whether one of these files is beside the adapter."""
         return any((self.folder / name).is_file() for name in names)
+
+
+def find_adapter(
+    adapter: str | Path, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The folder of an adapter: the one named, or a copy of what has that name on the Hub.
+
+    Raises:
+        ValueError: There is no such folder, and nothing of that name could be fetched.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        name = str(adapter)
+        if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2:
+            raise ValueError(f"There is no folder {name!r}. Give the folder of an adapter, or its name on the Hub.")
+        wanted = [f"{subfolder}/*" if subfolder else "*"]
+        try:
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, token=token, allow_patterns=wanted, ignore_patterns=["checkpoint-*"]
+                )
+            )
+        except (OSError, ValueError) as error:  # the Hub's own errors are of these kinds
+            raise ValueError(
+                f"There is no folder {name!r}, and no adapter of that name could be fetched from the Hub: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            ) from error
+    return folder / (subfolder or "")
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
@@ -94,6 +145,17 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     layers = config.get("l_layers") or range(len(shares))
     layer_weights = list(zip(layers, (shares / shares.sum()).tolist(), strict=True)) if len(shares) else []
     return SavedAdapter(folder, config, counts, layer_weights)
+
+
+def _ranges(numbers: Sequence[int] | None) -> str:
+    """`[0, 1, 2, 5]` as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers or ():
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _part(name: str) -> str:

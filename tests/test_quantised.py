@@ -1,0 +1,209 @@
+"""ELP on backbones whose weights are not plain floating-point ones, and on backbones that another adapter changed."""
+
+import copy
+
+import pytest
+import torch
+from backbones import ELP, build, result, shaken, waveforms
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoModelForAudioClassification, BitsAndBytesConfig
+
+from peft_elp import ELPConfig
+
+FEED_FORWARD = ["intermediate_dense", "output_dense"]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer without any floating-point parameter: the weight is a frozen int8 one, its scales a buffer."""
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale.detach().to(dtype))
+        self.register_buffer("bias", linear.bias.detach().to(dtype))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def by_hand(model, dtype):
+    def convert(parent):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, Int8Linear(child, dtype))
+            else:
+                convert(child)
+
+    convert(model.base_model)
+    return model
+
+
+def torchao_int8(model, dtype):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model.base_model, Int8WeightOnlyConfig())
+    return model
+
+
+def _bitsandbytes(model, make):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def convert(parent):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, make(bnb, child))
+            else:
+                convert(child)
+
+    convert(model.base_model)
+    return model.to("cpu")  # where bitsandbytes quantises
+
+
+def bitsandbytes_8bit(model, dtype):
+    def make(bnb, linear):
+        new = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+        new.weight = bnb.nn.Int8Params(linear.weight.detach(), requires_grad=False, has_fp16_weights=False)
+        new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return new
+
+    return _bitsandbytes(model, make)
+
+
+def bitsandbytes_4bit(model, dtype):
+    def make(bnb, linear):
+        new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=dtype, quant_type="nf4")
+        new.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+        new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return new
+
+    return _bitsandbytes(model, make)
+
+
+WAYS = [by_hand, torchao_int8, bitsandbytes_8bit, bitsandbytes_4bit]
+# Widths that a 4-bit block of 64 values divides.
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "conv_dim": (64, 64), "num_conv_pos_embedding_groups": 4}
+
+
+def quantised(way, dtype, head="ForCTC"):
+    return way(build("hubert", head, **WIDE).requires_grad_(False).to(dtype), dtype)
+
+
+def values(parameter):
+    tensor = parameter.detach()
+    return (tensor.dequantize() if hasattr(tensor, "qdata") else tensor).clone()  # torchao's tensors do not compare
+
+
+def step(model, dtype):
+    """One training step; gives the names of the parameters that moved."""
+    model.train()
+    before = [(name, p, values(p)) for name, p in model.named_parameters()]
+    waveform, mask = waveforms()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):
+        result(model(waveform.to(dtype), attention_mask=mask)).float().square().mean().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    return {name for name, p, start in before if not torch.equal(values(p), start)}
+
+
+def answer(model, dtype=torch.float32):
+    waveform, mask = waveforms()
+    with torch.no_grad():
+        return result(model(waveform.to(dtype), attention_mask=mask))
+
+
+quiet = pytest.mark.filterwarnings(
+    "ignore:.*inputs will be cast from:UserWarning",  # bitsandbytes casts activations to half precision
+    "ignore:.*torch.jit.script:DeprecationWarning",  # in an import of bitsandbytes
+)
+
+
+@quiet
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", ["Model", "ForCTC", "ForSequenceClassification"])
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_on_a_quantised_backbone_are_float32_train_and_are_saved(way, head, dtype, tmp_path):
+    model = get_peft_model(quantised(way, dtype, head), ELPConfig(**ELP))
+    own = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert own
+    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if ".elp_" in name)
+    shaken(model)
+    assert step(model, dtype) == own
+    expected = answer(model, dtype)
+    assert expected.dtype == dtype
+    with model.disable_adapter():
+        off = answer(model, dtype)
+    model.save_pretrained(tmp_path)
+    base = model.unload()
+    # For a state dict bitsandbytes unpacks what it packed for 4-bit kernels, which costs a rounding.
+    near = {"atol": 0.05, "rtol": 0.05} if way is bitsandbytes_4bit else {"atol": 0.0, "rtol": 0.0}
+    torch.testing.assert_close(answer(base, dtype), off, **near)
+    torch.testing.assert_close(answer(PeftModel.from_pretrained(base, tmp_path), dtype), expected, **near)
+
+
+@quiet
+@pytest.mark.parametrize("way", WAYS)
+def test_a_backbone_prepared_for_quantised_training_takes_adapters(way):
+    base = quantised(way, torch.float32)
+    base.is_loaded_in_8bit = True  # as Transformers marks it
+    base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = get_peft_model(base, ELPConfig(**ELP))
+    assert step(model, torch.float32) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@quiet
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_transformers_quantises_while_loading_takes_adapters(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build("hubert", "ForSequenceClassification", **WIDE).save_pretrained(tmp_path / "base")
+    head = ["projector", "classifier"]
+
+    def load():
+        config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=head)
+        base = AutoModelForAudioClassification.from_pretrained(
+            tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32
+        )
+        return prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    model = get_peft_model(load(), ELPConfig(**ELP))
+    own = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert step(model, torch.float32) == own
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(answer(PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()), answer(model))
+
+
+@quiet
+@pytest.mark.parametrize("way", WAYS)
+def test_a_quantised_head_is_refused_with_the_way_out(way):
+    model = build("hubert", "ForSequenceClassification", **WIDE)
+    holder = nn.Module()
+    holder.base_model = model  # all of which is quantised then
+    way(holder, torch.float32)
+    with pytest.raises(
+        ValueError, match=r"'projector.weight' is quantised.*llm_int8_skip_modules=\['projector', 'classifier'\]"
+    ):
+        get_peft_model(model, ELPConfig(**ELP))
+    assert get_peft_model(model, ELPConfig(modules_to_save=[], **ELP)).peft_config["default"].l_output == "project"
+
+
+def test_adapters_train_on_a_backbone_that_lora_was_merged_into(tmp_path):
+    lora = get_peft_model(build("wavlm", "ForCTC"), LoraConfig(target_modules=FEED_FORWARD, init_lora_weights=False))
+    expected = answer(lora.eval())
+    merged = lora.merge_and_unload().eval()
+    twin = copy.deepcopy(merged)
+    torch.testing.assert_close(answer(merged), expected, atol=1e-4, rtol=1e-4)
+    model = shaken(get_peft_model(merged, ELPConfig(**ELP)))
+    own = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert step(model, torch.float32) == own
+    with model.disable_adapter():
+        torch.testing.assert_close(answer(model), expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(answer(PeftModel.from_pretrained(twin, tmp_path)), answer(model))
