@@ -131,9 +131,10 @@ def read_results(folder: str | Path) -> list[EvalResult]:
     if not path.is_file():
         return []
     try:
-        return ModelCard.load(path, ignore_metadata_errors=True).data.eval_results or []
+        data: Any = ModelCard.load(path, ignore_metadata_errors=True).data
     except (ValueError, YAMLError):
         return []
+    return data.eval_results or []
 
 
 def is_generated(text: str) -> bool:

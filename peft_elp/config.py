@@ -56,6 +56,8 @@ class ELPConfig(PeftConfig):
             in the model. They are saved with the adapter: loaded into a model with another head, it gets its own.
         target: Which speech encoder, where the model holds several: its path or the name of its class.
         exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
+        verification_threshold: Of an adapter that tells speakers apart: the cosine score from which two voices count
+            as one. It changes nothing in the model.
 
     Raises:
         ValueError: A value is out of its range. The message names value, range and remedy.
@@ -158,6 +160,13 @@ class ELPConfig(PeftConfig):
         },
     )
 
+    verification_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "The cosine score, from -1 to 1, from which two voices count as one: for whoever uses an adapter "
+            "that tells speakers apart. It changes nothing in the model. None: nobody has said."
+        },
+    )
     description: ClassVar[Description | None] = None  # for the card alone; `describe` sets it on one configuration
 
     def __post_init__(self) -> None:
@@ -178,6 +187,8 @@ class ELPConfig(PeftConfig):
         if self.l_output is not None:
             _one_of("l_output", self.l_output, L_OUTPUTS)
         _one_of("p_position", self.p_position, P_POSITIONS)
+        if self.verification_threshold is not None:
+            _number("verification_threshold", self.verification_threshold, -1.0, 1.0)
         if isinstance(self.modules_to_save, str):
             raise ValueError(
                 f"modules_to_save is a list of module names or None, got the string {self.modules_to_save!r}. "

@@ -71,14 +71,14 @@ class SavedAdapter:
 
     def sizes(self) -> dict[str, str]:
         """What each part that the adapter has consists of, in words."""
-        config = self.config
-        places = " and ".join(place.replace("_", "-") for place in config.get("e_after") or ())
+        get = self.config.get
+        places = " and ".join(place.replace("_", "-") for place in get("e_after") or ())
         words = {
-            "E": f"bottleneck of {config.get('e_dim')} after {places}, layers {_ranges(config.get('e_layers'))}",
-            "L": f"taps of {config.get('l_dim')}, layers {_ranges(config.get('l_layers'))}, to: {config.get('l_output')}",
-            "P": f"{config.get('p_length')} pseudo features, {config.get('p_position')}ed",
+            "E": f"bottleneck of {get('e_dim')} after {places}, layers {_ranges(get('e_layers'))}",
+            "L": f"taps of {get('l_dim')}, layers {_ranges(get('l_layers'))}, to: {get('l_output')}",
+            "P": f"{get('p_length')} pseudo features, {get('p_position')}ed",
             "layer norms": "in the place of the base's",
-            "head": ", ".join(config.get("modules_to_save") or ()),
+            "head": ", ".join(get("modules_to_save") or ()),
         }
         return {part: words[part] for part, count in self.counts.items() if count}
 
