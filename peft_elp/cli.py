@@ -1,3 +1,4 @@
+# ruff: noqa: T201  # printing is what a command does
 """The command `peft-elp`: look at a saved adapter, and try it on recordings."""
 
 from __future__ import annotations
@@ -6,7 +7,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
@@ -50,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     saved.add_argument("--json", action="store_true", help="print JSON, one object on each line")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument(
-        "--base", help="where the base is, if not where the adapter says: a folder, or a name on the Hub"
-    )
+    model.add_argument("--base", help="folder or Hub name of the base, if not what the adapter says")
     model.add_argument("--device", help="such as cpu, cuda or mps (default: cuda where there is one, else cpu)")
 
     files = argparse.ArgumentParser(add_help=False)
@@ -70,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("file_a", metavar="FILE_A")
     verify.add_argument("file_b", metavar="FILE_B")
     verify.add_argument(
-        "--threshold", type=float, help="the score from which they count as one (default: the adapter's)"
+        "--threshold", type=float, help="the score from which they are one voice (default: the adapter's)"
     )
     verify.set_defaults(run=_verify)
     return parser
@@ -123,36 +122,14 @@ def _info(args: argparse.Namespace) -> int:
 
 def _transcribe(args: argparse.Namespace) -> int:
     adapter = _load(args)
-
-    def answer(waveforms: list[Any]) -> list[str]:
-        return adapter.transcribe(waveforms, adapter.sampling_rate, args.batch_size)
-
-    status = 0
-    for file, text in _answers(args, adapter, answer):
-        if text is None:
-            status = 1
-        elif args.json:
-            _print_json({"file": file, "text": text})
-        else:
-            print(f"{file}\t{text}", flush=True)
-    return status
+    return _each(args, adapter, "text", lambda heard: adapter.transcribe(heard, adapter.sampling_rate, len(heard)))
 
 
 def _classify(args: argparse.Namespace) -> int:
     adapter = _load(args)
-
-    def answer(waveforms: list[Any]) -> list[list[dict[str, Any]]]:
-        return adapter.classify(waveforms, adapter.sampling_rate, args.batch_size, args.top_k)
-
-    status = 0
-    for file, labels in _answers(args, adapter, answer):
-        if labels is None:
-            status = 1
-        elif args.json:
-            _print_json({"file": file, "labels": labels})
-        else:
-            print(file, *(f"{one['label']} {one['score']:.3f}" for one in labels), sep="\t", flush=True)
-    return status
+    return _each(
+        args, adapter, "labels", lambda heard: adapter.classify(heard, adapter.sampling_rate, len(heard), args.top_k)
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -174,18 +151,30 @@ def _load(args: argparse.Namespace) -> SpeechAdapter:
     )
 
 
-def _answers(args: argparse.Namespace, adapter: SpeechAdapter, answer: Any) -> Iterator[tuple[str, Any]]:
-    """The answer for each file, None where there is none, which standard error explains."""
+def _each(args: argparse.Namespace, adapter: SpeechAdapter, what: str, answer: Callable[[list[Any]], Any]) -> int:
+    """Print what there is to say of each file; those that cannot be read do not stop the others."""
+    status = 0
     for start in range(0, len(args.files), args.batch_size):
-        waveforms: dict[str, Any] = {}
-        for file in args.files[start : start + args.batch_size]:
-            try:
-                waveforms[file] = adapter.read(file)
-            except ValueError as error:
-                _complain(error)
-                yield file, None
-        if waveforms:
-            yield from zip(waveforms, answer(list(waveforms.values())), strict=True)
+        files = args.files[start : start + args.batch_size]
+        heard = [(file, waveform) for file in files if (waveform := _read(adapter, file)) is not None]
+        status |= len(heard) < len(files)
+        answers = answer([waveform for _, waveform in heard]) if heard else []
+        for (file, _), one in zip(heard, answers, strict=True):
+            if args.json:
+                _print_json({"file": file, what: one})
+            elif what == "labels":
+                print(file, *(f"{label['label']} {label['score']:.3f}" for label in one), sep="\t", flush=True)
+            else:
+                print(file, one, sep="\t", flush=True)
+    return status
+
+
+def _read(adapter: SpeechAdapter, file: str) -> Any:
+    try:
+        return adapter.read(file)
+    except ValueError as error:
+        _complain(error)
+        return None
 
 
 def _complain(error: Exception) -> int:
