@@ -66,30 +66,6 @@ def _named_with_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: s
         state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
-class TappedLayer(Wrapper):
-    """An encoder layer whose output the call under way can read.
-
-    It is a wrapper rather than a hook so that taps stay outside of gradient checkpointing, and independent of the
-    order in which Transformers installs its own hooks.
-
-    Args:
-        base_layer: The encoder layer.
-        index: Its 0-based number.
-    """
-
-    def __init__(self, base_layer: nn.Module, index: int) -> None:
-        super().__init__(base_layer)
-        self.index = index
-        self.training = base_layer.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = current_call.get()
-        if call is None:
-            return self.base_layer(*args, **kwargs)
-        args, kwargs = call.before_layer(args, kwargs)
-        return call.after_layer(self.index, self.base_layer(*args, **kwargs))
-
-
 class ELPLayer(Wrapper, BaseTunerLayer):
     """Base of the tuner layers: what PEFT asks of each.
 
@@ -175,6 +151,34 @@ class ELPLayer(Wrapper, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "elp." + super().__repr__()
+
+
+class TappedLayer(ELPLayer):
+    """An encoder layer whose output the call under way can read.
+
+    It is a wrapper rather than a hook so that taps stay outside of gradient checkpointing, and independent of the
+    order in which Transformers installs its own hooks. It holds no adapter; as a tuner layer, PEFT leaves it out of the
+    names of the backbone's tensors.
+
+    Args:
+        base_layer: The encoder layer.
+        index: Its 0-based number.
+        active_adapters: The names that are active in the model that gets the layer.
+    """
+
+    adapter_layer_names = ()
+
+    def __init__(self, base_layer: nn.Module, index: int, active_adapters: Sequence[str] = ()) -> None:
+        super().__init__(base_layer, active_adapters)
+        self.index = index
+        self.training = base_layer.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = current_call.get()
+        if call is None:
+            return self.base_layer(*args, **kwargs)
+        args, kwargs = call.before_layer(args, kwargs)
+        return call.after_layer(self.index, self.base_layer(*args, **kwargs))
 
 
 class ELPSublayer(ELPLayer):

@@ -121,8 +121,11 @@ class ELPModel(BaseTuner):
             _restore(trainable_before)
             for layer, names in zip(layers, names_before, strict=True):
                 layer._trainable = layer._trainable | names
-        names = [canonical(name) for name, module in model.named_modules() if isinstance(module, ELPLayer)]
-        self.targeted_module_names[:] = names
+        self.targeted_module_names[:] = [
+            canonical(name)
+            for name, module in model.named_modules()
+            if isinstance(module, ELPLayer) and module.adapter_layer_names
+        ]
         if self._direct:
             self._finish_alone(model, adapter_name, autocast_adapter_dtype)
 

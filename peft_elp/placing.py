@@ -42,7 +42,7 @@ def wrap_stack(model: nn.Module, parts: Parts, active_adapters: list[str]) -> EL
     if name:  # else the model is its own stack, and whoever holds it takes the wrapper in its place
         setattr(parent, name, stack)
     for index, layer in enumerate(stack.encoder_layers):
-        stack.encoder_layers[index] = TappedLayer(layer, index)
+        stack.encoder_layers[index] = TappedLayer(layer, index, active_adapters)
     cnn: Any = attrgetter(parts.family.feature_encoder)(parts.encoder) if parts.family.feature_encoder else None
     if hasattr(cnn, "_requires_grad"):
         # Else the CNN, though frozen, would be recorded for a backward pass in every training step.
@@ -133,7 +133,7 @@ def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
             setattr(parent, name, child.base_layer)
     for parent, name, child in _with_children(model):
         unused = isinstance(child, ELPLayer) and not (only_unused and child._get_available_adapters())
-        if unused and not isinstance(child, ELPStack):
+        if unused and not isinstance(child, (ELPStack, TappedLayer)):
             setattr(parent, name, child.base_layer)
     return model
 
