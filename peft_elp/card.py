@@ -168,7 +168,7 @@ def _data(saved: SavedAdapter, description: Description, there: dict[str, Any]) 
         "datasets": list(description.datasets) or None,
         "metrics": sorted({metric.metric_type for metric in description.metrics}) or None,
         "eval_results": list(description.metrics) or None,
-        "model_name": _name(saved, description).rpartition("/")[2],
+        "model_name": _name(saved, description).rpartition("/")[2] if description.metrics else None,
     }
     kept = {name: value for name, value in there.items() if own.get(name) is None}
     own = {name: value for name, value in own.items() if value is not None}
