@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from on_disk import LABELS, adapted, record, save_base, save_tokenizer
@@ -146,6 +148,24 @@ def test_verify_says_score_and_decision(run, saved, files):
     assert "names no threshold; give one with --threshold" in out
     (found,) = in_json(run("verify", saved["ForXVector"], *files[:2], "--json")[0])
     assert found == {"score": pytest.approx(score), "threshold": 0.25, "same": score >= 0.25}
+
+
+def test_the_page_runs(capsys, tmp_path, monkeypatch, saved, files):
+    page = (Path(__file__).parent.parent / "docs/how-to/use-an-adapter.md").read_text()
+    for name, head in {"english": "ForCTC", "emotions": "ForSequenceClassification", "voices": "ForXVector"}.items():
+        shutil.copytree(saved[head], tmp_path / name)
+    for name, file in zip("ab", files, strict=False):
+        shutil.copy(file, tmp_path / f"{name}.wav")
+    monkeypatch.chdir(tmp_path)
+    (commands,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for command in commands.splitlines():
+        assert main(command.split()[1:]) == 0
+    assert capsys.readouterr().err == ""
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(snippet, names)
+    voices = SpeechAdapter.from_pretrained("voices", device="cpu")
+    assert voices.verify("a.wav", "b.wav").threshold == 0.31
 
 
 # What cannot be answered --------------------------------------------------------------------------------------------
