@@ -168,6 +168,8 @@ class ELPConfig(PeftConfig):
         },
     )
     description: ClassVar[Description | None] = None  # for the card alone; `describe` sets it on one configuration
+    # Whether this was read from beside weights, which are loaded next. No field: it is not saved.
+    weights_follow: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,7 +234,7 @@ class ELPConfig(PeftConfig):
             ValueError: The configuration or the weights are not there, or the weights are broken.
             OSError: The download broke. Errors of the Hub are passed on as they are.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir() and not any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
             return config
@@ -244,6 +246,7 @@ class ELPConfig(PeftConfig):
                 f"The weights of the adapter '{folder}' are broken or cut short ({error}). From the Hub, fetch them "
                 "again with force_download=True; in a folder, save them again."
             ) from error
+        config.weights_follow = True
         return config
 
     @classmethod

@@ -157,8 +157,8 @@ class TappedLayer(ELPLayer):
     """An encoder layer whose output the call under way can read.
 
     It is a wrapper rather than a hook so that taps stay outside of gradient checkpointing, and independent of the
-    order in which Transformers installs its own hooks. It holds no adapter; as a tuner layer, PEFT leaves it out of the
-    names of the backbone's tensors.
+    order in which Transformers installs its own hooks. It holds no adapter, but as a tuner layer it is left out where
+    PEFT names the backbone's tensors.
 
     Args:
         base_layer: The encoder layer.

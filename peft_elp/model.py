@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -15,10 +16,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .adapters import EAdapter, LAdapter, PAdapter
+from .averaging import check_combination, combine
 from .config import ELPConfig
 from .guards import expect_loading, refuse_unloaded
 from .heads import Head, canonical, place_head, remove_head
 from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer, Wrapper
+from .loading import misfit_error, misfits, mismatches, with_head
 from .placing import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
 from .routing import BASE, Route, current_route
@@ -51,6 +54,7 @@ class ELPModel(BaseTuner):
         # PEFT's inject_adapter_in_model passes a bare config; whoever calls it goes on with the model that it passed.
         self._direct = isinstance(peft_config, PeftConfig)
         self._switched: tuple[list[Head], list[ELPLayer]] | None = None
+        self._unloaded: dict[str, dict[nn.Parameter, bool]] = {}
         super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
@@ -86,6 +90,8 @@ class ELPModel(BaseTuner):
 
         if plan.config != config:  # else the caller's own object, as from_pretrained(..., config=config) promises
             self.peft_config[adapter_name] = plan.config
+        if config.weights_follow:
+            self._unloaded[adapter_name] = trainable_before
         try:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._place(model, adapter_name, plan)
@@ -105,6 +111,7 @@ class ELPModel(BaseTuner):
                 active=adapter_name in self.active_adapters,
                 inference_mode=config.inference_mode,
                 replacements=new_head(model, plan),
+                named_by_tuner=not self._direct,
             )
             join_head(model, plan, adapter_name)
         except BaseException:
@@ -249,6 +256,37 @@ class ELPModel(BaseTuner):
         if was_active and following:
             self.set_adapter(following)
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the weighted average of adapters of one make as a further adapter, as model soups do.
+
+        Computes `sum_i weights_i * adapters_i` over all tensors, those of the head included. As in PEFT, the new
+        adapter is frozen, and not active until `set_adapter`.
+
+        Args:
+            adapters: Names of adapters with the same letters, sizes, layers and head.
+            weights: One weight for each. They add up to 1; some may be negative.
+            adapter_name: Name of the new adapter.
+            combination_type: "linear", the only one that has a meaning for ELP.
+
+        Raises:
+            ValueError: The adapters are of different make, or another argument does not fit. Nothing is changed then.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"combination_type={combination_type!r} combines low-rank factors, which ELP-adapters do not have. "
+                "Write combination_type='linear'."
+            )
+        config = check_combination(self.peft_config, adapters, weights, adapter_name)
+        self.peft_config[adapter_name] = replace(config, inference_mode=True)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            self.peft_config.pop(adapter_name)
+            raise
+        combine(self.model, adapters, weights, adapter_name)
+
     def get_input_embeddings(self) -> nn.Module | None:
         """The embeddings of a text vocabulary, None for an encoder of speech.
 
@@ -301,11 +339,42 @@ class ELPModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        """The saved tensors under their names in the model, if they are those of the adapter.
+
+        Raises:
+            ValueError: They are not. An adapter that was placed to be loaded is taken out again.
+        """
         own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict())
         names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
         outside = "base_model.model."  # which a saved name starts with, and a model without a PeftModel around lacks
         names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
-        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+        named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
+        tuner = getattr(model, "base_model", None)
+        trainable = tuner._unloaded.pop(adapter_name, None) if isinstance(tuner, cls) else None
+
+        def refuse(what: str) -> None:
+            if what and isinstance(tuner, cls) and trainable is not None:
+                tuner._take_back(adapter_name, trainable)
+            if what:
+                raise misfit_error(model, adapter_name, what)
+
+        def refuse_mismatches(_: nn.Module, tensors: dict[str, torch.Tensor], *args: Any) -> None:
+            hook.remove()
+            refuse(mismatches(model, tensors))
+
+        refuse(misfits(model, adapter_name, named))
+        # Only PEFT knows by now whether tensors of another size are to be passed over, and which.
+        hook = model.register_load_state_dict_pre_hook(refuse_mismatches)
+        return named
+
+    def _take_back(self, adapter_name: str, trainable: dict[nn.Parameter, bool]) -> None:
+        """Leave the model as it was before an adapter was placed."""
+        del self.peft_config[adapter_name]
+        self.model = remove_adapter(self.model, adapter_name)
+        self._switched = None
+        _restore(trainable)
+        if not self.peft_config and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
 
 
 def _no_embeddings() -> None:
