@@ -116,7 +116,7 @@ def _info(args: argparse.Namespace) -> int:
     if results:
         print("\nresults, as its card says")
         for one in results:
-            print(f"  {one['data']} {one['split'] or ''} {one['metric']} {one['value']}".replace("  ", " "))
+            print(" ", *(value for value in one.values() if value is not None))
     return 0
 
 
