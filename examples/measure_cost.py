@@ -36,7 +36,8 @@ class Arguments:
 
 def backbone() -> Wav2Vec2ForSequenceClassification:
     torch.manual_seed(0)
-    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(layerdrop=0.0, num_labels=4)).eval()
+    config = Wav2Vec2Config.from_dict({"layerdrop": 0.0, "num_labels": 4})
+    return Wav2Vec2ForSequenceClassification(config).eval()
 
 
 def median_s(call: Callable[[], Any], repeats: int) -> float:
@@ -61,11 +62,9 @@ def many_adapters(method: str, config: PeftConfig, number: int) -> None:
             model.load_adapter(f"{folder}/a0", f"a{count - 1}")
             loading.append(time.perf_counter() - start)
             if count in (2, number):
-                switches = iter(range(10**6))
-                switching[count] = median_s(
-                    lambda count=count, at=switches: model.set_adapter(f"a{next(at) % count}", inference_mode=True),
-                    200,
-                )
+                names = cycle([f"a{index}" for index in range(count)])
+                switch = partial(lambda names: model.set_adapter(next(names), inference_mode=True), names)
+                switching[count] = median_s(switch, 200)
     grown = (process.memory_info().rss - before) / (number - 1)
     print(
         f"{method}: {own / 1e6:.2f} M parameters an adapter, {grown / 2**20:.1f} MiB of memory each "
