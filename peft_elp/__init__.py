@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .backbones import Backbone, register_backbone
 from .config import ELPConfig
+from .hotswap import hotswap_adapter
 from .model import ELPModel, count_parameters
 from .registry import register
 
@@ -18,4 +19,12 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
 
 register(ELPConfig, ELPModel)
 
-__all__ = ["Backbone", "ELPConfig", "ELPModel", "__version__", "count_parameters", "register_backbone"]
+__all__ = [
+    "Backbone",
+    "ELPConfig",
+    "ELPModel",
+    "__version__",
+    "count_parameters",
+    "hotswap_adapter",
+    "register_backbone",
+]
