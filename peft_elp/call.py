@@ -211,7 +211,7 @@ _traced_call: StackCall | None = None
 def current_call() -> StackCall | None:
     """The call of an encoder stack that is under way in this thread, None outside of one."""
     # Where layers are compiled one by one, or the graph breaks, the stack itself runs untraced.
-    traced = _traced_call if torch.compiler.is_compiling() else None
+    traced = _traced_call if torch.compiler.is_dynamo_compiling() else None
     return _call.get() if traced is None else traced
 
 
@@ -219,7 +219,7 @@ def current_call() -> StackCall | None:
 def under_way(call: StackCall) -> Iterator[None]:
     """Make `call` the current one for the duration of a `with` block."""
     global _traced_call
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         before, _traced_call = _traced_call, call
         try:
             yield
