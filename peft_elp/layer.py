@@ -272,7 +272,8 @@ class ELPStack(ELPLayer):
         self, call: StackCall, prompts: list[PAdapter], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the stack with pseudo features among its frames."""
-        inputs = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | kwargs
+        names = ("hidden_states", "attention_mask")
+        inputs = {names[place]: value for place, value in enumerate(args)} | kwargs
         x, mask = inputs.pop("hidden_states"), inputs.pop("attention_mask", None)
         call.squeeze = int(self._attribute(self.family.squeeze) or 1)
         for adapter in prompts:
