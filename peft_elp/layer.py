@@ -17,7 +17,7 @@ from .backbones import Backbone
 from .call import StackCall, Taps, current_call, without_pseudo_features
 from .guards import reentrant_checkpointing
 from .head_config import TaskHead
-from .outputs import first, with_first
+from .outputs import another, first, with_first
 from .routing import Route, current_route
 from .sharing import SharedPass, current_pass, readers_of_pass
 
@@ -184,7 +184,7 @@ class TappedLayer(ELPLayer):
             output = call.shared.replay(self.index, args[0] if args else kwargs["hidden_states"])
         else:
             output = self.base_layer(*args, **kwargs)
-            if call.shared is not None:
+            if call.shared is not None and call.ends_in_layer:
                 call.shared.keep(self.index, output)
         return call.after_layer(self.index, output)
 
@@ -375,16 +375,21 @@ class ELPStack(ELPLayer):
         `attention_mask`, `(batch, frames)` or None, and whatever the stack forwards to its layers.
         """
         self._keep_processes_in_step()
+        shared = None if self.disable_adapters else readers_of_pass()
+        if shared is not None and shared.output is not None:
+            return another(shared.output, shared.ends[shared.task])
         call = StackCall(needs_gradient=self._loses_gradients(), copy_taps=self.family.tap_in_place)
         route = None if self.disable_adapters else current_route.get()
         args, kwargs = self._with_pseudo_features(call, route, args, kwargs)
-        call.shared = None if self.disable_adapters else readers_of_pass()
+        call.shared = shared
         call.taps = self._taps(route) if call.shared is None else _taps_of_all(call.shared)
         call.last_layer = len(self.encoder_layers) - 1
         call.ends_in_layer = self.family.taps_end == "last layer"
         with current_call.set(call):
             output = self.base_layer(*args, **kwargs)
         x = call.after_stack(first(output))
+        if shared is not None and not call.ends_in_layer:
+            shared.output = another(output, first(output))
         # Carried pseudo features left the frames where each layer ended.
         return with_first(output, x if self.family.front_end_inside else without_pseudo_features(x, call.real))
 
