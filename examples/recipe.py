@@ -11,7 +11,6 @@ All are given the same data, batches and steps. The CNN feature encoder is froze
 """
 
 import csv
-import json
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -174,10 +173,16 @@ def read_split(
         data_args.dataset_config_name,
         audio_column_name=data_args.audio_column_name,
     )
-    if max_samples is not None and max_samples < len(dataset):
-        dataset = dataset.shuffle(seed=seed).select(range(max_samples))
+    dataset = at_most(dataset, max_samples, seed)
     limits = {name: getattr(data_args, name) for name in ("min_duration_in_seconds", "max_duration_in_seconds")}
     return check_audio(dataset, config, on_bad_audio=data_args.on_bad_audio, **{**limits, **bounds})
+
+
+def at_most(dataset: Dataset, max_samples: int | None, seed: int) -> Dataset:
+    """So many rows, drawn at random."""
+    if max_samples is None or max_samples >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(max_samples))
 
 
 def with_labels(dataset: Dataset, labels: Sequence[Any]) -> Dataset:
@@ -370,27 +375,21 @@ def write_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Itera
 
 
 def save(trainer: RecipeTrainer, metrics: dict[str, Any], model_args: ModelArguments, task: str) -> dict[str, Any]:
-    """Save what was trained, metrics and figures to the output folder, and print the metrics in one line of JSON."""
-    folder, model = Path(trainer.args.output_dir), trainer.model
+    """Save what was trained, its metrics and figures to the output folder; the metrics with what they were reached by."""
+    folder, model = Path(trainer.args.output_dir or "."), trainer.model
+    metrics |= {"method": model_args.method, "seed": trainer.args.seed, **count_trained(model)}
+    metrics["train_steps"] = trainer.state.global_step
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
     trainer.save_model()
     trainer.save_state()
-    report(trainer, metrics, model_args)
-    if model_args.method == "elp":
-        adapters = model.peft_config["default"].adapters  # pyright: ignore
+    if model_args.method == "elp" and trainer.is_world_process_zero():
+        adapters = model.peft_config["default"].adapters
         if "L" in adapters:
-            plot_layer_weights({task: model}).savefig(folder / "layer_weights.png")  # pyright: ignore
+            plot_layer_weights({task: model}).savefig(folder / "layer_weights.png")
         if "P" in adapters:
-            plot_pseudo_features({task: model}).savefig(folder / "pseudo_feature_norms.png")  # pyright: ignore
+            plot_pseudo_features({task: model}).savefig(folder / "pseudo_feature_norms.png")
     # CARD: data set, metrics, protocol and seed go into README.md here.
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return metrics
-
-
-def report(trainer: RecipeTrainer, metrics: dict[str, Any], model_args: ModelArguments) -> None:
-    """Log and save the metrics with what they were reached by, and print all in one line of JSON."""
-    metrics |= {"method": model_args.method, "seed": trainer.args.seed, **count_trained(trainer.model)}
-    metrics["train_steps"] = trainer.state.global_step
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-    print(json.dumps(metrics, ensure_ascii=False))

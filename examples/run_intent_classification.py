@@ -11,6 +11,7 @@ Measured: `accuracy`, the share of utterances with the right intent. With slots,
 them, also given as `exact_match`, beside `accuracy_<slot>` for each. `predictions.csv` has every utterance.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -143,4 +144,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(main()))
