@@ -375,7 +375,7 @@ def write_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Itera
 
 
 def save(trainer: RecipeTrainer, metrics: dict[str, Any], model_args: ModelArguments, task: str) -> dict[str, Any]:
-    """Save what was trained, its metrics and figures to the output folder; the metrics with what they were reached by."""
+    """Save what was trained, figures, and metrics with what they were reached by, to the output folder."""
     folder, model = Path(trainer.args.output_dir or "."), trainer.model
     metrics |= {"method": model_args.method, "seed": trainer.args.seed, **count_trained(model)}
     metrics["train_steps"] = trainer.state.global_step

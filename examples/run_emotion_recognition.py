@@ -17,6 +17,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError("Folds make several adapters: --push_to_hub and --resume_from_checkpoint need one split.")
     config = load_config(model_args)
     feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path)
+    most = (data_args.max_train_samples, data_args.max_eval_samples)
     folds = [
-        (
-            name,
-            at_most(train, data_args.max_train_samples, args.seed),
-            at_most(test, data_args.max_eval_samples, args.seed),
-        )
-        for name, train, test in read_folds(data_args, config, args.seed)
-    ][: data_args.folds]
+        (fold, *(at_most(part, limit, args.seed) for part, limit in zip(parts, most, strict=True)))
+        for fold, *parts in islice(read_folds(data_args, config, args.seed), data_args.folds)
+    ]
     names = {
         fold: label_names(train, test, column=column) for fold, train, test in folds
     }  # all, before any is trained
