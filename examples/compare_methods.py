@@ -1,4 +1,4 @@
-"""Methods beside each other, on several tasks, with several seeds: `python examples/compare_methods.py --grid grid.json`.
+"""Methods compared, on several tasks, with several seeds: `python examples/compare_methods.py --grid grid.json`.
 
 The grid is a JSON file; each run is the command of a task, with the arguments of a method and a seed:
 

@@ -75,8 +75,8 @@ def read_folds(data_args: EmotionArguments, config: Any, seed: int) -> Iterator[
         yield data_args.eval_split_name, dataset, test
     elif data_args.reference_split is not None:
         warnings.warn(
-            "--reference_split divides utterances, not speakers: those of test are in training as well, and accuracies "
-            "come out higher than for a voice that was never heard. Compare them with numbers of the same kind only.",
+            "--reference_split divides utterances, not speakers: those of test are in training as well, and "
+            "accuracies come out higher than for a voice that was never heard. Compare them with numbers of the same kind only.",
             stacklevel=2,
         )
         folds = KFold(data_args.reference_split, shuffle=True, random_state=seed).split(range(len(dataset)))
