@@ -247,13 +247,12 @@ def classify(file: str, adapter: str) -> str:
     if not Path(adapter, "adapter_config.json").is_file():
         raise ValueError(f"{adapter} holds no adapter. Train one first: python examples/spoken_commands.py.")
     backbone = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
-    config: Any = AutoConfig.from_pretrained(adapter)
-    model = AutoModelForAudioClassification.from_pretrained(backbone, config=config)
-    model = PeftModel.from_pretrained(model, adapter).eval()
+    base = AutoModelForAudioClassification.from_pretrained(backbone)
+    model: Any = PeftModel.from_pretrained(base, adapter).eval()
     feature_extractor = AutoFeatureExtractor.from_pretrained(adapter)
     inputs = feature_extractor(read_audio(file), sampling_rate=RATE_HZ, return_tensors="pt")
     with torch.no_grad():
-        return config.id2label[int(model(**inputs).logits.argmax())]
+        return model.config.id2label[int(model(**inputs).logits.argmax())]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -304,7 +303,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print("\n6. Saved, and used by another process")
     adapter, clip = Path(args.output_dir, "adapter"), Path(args.output_dir, "clip.wav")
     model.save_pretrained(str(adapter))
-    backbone.config.save_pretrained(adapter)  # the names of the labels
     feature_extractor.save_pretrained(adapter)
     soundfile.write(clip, test[0]["audio"], RATE_HZ)
     command = [sys.executable, os.path.relpath(__file__), "--classify", str(clip), "--adapter", str(adapter)]

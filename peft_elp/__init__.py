@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .backbones import Backbone, register_backbone
 from .config import ELPConfig
 from .model import ELPModel
+from .multitask import MultiTaskModel
 from .optim import create_optimizer, get_epochwise_schedule, parameter_groups
 from .parts import count_parameters
 from .published import published_factors, published_rates
@@ -25,6 +26,7 @@ __all__ = [
     "Backbone",
     "ELPConfig",
     "ELPModel",
+    "MultiTaskModel",
     "__version__",
     "count_parameters",
     "create_optimizer",

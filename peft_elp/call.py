@@ -14,22 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import RealFrames, TapSum, end_of, places
+from .outputs import first, with_first
 from .routing import Current
-
-
-def first(output: Any) -> Tensor:
-    """The hidden states in what a module returns: a tensor, a tuple that begins with one, or a `ModelOutput`."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def with_first(output: Any, x: Tensor) -> Any:
-    """The same output with hidden states `x`."""
-    if isinstance(output, Tensor):
-        return x
-    if isinstance(output, tuple):
-        return (x, *output[1:])
-    output[next(iter(output))] = x
-    return output
+from .sharing import SharedPass
 
 
 @dataclass(frozen=True)
@@ -112,11 +99,13 @@ class Taps:
         sum: The sum.
         of_layer: For each tapped layer, its number among the taps.
         rows: Which utterances of a batch the adapter serves; None: all.
+        task: The task that it serves, where several share a pass.
     """
 
     sum: TapSum
     of_layer: dict[int, int]
     rows: Callable[[Tensor], Tensor] | None = None
+    task: str = ""
 
     def read(self, layer: int, x: Tensor, copy: bool) -> None:
         """Add the tap of a layer with output `x`, if it has one."""
@@ -135,7 +124,9 @@ class StackCall:
     """One call of one encoder stack.
 
     Args:
-        taps: The running sums of the L-adapters at work: of one, or of one for each part of a mixed batch.
+        taps: The running sums of the L-adapters at work: of one, of one for each part of a mixed batch, or of one for
+            each task that shares the pass.
+        shared: What tasks share that share the pass, or None.
         last_layer: Number of the stack's last layer.
         ends_in_layer: Whether the sum of taps replaces the output of the last layer, rather than that of the stack.
         copy_taps: Whether the stack writes into the outputs of its layers.
@@ -150,6 +141,7 @@ class StackCall:
     """
 
     taps: tuple[Taps, ...] = ()
+    shared: SharedPass | None = None
     last_layer: int = 0
     ends_in_layer: bool = False
     copy_taps: bool = False
@@ -207,7 +199,7 @@ class StackCall:
         if layer < self.last_layer:
             for taps in self.taps:
                 taps.read(layer, x, self.copy_taps)
-        elif self.taps and self.ends_in_layer:
+        elif self.ends_in_layer and self._has_ends():
             output = with_first(output, self._end_taps(x))
         return output
 
@@ -220,11 +212,17 @@ class StackCall:
             for taps in self.taps:
                 taps.sum.check()  # the last layer, and with it the end of the taps, may have been skipped
             return x
-        return self._end_taps(x) if self.taps else x
+        return self._end_taps(x) if self._has_ends() else x
+
+    def _has_ends(self) -> bool:
+        return bool(self.taps) or (self.shared is not None and bool(self.shared.ends))
 
     def _end_taps(self, x: Tensor) -> Tensor:
         for taps in self.taps:
             taps.read(self.last_layer, x, self.copy_taps)
+        if self.shared is not None:
+            self.shared.ends |= {taps.task: taps.end(x) for taps in self.taps}
+            return self.shared.ends[self.shared.task]
         if self.taps[0].rows is None:
             return self.taps[0].end(x)
         # A head whose first layer was re-made reads the features that are its own; the rest of them is padding.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 
 from .adapters import ACTIVATIONS
+from .head_config import HEAD_SETTINGS
 from .published import SETTINGS
 
 LETTERS = "ELP"
@@ -49,6 +50,9 @@ class ELPConfig(PeftConfig):
         init_std: Standard deviation of the linear weights where `init_weights` is True.
         modules_to_save: None: every module of the model outside its base encoder, but no decoder or language model. A
             list: exactly that.
+        head_config: The settings of the model's configuration that its head is made from, such as
+            `{"num_labels": 10}` or `{"vocab_size": 32}`, where the adapter's head differs from the model's. None: as
+            in the model. They are saved with the adapter: loaded into a model with another head, it gets its own.
         target: Which speech encoder, where the model holds several: its path or the name of its class.
         exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
 
@@ -130,6 +134,14 @@ class ELPConfig(PeftConfig):
             "of paths as elsewhere in PEFT."
         },
     )
+    head_config: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of the model's configuration that the head is made from, where the adapter's head "
+            f"differs from the model's: {', '.join(HEAD_SETTINGS)}. None: as in the model. Saved with the adapter, so "
+            "that it has its own head in whatever model it is loaded into."
+        },
+    )
     target: str | None = field(
         default=None,
         metadata={
@@ -144,6 +156,9 @@ class ELPConfig(PeftConfig):
             "regular expression for the whole path, or a list of paths or path endings."
         },
     )
+
+    # Whether this was read from beside weights, which are loaded next. No field: it is not saved.
+    weights_follow: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,6 +185,8 @@ class ELPConfig(PeftConfig):
             )
         if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
             self.exclude_modules = sorted(self.exclude_modules)
+        if self.head_config is not None:
+            self.head_config = _head_config(self.head_config)
 
     @classmethod
     def from_pretrained(
@@ -189,7 +206,7 @@ class ELPConfig(PeftConfig):
             ValueError: The configuration or the weights are not there, or the weights are broken.
             OSError: The download broke. Errors of the Hub are passed on as they are.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir() and not any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
             return config
@@ -201,6 +218,7 @@ class ELPConfig(PeftConfig):
                 f"The weights of the adapter '{folder}' are broken or cut short ({error}). From the Hub, fetch them "
                 "again with force_download=True; in a folder, save them again."
             ) from error
+        config.weights_follow = True
         return config
 
     @classmethod
@@ -225,6 +243,21 @@ class ELPConfig(PeftConfig):
         """
         _one_of("The name of a preset", name, list(SETTINGS))
         return cls(**{**SETTINGS[name], **overrides})
+
+
+def _head_config(value: Any) -> dict[str, Any]:
+    unknown = sorted(set(value) - set(HEAD_SETTINGS)) if isinstance(value, dict) else value
+    if not isinstance(value, dict) or unknown:
+        raise ValueError(
+            f"head_config is a dictionary of settings that a head is made from, got {unknown!r}. It takes "
+            f"{', '.join(HEAD_SETTINGS)}, as in head_config={{'num_labels': 10}}."
+        )
+    settings = dict(value)
+    if "id2label" in settings:  # JSON makes strings of the numbers
+        settings["id2label"] = {int(number): label for number, label in settings["id2label"].items()}
+        settings["label2id"] = {label: number for number, label in settings["id2label"].items()}
+        settings["num_labels"] = len(settings["id2label"])
+    return {name: settings[name] for name in HEAD_SETTINGS if name in settings}
 
 
 def _letters(value: Any) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+
+from .heads import canonical
 
 
 def receptive_field(config: Any) -> int:
@@ -39,6 +43,37 @@ def refuse_short_utterances(module: nn.Module, args: tuple[Any, ...], kwargs: di
             f"least {least} samples ({1000 * least / 16000:.0f} ms at 16 kHz) for one frame. Drop it or pad it with "
             "silence that its attention_mask counts as valid."
         )
+
+
+def expect_loading(parameters: Iterable[nn.Parameter]) -> None:
+    """Remember that nothing has been written into these parameters yet."""
+    for parameter in parameters:
+        if not parameter.is_inference():
+            parameter._elp_version = parameter._version  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def refuse_unloaded(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a model that was given an adapter for inference: by now its tensors have to be loaded.
+
+    Transformers itself only logs what it did not find, or found and had no use for.
+
+    Raises:
+        RuntimeError: Some of them are as they were made.
+    """
+    if torch.compiler.is_compiling():
+        return
+    made = {name: (vars(p)["_elp_version"], p) for name, p in model.named_parameters() if "_elp_version" in vars(p)}
+    missing = [canonical(name) for name, (version, p) in made.items() if version == p._version]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} tensors of an adapter that was added for inference were never loaded: "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Before 5.20, Transformers (here "
+            f"{transformers.__version__}) loads no adapter with a head; else the folder is not complete, or was saved "
+            "from another model. Load it with PEFT, which also tells what is wrong with the folder: "
+            "PeftModel.from_pretrained(base_model, folder)."
+        )
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is refuse_unloaded]:
+        del model._forward_pre_hooks[key]
 
 
 def reentrant_checkpointing(layer: nn.Module) -> bool:

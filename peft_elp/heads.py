@@ -98,6 +98,13 @@ class Head(ModulesToSaveWrapper):
     """
 
     _trainable: Set[str] = frozenset()
+    other_param_names = ("modules_to_save",)
+    # PEFT's own map ends in a bare KeyError where a saved tensor is missing. With a tuner around the model, that one
+    # puts the names into place and looks at all of the adapter's tensors together.
+    named_by_tuner = False
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        return {} if self.named_by_tuner else super().adapter_state_dict_load_map(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         for name in self._trainable:
@@ -115,8 +122,11 @@ class Head(ModulesToSaveWrapper):
         route = None if self.disable_adapters else current_route.get()
         if route is None:
             return super().forward(*args, **kwargs)
+        copies: dict[str, Any] = dict(self.modules_to_save.items())
+        if route.whole is not None:
+            whole: Any = copies.get(route.whole, self.original_module)
+            return whole(*args, **kwargs)
         x, *others = args
-        copies = dict(self.modules_to_save.items())
         parts: list[tuple[Tensor, Tensor]] = []
         for name in dict.fromkeys(route.names):
             rows = route.rows(name, x, axes=2)
@@ -156,6 +166,7 @@ def place_head(
     active: bool,
     inference_mode: bool,
     replacements: dict[str, nn.Module],
+    named_by_tuner: bool,
 ) -> None:
     """Give an adapter its own copy of the modules at `paths`, which are trained and saved with it.
 
@@ -169,6 +180,7 @@ def place_head(
         active: Whether it is the active one.
         inference_mode: Whether its copy is frozen.
         replacements: Modules that take the place of a copy, by path.
+        named_by_tuner: Whether the tuner names their tensors when they are loaded.
     """
     for path in paths:
         parent_path, _, name = path.rpartition(".")
@@ -181,6 +193,7 @@ def place_head(
             wrapper = Head(module, adapter_name)
             wrapper.set_adapter([])
             setattr(parent, name, wrapper)
+        wrapper.named_by_tuner = named_by_tuner
         if path in replacements:
             wrapper.modules_to_save[adapter_name] = replacements[path]
         wrapper.train(wrapper.original_module.training)

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from .adapters import EAdapter, LAdapter, TapSum, join_each
 from .backbones import Backbone
-from .call import StackCall, Taps, current_call, first, with_first, without_pseudo_features
+from .call import StackCall, Taps, current_call, without_pseudo_features
 from .guards import reentrant_checkpointing
+from .head_config import TaskHead
+from .outputs import first, with_first
 from .routing import Route, current_route
+from .sharing import SharedPass, current_pass, readers_of_pass
 
 WHY_NO_MERGE = (
     "ELP-adapters cannot be merged into the backbone: an E-adapter is a non-linear bottleneck, an L-adapter reads "
@@ -34,6 +37,16 @@ class Wrapper(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
+    def keep_names(self) -> None:
+        """Leave the wrapper out of the names in a state dict, as PyTorch's own wrapper for checkpointing does.
+
+        An adapter's file, the backbone's checkpoint and the adapted model then agree on names, and Transformers, which
+        matches the first with the last, finds each tensor.
+        """
+        if _named_without_wrapper not in self._state_dict_hooks.values():
+            self.register_state_dict_post_hook(_named_without_wrapper)
+            self.register_load_state_dict_pre_hook(_named_with_wrapper)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -43,28 +56,16 @@ class Wrapper(nn.Module):
             return getattr(self.base_layer, name)
 
 
-class TappedLayer(Wrapper):
-    """An encoder layer whose output the call under way can read.
+def _named_without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    inside = f"{prefix}base_layer."
+    for key in [key for key in state_dict if key.startswith(inside)]:
+        state_dict[prefix + key.removeprefix(inside)] = state_dict.pop(key)
 
-    It is a wrapper rather than a hook so that taps stay outside of gradient checkpointing, and independent of the
-    order in which Transformers installs its own hooks.
 
-    Args:
-        base_layer: The encoder layer.
-        index: Its 0-based number.
-    """
-
-    def __init__(self, base_layer: nn.Module, index: int) -> None:
-        super().__init__(base_layer)
-        self.index = index
-        self.training = base_layer.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = current_call.get()
-        if call is None:
-            return self.base_layer(*args, **kwargs)
-        args, kwargs = call.before_layer(args, kwargs)
-        return call.after_layer(self.index, self.base_layer(*args, **kwargs))
+def _named_with_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    own = tuple(f"{prefix}{name}." for name, _ in module.named_children())
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
+        state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
 class ELPLayer(Wrapper, BaseTunerLayer):
@@ -154,6 +155,54 @@ class ELPLayer(Wrapper, BaseTunerLayer):
         return "elp." + super().__repr__()
 
 
+class TappedLayer(ELPLayer):
+    """An encoder layer whose output the call under way can read.
+
+    It is a wrapper rather than a hook so that taps stay outside of gradient checkpointing, and independent of the
+    order in which Transformers installs its own hooks. It holds no adapter, but as a tuner layer it is left out where
+    PEFT names the backbone's tensors.
+
+    Args:
+        base_layer: The encoder layer.
+        index: Its 0-based number.
+        active_adapters: The names that are active in the model that gets the layer.
+    """
+
+    adapter_layer_names = ()
+
+    def __init__(self, base_layer: nn.Module, index: int, active_adapters: Sequence[str] = ()) -> None:
+        super().__init__(base_layer, active_adapters)
+        self.index = index
+        self.training = base_layer.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = current_call.get()
+        if call is None:
+            return self.base_layer(*args, **kwargs)
+        args, kwargs = call.before_layer(args, kwargs)
+        if call.shared is not None and call.shared.ends:
+            output = call.shared.replay(self.index, args[0] if args else kwargs["hidden_states"])
+        else:
+            output = self.base_layer(*args, **kwargs)
+            if call.shared is not None:
+                call.shared.keep(self.index, output)
+        return call.after_layer(self.index, output)
+
+
+class FrontEnd(ELPLayer):
+    """The convolutions over the waveform, which run once for all tasks that share a pass."""
+
+    adapter_layer_names = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        shared = current_pass.get()
+        if shared is None:
+            return self.base_layer(*args, **kwargs)
+        if shared.features is None:
+            shared.features = self.base_layer(*args, **kwargs)
+        return shared.features
+
+
 class ELPSublayer(ELPLayer):
     """A feed-forward or attention module whose output passes through the active E-adapters, one after the other."""
 
@@ -226,6 +275,7 @@ class ELPStack(ELPLayer):
         self.tapped_layers: dict[str, list[int]] = {}  # by adapter name
         self.elp_l = nn.ModuleDict()
         self.elp_p = nn.ModuleDict()
+        self.task_head = TaskHead(None)
         self._layerdrop: float | None = None  # the backbone's own, while it is off
 
     @property
@@ -243,15 +293,24 @@ class ELPStack(ELPLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._switch_layerdrop()
+        self._follow_adapters()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self._switch_layerdrop()
+        self._follow_adapters()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.forget(adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what the stack knows of an adapter that is gone."""
         self.tapped_layers.pop(adapter_name, None)
+        self.task_head.settings.pop(adapter_name, None)
+        self._follow_adapters()
+
+    def _follow_adapters(self) -> None:
+        self.task_head.follow(self.active_adapters, not self.disable_adapters)
         self._switch_layerdrop()
 
     def _layerdrop_at(self) -> tuple[Any, str]:
@@ -319,7 +378,8 @@ class ELPStack(ELPLayer):
         call = StackCall(needs_gradient=self._loses_gradients(), copy_taps=self.family.tap_in_place)
         route = None if self.disable_adapters else current_route.get()
         args, kwargs = self._with_pseudo_features(call, route, args, kwargs)
-        call.taps = self._taps(route)
+        call.shared = None if self.disable_adapters else readers_of_pass()
+        call.taps = self._taps(route) if call.shared is None else _taps_of_all(call.shared)
         call.last_layer = len(self.encoder_layers) - 1
         call.ends_in_layer = self.family.taps_end == "last layer"
         with current_call.set(call):
@@ -419,3 +479,13 @@ class ELPStack(ELPLayer):
                 "Trainer TrainingArguments(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         return True
+
+
+def _taps_of_all(shared: SharedPass) -> tuple[Taps, ...]:
+    """The sums of all tasks that share a pass, where the layers run; of none, where they ran already."""
+    if shared.ends:
+        return ()
+    return tuple(
+        Taps(TapSum(adapter), {layer: tap for tap, layer in enumerate(layers)}, task=task)
+        for task, (adapter, layers) in shared.readers.items()
+    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -15,10 +17,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .adapters import EAdapter, LAdapter, PAdapter
+from .averaging import check_combination, combine
 from .config import ELPConfig
+from .guards import expect_loading, refuse_unloaded
 from .heads import Head, canonical, place_head, remove_head
-from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer
-from .placing import new_head_input, placed, remove_adapter, unwrap, wrap, wrap_stack
+from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPStack, ELPSublayer, Wrapper
+from .loading import misfit_error, misfits, mismatches, with_head
+from .multitask import Task, parts_of, refuse_reports, run
+from .placing import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
 from .routing import BASE, Route, current_route
 
@@ -50,6 +56,7 @@ class ELPModel(BaseTuner):
         # PEFT's inject_adapter_in_model passes a bare config; whoever calls it goes on with the model that it passed.
         self._direct = isinstance(peft_config, PeftConfig)
         self._switched: tuple[list[Head], list[ELPLayer]] | None = None
+        self._unloaded: dict[str, dict[nn.Parameter, bool]] = {}
         super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
@@ -69,7 +76,6 @@ class ELPModel(BaseTuner):
             ValueError: The configuration does not fit the model. Nothing is changed then.
             RuntimeError: An adapter that the plan holds was not found after placing. The adapter is removed again.
         """
-        self._switched = None
         config = self.peft_config[adapter_name]
         assert isinstance(config, ELPConfig)
         self._check_new_adapter_config(config)
@@ -86,6 +92,8 @@ class ELPModel(BaseTuner):
 
         if plan.config != config:  # else the caller's own object, as from_pretrained(..., config=config) promises
             self.peft_config[adapter_name] = plan.config
+        if config.weights_follow:
+            self._unloaded[adapter_name] = trainable_before
         try:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._place(model, adapter_name, plan)
@@ -104,20 +112,48 @@ class ELPModel(BaseTuner):
                 adapter_name,
                 active=adapter_name in self.active_adapters,
                 inference_mode=config.inference_mode,
-                replacements=new_head_input(model, plan),
+                replacements=new_head(model, plan),
+                named_by_tuner=not self._direct,
             )
+            join_head(model, plan, adapter_name)
         except BaseException:
             self.peft_config[adapter_name] = config
             self.model = remove_adapter(self.model, adapter_name)
             _restore(trainable_before)
             raise
+        finally:
+            self._switched = None
 
-        if layers:  # a further adapter leaves what others train as it was; the first one freezes the backbone
+        # A further adapter leaves what others train as it was. The first one freezes the backbone, and without a
+        # PeftModel each becomes the only active one.
+        if layers and not self._direct:
             _restore(trainable_before)
             for layer, names in zip(layers, names_before, strict=True):
                 layer._trainable = layer._trainable | names
-        names = [canonical(name) for name, module in model.named_modules() if isinstance(module, ELPLayer)]
-        self.targeted_module_names[:] = names
+        self.targeted_module_names[:] = [
+            canonical(name)
+            for name, module in model.named_modules()
+            if isinstance(module, ELPLayer) and module.adapter_layer_names
+        ]
+        if self._direct:
+            self._finish_alone(model, adapter_name, autocast_adapter_dtype)
+
+    def _finish_alone(self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Do for an adapter what a PeftModel does, for a model that goes on without one, as in Transformers' API."""
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in model.modules():
+            if isinstance(module, Wrapper):
+                module.keep_names()
+        config = self.peft_config[adapter_name]
+        kind = type(model)
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        if config.inference_mode:
+            own = re.compile(rf"\.(elp_[a-z]+|modules_to_save)\.{re.escape(adapter_name)}\.")
+            expect_loading(parameter for name, parameter in model.named_parameters() if own.search(name))
+            if refuse_unloaded not in model._forward_pre_hooks.values():
+                model.register_forward_pre_hook(refuse_unloaded)
+        if self.get_input_embeddings() is None:  # which saving asks the model for, where a PeftModel asks the tuner
+            vars(model).update(get_input_embeddings=_no_embeddings, get_output_embeddings=_no_embeddings)
 
     def _place(self, model: nn.Module, adapter_name: str, plan: Plan) -> None:
         config, parts = plan.config, plan.parts
@@ -205,7 +241,7 @@ class ELPModel(BaseTuner):
         heads, layers = self._switched
         for head in heads:
             name = head.check_set_adapter(adapter_name)
-            head.set_adapter([name] if name in head._adapters else [], inference_mode=inference_mode)
+            head.set_adapter([name] if name and name in head._adapters else [], inference_mode=inference_mode)
         for layer in layers:
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
@@ -222,6 +258,93 @@ class ELPModel(BaseTuner):
         if was_active and following:
             self.set_adapter(following)
 
+    def forward_all(
+        self,
+        adapter_names: Sequence[str],
+        *args: Any,
+        labels: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The outputs of several L-adapters, each with its head, from one pass through the frozen backbone.
+
+        Equal to activating each of them and calling the model. In training, gradients reach those that are trainable
+        (`model.set_requires_grad(adapter_names)`).
+
+        Args:
+            adapter_names: Names of adapters that leave the backbone alone: `adapters="L"`, `train_layer_norms=False`.
+            args: What the model takes.
+            labels: For each adapter that is to have a loss, its labels.
+            kwargs: What the model takes.
+
+        Returns:
+            The model's output under each name.
+
+        Raises:
+            ValueError: An adapter is unknown, or changes what the layers compute; or hidden states are asked for.
+        """
+        names = [*adapter_names, *(labels or ())]
+        unknown = sorted({*names} - {*self.peft_config})
+        if unknown or isinstance(adapter_names, str):
+            raise ValueError(
+                f"forward_all takes a list of adapter names, got {adapter_names!r}; the model has "
+                f"{', '.join(map(repr, sorted(self.peft_config)))}."
+            )
+        refuse_reports(self.model, kwargs)
+        _, stack = parts_of(self)
+        tasks: dict[str, Task] = {}
+        for name in adapter_names:
+            own = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
+            tasks[name] = Task(stack, name, partial(self._as, name, stack, *args, **own), Route.only(name))
+            if not tasks[name].leaves_backbone_alone():
+                config: Any = self.peft_config[name]
+                raise ValueError(
+                    f"{name!r} changes what the layers compute (adapters={config.adapters!r}, "
+                    f"train_layer_norms={config.train_layer_norms}), so that it has no pass in common "
+                    "with others. Share passes among adapters with adapters='L' and train_layer_norms=False, and call "
+                    "the model once for each of the others."
+                )
+        return run(tasks)
+
+    def _as(self, adapter_name: str, stack: ELPStack, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with the settings of an adapter's head, on which its loss depends."""
+        stack.task_head.follow([adapter_name], enabled=True)
+        stack._switch_layerdrop(off=True)
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            stack._follow_adapters()
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the weighted average of adapters of one make as a further adapter, as model soups do.
+
+        Computes `sum_i weights_i * adapters_i` over all tensors, those of the head included. As in PEFT, the new
+        adapter is frozen, and not active until `set_adapter`.
+
+        Args:
+            adapters: Names of adapters with the same letters, sizes, layers and head.
+            weights: One weight for each. They add up to 1; some may be negative.
+            adapter_name: Name of the new adapter.
+            combination_type: "linear", the only one that has a meaning for ELP.
+
+        Raises:
+            ValueError: The adapters are of different make, or another argument does not fit. Nothing is changed then.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"combination_type={combination_type!r} combines low-rank factors, which ELP-adapters do not have. "
+                "Write combination_type='linear'."
+            )
+        config = check_combination(self.peft_config, adapters, weights, adapter_name)
+        self.peft_config[adapter_name] = replace(config, inference_mode=True)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            self.peft_config.pop(adapter_name)
+            raise
+        combine(self.model, adapters, weights, adapter_name)
+
     def get_input_embeddings(self) -> nn.Module | None:
         """The embeddings of a text vocabulary, None for an encoder of speech.
 
@@ -231,7 +354,7 @@ class ELPModel(BaseTuner):
         base: Any = self.model
         try:
             return base.get_input_embeddings()
-        except NotImplementedError:
+        except (AttributeError, NotImplementedError):
             return None
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -250,6 +373,10 @@ class ELPModel(BaseTuner):
             del self.model.peft_config
         return self.model
 
+    # PEFT looks for an adapter's tensors under the names of its modules. Not every state dict has these: Transformers'
+    # leaves ELP's wrappers out, that of an FSDP1 unit or an activation checkpoint PyTorch's. And the saved name of a
+    # tensor must not depend on which other adapters wrap the same backbone.
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -257,17 +384,59 @@ class ELPModel(BaseTuner):
         config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
+        unwanted_adapter_names: Sequence[str] = (),
     ) -> dict[str, torch.Tensor]:
-        # PEFT looks tensors up by the paths of their modules. PyTorch's wrappers around layers (FSDP1, activation
-        # checkpointing) put a step into these that a state dict lacks: what is inside would be left out of the file.
-        own = re.compile(rf"\.elp_[a-z]+\.{re.escape(adapter_name)}\.")
-        return {key: tensor for key, tensor in state_dict.items() if own.search(key)}
+        pattern = re.compile(rf"\b{cls.prefix}[a-z]+\.{re.escape(adapter_name)}\.")
+        return {key: tensor for key, tensor in state_dict.items() if pattern.search(key)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # The saved name of a tensor must not depend on which other adapters wrap the same backbone.
-        return canonical(re.sub(rf"(\.elp_[a-z]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key))
+        return canonical(re.sub(rf"\b({cls.prefix}[a-z]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The saved tensors under their names in the model, if they are those of the adapter.
+
+        Raises:
+            ValueError: They are not. An adapter that was placed to be loaded is taken out again.
+        """
+        own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict())
+        names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
+        outside = "base_model.model."  # which a saved name starts with, and a model without a PeftModel around lacks
+        names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
+        named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
+        tuner = getattr(model, "base_model", None)
+        trainable = tuner._unloaded.pop(adapter_name, None) if isinstance(tuner, cls) else None
+
+        def refuse(what: str) -> None:
+            if what and isinstance(tuner, cls) and trainable is not None:
+                tuner._take_back(adapter_name, trainable)
+            if what:
+                raise misfit_error(model, adapter_name, what)
+
+        def refuse_mismatches(_: nn.Module, tensors: dict[str, torch.Tensor], *args: Any) -> None:
+            hook.remove()
+            refuse(mismatches(model, tensors))
+
+        refuse(misfits(model, adapter_name, named))
+        # Only PEFT knows by now whether tensors of another size are to be passed over, and which.
+        hook = model.register_load_state_dict_pre_hook(refuse_mismatches)
+        return named
+
+    def _take_back(self, adapter_name: str, trainable: dict[nn.Parameter, bool]) -> None:
+        """Leave the model as it was before an adapter was placed."""
+        del self.peft_config[adapter_name]
+        self.model = remove_adapter(self.model, adapter_name)
+        self._switched = None
+        _restore(trainable)
+        if not self.peft_config and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+
+
+def _no_embeddings() -> None:
+    """What a model of speech answers when it is asked for the embeddings of a text vocabulary."""
 
 
 def _restore(trainable: dict[nn.Parameter, bool]) -> None:

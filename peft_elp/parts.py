@@ -8,6 +8,11 @@ CONTAINERS = {"elp_e": "E", "elp_l": "L", "elp_p": "P", "elp_norm": "layer norms
 PARTS = tuple(CONTAINERS.values())
 
 
+def belongs_to(adapter_name: str, name: str) -> bool:
+    """Whether a parameter or tensor of that name is a part of the adapter."""
+    return any(f"{container}.{adapter_name}." in f".{name}" for container in CONTAINERS)
+
+
 def parameters_by_part(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, nn.Parameter]]:
     """The parameters that an adapter holds: for each part, parameters by name.
 

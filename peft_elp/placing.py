@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from .call import trim_hidden_states
 from .guards import refuse_short_utterances
+from .head_config import remade_head
 from .heads import canonical, join, original, remove_head, remove_head_copies
-from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, TappedLayer, Wrapper
+from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, FrontEnd, TappedLayer, Wrapper
 from .plan import Parts, Plan
 
 
@@ -40,7 +42,7 @@ def wrap_stack(model: nn.Module, parts: Parts, active_adapters: list[str]) -> EL
     if name:  # else the model is its own stack, and whoever holds it takes the wrapper in its place
         setattr(parent, name, stack)
     for index, layer in enumerate(stack.encoder_layers):
-        stack.encoder_layers[index] = TappedLayer(layer, index)
+        stack.encoder_layers[index] = TappedLayer(layer, index, active_adapters)
     cnn: Any = attrgetter(parts.family.feature_encoder)(parts.encoder) if parts.family.feature_encoder else None
     if hasattr(cnn, "_requires_grad"):
         # Else the CNN, though frozen, would be recorded for a backward pass in every training step.
@@ -48,6 +50,30 @@ def wrap_stack(model: nn.Module, parts: Parts, active_adapters: list[str]) -> EL
         parts.encoder.register_forward_pre_hook(refuse_short_utterances, with_kwargs=True)
     parts.encoder.register_forward_hook(trim_hidden_states)
     return stack
+
+
+def join_head(model: nn.Module, plan: Plan, adapter_name: str) -> None:
+    """Tell the stack which head goes along with its adapters."""
+    stack = model.get_submodule(plan.parts.stack_path)
+    assert isinstance(stack, ELPStack)
+    stack.task_head.config = getattr(model, "config", None)
+    for path in plan.config.modules_to_save or ():
+        copies = model.get_submodule(path)
+        assert isinstance(copies, ModulesToSaveWrapper)
+        if all(copies is not known for known in stack.task_head.copies):
+            stack.task_head.copies.append(copies)
+    if plan.config.head_config:
+        stack.task_head.settings[adapter_name] = plan.config.head_config
+    stack._follow_adapters()
+
+
+def wrap_front_end(parts: Parts) -> None:
+    """Let the convolutions over the waveform run once for all tasks that share a pass."""
+    if parts.family.feature_encoder:
+        path, _, name = parts.family.feature_encoder.rpartition(".")
+        holder = attrgetter(path)(parts.encoder) if path else parts.encoder
+        if not isinstance(getattr(holder, name), FrontEnd):
+            setattr(holder, name, FrontEnd(getattr(holder, name)))
 
 
 def placed(model: nn.Module, adapter_name: str) -> set[str]:
@@ -86,8 +112,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
                 if adapter_name in getattr(layer, container):
                     del getattr(layer, container)[adapter_name]
         if isinstance(layer, ELPStack):
-            layer.tapped_layers.pop(adapter_name, None)
-            layer._switch_layerdrop()
+            layer.forget(adapter_name)
     remove_head_copies(model, adapter_name)
     remove_head(model, only_unused=True)
     return unwrap(model, only_unused=True)
@@ -117,7 +142,7 @@ def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
             setattr(parent, name, child.base_layer)
     for parent, name, child in _with_children(model):
         unused = isinstance(child, ELPLayer) and not (only_unused and child._get_available_adapters())
-        if unused and not isinstance(child, ELPStack):
+        if unused and not isinstance(child, (ELPStack, TappedLayer)):
             setattr(parent, name, child.base_layer)
     return model
 
@@ -126,6 +151,7 @@ def _unwrap_stack(model: nn.Module, stack: ELPStack) -> None:
     if stack._layerdrop is not None:
         holder, attribute = stack._layerdrop_at()
         setattr(holder, attribute, stack._layerdrop)
+    stack.task_head.follow([], enabled=False)
     for index, layer in enumerate(stack.encoder_layers):
         if isinstance(layer, TappedLayer):
             stack.encoder_layers[index] = layer.base_layer
@@ -147,18 +173,20 @@ def _around(model: nn.Module, stack: ELPStack) -> list[nn.Module]:
     return [module for module in hooked if any(part in (stack, stack.base_layer) for part in module.modules())]
 
 
-def new_head_input(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The head's first linear layer at width `l_dim`, by its path; nothing where the plan has none.
+def new_head(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The modules of the head that an adapter does not copy from the model, by path.
 
-    It starts as Transformers starts the layers of that model.
+    They are what its own settings make otherwise, and the first linear layer at width `l_dim` where the plan says so,
+    which starts as Transformers starts the layers of that model.
     """
+    fresh = remade_head(model, plan.config.modules_to_save or (), plan.config.head_config)
     path = plan.new_head_input
     if path is None:
-        return {}
-    old = original(model.get_submodule(path))
+        return fresh
+    old = fresh.get(path, original(model.get_submodule(path)))
     assert isinstance(old, nn.Linear)
     bias = old.bias is not None
     new = nn.Linear(plan.config.l_dim, old.out_features, bias, device=old.weight.device, dtype=old.weight.dtype)
     if isinstance(model, PreTrainedModel):
         model._init_weights(new)
-    return {path: new}
+    return {**fresh, path: new}

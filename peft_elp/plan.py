@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .backbones import BACKBONES, BRIDGES, REFUSED, Backbone, family, head_input
 from .config import ELPConfig
+from .head_config import head_config
 from .heads import canonical, find_head, join, original, resolve
 from .layer import Wrapper
 
@@ -267,6 +268,8 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
             warnings.simplefilter("ignore")  # about parameters of a head that the user did not ask for
             head = _head(model, parts)
         config.modules_to_save = resolve(model, config.modules_to_save, parts.stack_path, head)
+    if config.modules_to_save or config.head_config:
+        config.head_config = head_config(model, config.head_config)
     _refuse_quantised(model, config.modules_to_save)
     if "L" in config.adapters:
         _resolve_l_output(model, plan)

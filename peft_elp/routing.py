@@ -71,6 +71,14 @@ class Route:
         self.beams = beams
         self.adapters = tuple(dict.fromkeys(name for name in names if name != BASE))
         self._rows: dict[tuple[str, Any, int], Tensor] = {}
+        self.whole: str | None = None
+
+    @classmethod
+    def only(cls, name: str) -> Route:
+        """One adapter for all utterances of any batch."""
+        route = cls([name])
+        route.whole = name
+        return route
 
     def rows(self, name: str, x: Tensor, axes: int = 3) -> Tensor:
         """The places in the batch `x`, a tensor of at least so many axes, of the utterances that use an adapter.

@@ -1093,8 +1093,15 @@ def missing_weights_are_reported(method: Method, model: Model, folder: Path) -> 
     tensors = load_file(file)
     gone = next(name for name in tensors if method.prefix in name)
     save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file, metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match="Found missing adapter keys while loading the checkpoint"):
-        PeftModel.from_pretrained(model.make(), folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            PeftModel.from_pretrained(model.make(), folder)
+            report = " ".join(str(warning.message) for warning in caught)
+        except ValueError as error:  # ELP refuses what PEFT warns of
+            report = str(error)
+    assert "missing" in report
+    assert gone.rpartition(".")[2] in report
 
 
 @behaviour
@@ -1103,7 +1110,7 @@ def weights_of_another_size_are_refused_or_passed_over(method: Method, model: Mo
     state = {key: value.clone() for key, value in get_peft_model_state_dict(peft_model).items()}
     name = next(key for key in state if method.prefix in key and key.endswith("weight"))
     state[name] = torch.zeros([size + 1 for size in state[name].shape])
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|of another shape"):
         set_peft_model_state_dict(peft_model, state)
     with pytest.warns(UserWarning, match="mismatched"):
         set_peft_model_state_dict(peft_model, state, ignore_mismatched_sizes=True)

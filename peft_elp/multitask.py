@@ -1,0 +1,204 @@
+"""Many tasks on one frozen backbone, with as few passes through it as their adapters allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .heads import canonical
+from .layer import ELPNorm, ELPStack, ELPSublayer
+from .placing import wrap_front_end
+from .plan import Parts, find_parts
+from .routing import Route, current_route
+from .sharing import SharedPass, current_pass
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the tasks of a pass.
+
+    Args:
+        stack: The encoder stack of its model.
+        adapter: The adapter that it uses.
+        call: Calls its model.
+        route: What makes the model use that adapter, where it is not the active one.
+    """
+
+    stack: ELPStack
+    adapter: str
+    call: Callable[[], Any]
+    route: Route | None = None
+
+    def leaves_backbone_alone(self) -> bool:
+        """Whether the adapter changes nothing that a layer computes."""
+        parts = [getattr(part, name) for part in self.stack.modules() for name in _inside(part)]
+        return self.adapter in self.stack.elp_l and not any(self.adapter in adapters for adapters in parts)
+
+
+def _inside(part: nn.Module) -> tuple[str, ...]:
+    if isinstance(part, ELPStack):
+        return ("elp_p",)
+    return part.adapter_layer_names if isinstance(part, (ELPSublayer, ELPNorm)) else ()
+
+
+def run(tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """The output of each task.
+
+    The convolutions over the waveform run once. Tasks that leave the backbone alone share one pass through its layers,
+    each other one has a pass of its own.
+    """
+    shared = SharedPass()
+    for name, task in tasks.items():
+        if task.leaves_backbone_alone() and not task.stack.disable_adapters:
+            adapter: Any = task.stack.elp_l[task.adapter]
+            shared.readers[name] = (adapter, task.stack.tapped_layers[task.adapter])
+    outputs: dict[str, Any] = {}
+    for name in [*shared.readers, *(name for name in tasks if name not in shared.readers)]:
+        task = tasks[name]
+        own = shared if name in shared.readers else SharedPass(features=shared.features)
+        own.task = name
+        with current_pass.set(own), current_route.set(task.route) if task.route else nullcontext():
+            outputs[name] = task.call()
+        shared.features = own.features
+    return {name: outputs[name] for name in tasks}
+
+
+def parts_of(model: nn.Module) -> tuple[Parts, ELPStack]:
+    """The parts of a model with ELP-adapters, and its encoder stack."""
+    stacks = [module for module in model.modules() if isinstance(module, ELPStack)]
+    if len(stacks) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(stacks)} encoders with ELP-adapters, and tasks share one. Place "
+            "adapters with get_peft_model(model, ELPConfig()) first."
+        )
+    parts = find_parts(model, type(stacks[0].base_layer).__name__)
+    wrap_front_end(parts)
+    return parts, stacks[0]
+
+
+def refuse_reports(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse to report hidden states: a task that shares a pass has none of its own.
+
+    Raises:
+        ValueError: Hidden states or attentions are asked for.
+    """
+    config = getattr(model, "config", None)
+    for name in ("output_hidden_states", "output_attentions"):
+        asked = kwargs.get(name)
+        if asked or (asked is None and getattr(config, name, False)):
+            raise ValueError(
+                f"{name}=True: tasks that share one pass have no hidden states and attentions of their own. Call the "
+                "model once with one of the adapters for them."
+            )
+
+
+class MultiTaskModel(nn.Module):
+    """Models for several tasks, with heads of any kind, that share the tensors of one frozen backbone.
+
+    Each is an ordinary PEFT model with its own head, adapters and active adapter, as trained and loaded on its own. In
+    memory there is one backbone. In a call the convolutions over the waveform run once; models whose active adapter is
+    an L-adapter without trained layer norms share one pass through the layers; each other one has its own.
+
+    Args:
+        models: PEFT models with ELP-adapters by task, on the same base checkpoint. Their backbones' tensors are
+            replaced by those of the first.
+
+    Raises:
+        ValueError: The backbones differ, or a model has no ELP-adapters.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import WavLMConfig, WavLMForCTC, WavLMForSequenceClassification
+        >>> from peft_elp import ELPConfig
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, layerdrop=0.0, vocab_size=8)
+        >>> asr, emotion = WavLMForCTC(WavLMConfig(**size)), WavLMForSequenceClassification(WavLMConfig(**size))
+        >>> _ = emotion.wavlm.load_state_dict(asr.wavlm.state_dict())  # as two from_pretrained of one checkpoint are
+        >>> config = ELPConfig(adapters="L", train_layer_norms=False)
+        >>> tasks = MultiTaskModel({"asr": get_peft_model(asr, config), "emotion": get_peft_model(emotion, config)})
+        >>> outputs = tasks.eval()(torch.zeros(1, 16000))
+        >>> outputs["asr"].logits.shape, outputs["emotion"].logits.shape
+        (torch.Size([1, 49, 8]), torch.Size([1, 2]))
+    """
+
+    def __init__(self, models: Mapping[str, PeftModel]) -> None:
+        super().__init__()
+        if not models:
+            raise ValueError("MultiTaskModel needs at least one model, by the name of its task.")
+        found = {task: parts_of(model.base_model) for task, model in models.items()}
+        (first, (parts, _)), *others = found.items()
+        for task, (other, _) in others:
+            share_tensors(parts, other, first, task)
+        self.models = nn.ModuleDict(models)
+        self._stacks = {task: [stack] for task, (_, stack) in found.items()}  # in a list: they are registered already
+
+    def forward(
+        self, *args: Any, tasks: Iterable[str] | None = None, labels: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The output of each task's model, by task.
+
+        Args:
+            args: What each of the models takes.
+            tasks: Names of the tasks to run. None: all.
+            labels: For each task that is to have a loss, its labels.
+            kwargs: What each of the models takes.
+
+        Raises:
+            ValueError: A task is unknown, its model has no active adapter, or hidden states are asked for.
+        """
+        names = list(self.models) if tasks is None else list(tasks)
+        unknown = [name for name in (*names, *(labels or ())) if name not in self.models]
+        if unknown:
+            raise ValueError(f"There is no task {unknown[0]!r}; there are {', '.join(map(repr, self.models))}.")
+        chosen: dict[str, Task] = {}
+        for name in names:
+            model: Any = self.models[name]
+            refuse_reports(model, kwargs)
+            (stack,) = self._stacks[name]
+            if len(model.active_adapters) != 1:
+                raise ValueError(
+                    f"The model of {name!r} has the active adapters {model.active_adapters}; tasks share a pass with "
+                    "one each. Call set_adapter(name) on it."
+                )
+            own = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
+            chosen[name] = Task(stack, model.active_adapters[0], lambda model=model, own=own: model(*args, **own))
+        return run(chosen)
+
+
+def share_tensors(parts: Parts, other: Parts, first: str, task: str) -> None:
+    """Put the tensors of one backbone in place of another's, which have to be equal.
+
+    Raises:
+        ValueError: The backbones are of different make, or have different weights.
+    """
+    tensors, others = _tensors(parts.encoder), _tensors(other.encoder)
+    differ = sorted(tensors.keys() ^ others.keys()) or [
+        name
+        for name, (_, _, tensor) in tensors.items()
+        if tensor.shape != others[name][2].shape or not torch.equal(tensor, others[name][2].to(tensor))
+    ]
+    if differ:
+        raise ValueError(
+            f"The backbones of {first!r} and {task!r} differ, in {len(differ)} of {len(tensors)} tensors (such as "
+            f"{', '.join(differ[:3])}). Load both models from the same base checkpoint."
+        )
+    for name, (module, attribute, _) in others.items():
+        holder, own, _ = tensors[name]
+        kind = "_parameters" if own in holder._parameters else "_buffers"
+        getattr(module, kind)[attribute] = getattr(holder, kind)[own]
+
+
+def _tensors(encoder: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """The backbone's own tensors: for each name, the module that holds it, its name there, and itself."""
+    found: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for path, module in encoder.named_modules():
+        if ".elp_" in f".{path}":
+            continue
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            found[canonical(f"{path}.{name}")] = (module, name, tensor)
+    return found

@@ -1,0 +1,227 @@
+"""Several adapters on one backbone: averages of them, and all of their answers from one pass."""
+
+import pytest
+import torch
+from backbones import ELP, build, labels_for, result, shaken, waveforms
+from families import FAMILIES
+from peft import get_peft_model, get_peft_model_state_dict
+
+from peft_elp import ELPConfig, MultiTaskModel
+from peft_elp.layer import ELPStack
+
+
+def adapted(head="ForCTC", family="wavlm", base=None, **adapters):
+    """A model with adapters of the given options by name, each one moved from where it starts."""
+    model = None
+    for name, options in adapters.items():
+        config = ELPConfig(**ELP | options)
+        if model is None:
+            model = get_peft_model(build(family, head, **base or {}), config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        model.set_adapter(name)
+        shaken(model)
+    return model.eval()
+
+
+def tensors(model, name):
+    return get_peft_model_state_dict(model, adapter_name=name)
+
+
+# Averages -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_average_is_the_weighted_sum_of_all_tensors_the_heads_included():
+    model = adapted(one={}, two={"e_dropout": 0.1})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # of "two"; both were moved alike
+                parameter.mul_(1.5).add_(0.1)
+    model.add_weighted_adapter(["one", "two"], [0.25, 0.75], "soup")
+    one, two, soup = (tensors(model, name) for name in ("one", "two", "soup"))
+    assert soup.keys() == one.keys() == two.keys()
+    assert any("lm_head" in name for name in soup)
+    for name, tensor in soup.items():
+        torch.testing.assert_close(tensor, 0.25 * one[name] + 0.75 * two[name])
+    assert model.active_adapters == ["two"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".soup." in n)
+    model.set_adapter("soup")
+    model(waveforms()[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["one", "other"], [0.5, 0.5], "soup"), "different make: e_dim is 8 and 4"),
+        ((["one", "third"], [0.5, 0.5], "soup"), r"names \['third'\], and the model has 'one', 'other', 'two'"),
+        ((["one", "two"], [1.0, 1.0], "soup"), r"weights that add up to 1: got \[1.0, 1.0\]"),
+        ((["one", "two"], [1.0], "soup"), r"one weight for each adapter.*got \[1.0\]"),
+        ((["one", "two"], [0.5, 0.5], "one"), "There is an adapter 'one' already"),
+        ((["one", "two"], [0.5, 0.5], "soup", "svd"), "combination_type='svd' combines low-rank factors"),
+        ((["one", "two"], [0.5, 0.5], "norm"), "cannot be named 'norm'"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(arguments, message):
+    model = adapted(one={}, two={}, other={"e_dim": 4})
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert list(model.state_dict()) == before
+    assert list(model.peft_config) == ["one", "two", "other"]
+
+
+# Many tasks, one pass -----------------------------------------------------------------------------------------------
+
+ALONE = {"adapters": "L", "train_layer_norms": False}
+READERS = {
+    "one": ALONE,
+    "two": ALONE | {"l_dim": 6, "l_layers": [0, 2], "head_config": {"num_labels": 7}},
+    "rest": ALONE | {"l_output": "residual"},
+}
+
+
+def calls_of(module):
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(module))
+    return calls
+
+
+def layer_calls(model):
+    stack = next(module for module in model.modules() if isinstance(module, ELPStack))
+    return calls_of(stack.encoder_layers[1].base_layer)
+
+
+@pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification", "ForXVector"])
+@pytest.mark.parametrize(("family", "stable"), [("wav2vec2", False), ("wavlm", False), ("wavlm", True)])
+def test_all_tasks_answer_from_one_pass_as_each_does_alone(family, stable, head):
+    readers = (
+        READERS if head == "ForSequenceClassification" else {n: o | {"head_config": None} for n, o in READERS.items()}
+    )
+    model = adapted(head, family, base={"do_stable_layer_norm": stable}, **readers, active={})
+    waveform, mask = waveforms()
+    expected = {}
+    for name in readers:
+        model.set_adapter(name)
+        expected[name] = result(model(waveform, attention_mask=mask))
+    model.set_adapter("active")
+    before = result(model(waveform, attention_mask=mask))
+    labels = {"two": labels_for(model.base_model.model, 3, 0)}
+
+    layers, cnn = layer_calls(model), calls_of(model.base_model.model.base_model.feature_extractor.conv_layers[0])
+    outputs = model.forward_all(list(readers), waveform, attention_mask=mask, labels=labels)
+    assert list(outputs) == list(readers)
+    for name, output in outputs.items():
+        torch.testing.assert_close(result(output), expected[name])
+        assert (output.loss is not None) == (name == "two")
+    assert len(layers) == len(cnn) == 1
+    assert torch.equal(result(model(waveform, attention_mask=mask)), before)
+
+
+@pytest.mark.parametrize(
+    "name", ["sew", "whisper-classification", "audio-spectrogram-transformer", "wav2vec2-bert", "parakeet"]
+)
+def test_families_that_end_in_their_layers_or_begin_in_the_stack_share_a_pass_too(name):
+    family = FAMILIES[name]
+    options = ELP | family.options | ALONE
+    model = get_peft_model(family.model(), ELPConfig(**options), adapter_name="one")
+    model.add_adapter("two", ELPConfig(**options | {"l_dim": 6}))
+    for adapter in ("one", "two"):
+        model.set_adapter(adapter)
+        shaken(model)
+    model.eval()
+    expected = {}
+    for adapter in ("one", "two"):
+        model.set_adapter(adapter)
+        expected[adapter] = result(model(**family.inputs))
+    layers = layer_calls(model)
+    for adapter, output in model.forward_all(["two", "one"], **family.inputs).items():
+        torch.testing.assert_close(result(output), expected[adapter])
+    assert len(layers) == 1
+
+
+def test_tasks_train_together_in_one_pass():
+    model = adapted("ForSequenceClassification", **READERS).train()
+    model.set_requires_grad(list(READERS))
+    waveform, mask = waveforms()
+    labels = {name: torch.tensor([0, 1, 2]) for name in READERS}
+    together = model.forward_all(list(READERS), waveform, attention_mask=mask, labels=labels)
+    sum(output.loss for output in together.values()).backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for name in READERS:
+        model.set_adapter(name)
+        model(waveform, attention_mask=mask, labels=labels[name]).loss.backward()
+        for parameter, gradient in ((n, p.grad) for n, p in model.named_parameters() if f".{name}." in n):
+            assert gradient is not None, parameter
+            torch.testing.assert_close(found[parameter], gradient, msg=parameter)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["one", "three"], {}, r"got \['one', 'three'\]; the model has 'norms', 'one', 'rest', 'two'"),
+        ("one", {}, "takes a list of adapter names, got 'one'"),
+        (["one", "norms"], {}, r"'norms' changes what the layers compute \(adapters='L', train_layer_norms=True\)"),
+        (["one"], {"output_hidden_states": True}, "no hidden states and attentions of their own"),
+    ],
+)
+def test_what_has_no_common_pass_is_refused(names, options, message):
+    model = adapted("ForSequenceClassification", **READERS, norms={"adapters": "L"})
+    with pytest.raises(ValueError, match=message):
+        model.forward_all(names, waveforms()[0], **options)
+
+
+def models():
+    bases = {"asr": build("wavlm", "ForCTC"), "emotion": build("wavlm", "ForSequenceClassification")}
+    bases |= {"speaker": build("wavlm", "ForXVector"), "words": build("wavlm", "ForCTC")}
+    configs = {"asr": {}, "emotion": ALONE, "speaker": ALONE | {"l_dim": 6}, "words": {"adapters": "EP"}}
+    found = {}
+    for task, base in bases.items():
+        base.wavlm.load_state_dict(bases["asr"].wavlm.state_dict())
+        found[task] = shaken(get_peft_model(base, ELPConfig(**ELP | configs[task]))).eval()
+        if task == "asr":
+            bases["asr"] = build("wavlm", "ForCTC")  # the plain one again, for those that follow
+    return found
+
+
+def test_models_with_different_heads_share_one_backbone():
+    tasks = models()
+    waveform, mask = waveforms()
+    expected = {task: result(model(waveform, attention_mask=mask)) for task, model in tasks.items()}
+    together = MultiTaskModel(tasks).eval()
+    backbones = [model.base_model.model.wavlm for model in tasks.values()]
+    for name, tensor in backbones[0].feature_projection.named_parameters():
+        assert all(tensor is backbone.feature_projection.get_parameter(name) for backbone in backbones)
+    adapters = sum(
+        p.numel() for m in tasks.values() for n, p in m.named_parameters() if "elp_" in n or "modules_to_save" in n
+    )
+    heads = sum(p.numel() for m in tasks.values() for n, p in m.named_parameters() if "original_module" in n)
+    own = sum(p.numel() for p in build("wavlm", "Model").parameters())
+    assert sum(p.numel() for p in together.parameters()) == own + adapters + heads
+
+    cnn = [call for b in backbones for call in [calls_of(b.feature_extractor.conv_layers[0])]]
+    layers = [layer_calls(model) for model in tasks.values()]
+    outputs = together(waveform, attention_mask=mask, labels={"emotion": torch.tensor([0, 1, 2])})
+    assert list(outputs) == list(tasks)
+    for task, output in outputs.items():
+        torch.testing.assert_close(result(output), expected[task])
+        assert (output.loss is not None) == (task == "emotion")
+    assert sum(map(len, cnn)) == 1
+    assert [len(calls) for calls in layers] == [1, 1, 0, 1]  # "speaker" takes what "emotion" found
+    assert list(together(waveform, tasks=["speaker"])) == ["speaker"]
+
+
+def test_models_of_different_checkpoints_are_refused():
+    asr, other = models()["asr"], get_peft_model(build("wavlm", "ForSequenceClassification", seed=5), ELPConfig(**ELP))
+    with pytest.raises(ValueError, match=r"backbones of 'asr' and 'emotion' differ, in \d+ of \d+ tensors"):
+        MultiTaskModel({"asr": asr, "emotion": other})
+    with pytest.raises(ValueError, match=r"There is no task 'speaker'; there are 'asr'"):
+        MultiTaskModel({"asr": asr})(waveforms()[0], tasks=["speaker"])
+
+
+def test_a_base_that_shared_passes_is_unloaded_as_it_was():
+    base = build("wavlm", "ForSequenceClassification")
+    before = [(name, type(module)) for name, module in base.named_modules()]
+    model = get_peft_model(base, ELPConfig(**ELP | ALONE))
+    model.forward_all(["default"], waveforms()[0])
+    assert [(name, type(module)) for name, module in model.unload().named_modules()] == before

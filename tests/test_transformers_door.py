@@ -1,0 +1,459 @@
+"""Transformers' own door to adapters: add_adapter, load_adapter, from_pretrained and pipelines."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from backbones import ELP, HEADS, build, has, labels_for, result, shaken, waveforms
+from packaging.version import Version
+from peft import AutoPeftModel, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
+    AutoModelForAudioXVector,
+    AutoModelForCTC,
+    AutoModelForSpeechSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+    pipeline,
+)
+from transformers.integrations.peft import PeftAdapterMixin
+
+from peft_elp import ELPConfig
+
+# PEFT says so of every second adapter that comes without a PeftModel.
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+LOADS = Version(transformers.__version__) >= Version("5.20")
+needs_loading = pytest.mark.skipif(not LOADS, reason="Transformers loads the head of an adapter from 5.20 on")
+AUTO = {
+    "Model": AutoModel,
+    "ForCTC": AutoModelForCTC,
+    "ForSequenceClassification": AutoModelForAudioClassification,
+    "ForAudioFrameClassification": AutoModelForAudioFrameClassification,
+    "ForXVector": AutoModelForAudioXVector,
+}
+# wav2vec 2.0 has a load_adapter of its own, for the languages of MMS; Data2VecAudio is asked for by its short name.
+PAIRS = [(family, head) for family in ("wavlm", "hubert") for head in HEADS if has(family, head)]
+ANGER = {0: "neutral", 1: "anger", 2: "joy", 3: "fear", 4: "disgust", 5: "sadness", 6: "surprise"}
+EMOTIONS = {"num_labels": 7, "id2label": ANGER, "label2id": {label: number for number, label in ANGER.items()}}
+
+
+def logits(model):
+    waveform, mask = waveforms()
+    with torch.no_grad():
+        return result(model.eval()(waveform.to(model.dtype), attention_mask=mask))
+
+
+def based(folder, family="wavlm", head="ForCTC", **options):
+    """A base checkpoint on disk, loaded the usual way."""
+    build(family, head).save_pretrained(folder / "base")
+    return AUTO[head].from_pretrained(folder / "base", ignore_mismatched_sizes=bool(options), **options)
+
+
+def peft_folder(folder, family="wavlm", head="ForCTC", config=None, **options):
+    """The folder of a trained adapter, saved by a PeftModel, and its answer."""
+    model = shaken(get_peft_model(based(folder, family, head, **options), config or ELPConfig(**ELP)))
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter", logits(model)
+
+
+def tokenizer(folder):
+    symbols = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcd"]
+    (folder / "vocab.json").write_text(json.dumps({symbol: number for number, symbol in enumerate(symbols)}))
+    return Wav2Vec2CTCTokenizer(folder / "vocab.json")
+
+
+# Adding and saving --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "head"), [*PAIRS, ("wav2vec2", "ForCTC"), ("wav2vec2", "ForXVector")])
+def test_an_added_adapter_is_saved_alone_and_answers_the_same_in_peft(family, head, tmp_path):
+    model = based(tmp_path, family, head)
+    model.add_adapter(ELPConfig(**ELP))
+    expected = logits(shaken(model))
+    model.save_pretrained(tmp_path / "adapter")
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    base = AUTO[head].from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), expected)
+    assert torch.equal(logits(AutoPeftModel.from_pretrained(tmp_path / "adapter")), expected)
+
+
+def test_an_added_adapter_trains_what_a_peft_model_trains():
+    through_peft = get_peft_model(build(), ELPConfig(**ELP))
+    model = build()
+    model.add_adapter(ELPConfig(**ELP))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {n.removeprefix("base_model.model.") for n, p in through_peft.named_parameters() if p.requires_grad}
+    assert trained == expected
+    waveform, mask = waveforms()
+    model.train()(waveform, attention_mask=mask, labels=labels_for(model, 3, 0)).loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+
+
+def test_the_backbone_keeps_the_names_of_its_tensors():
+    names = set(build("wavlm", "Model").state_dict())
+    model = build("wavlm", "Model")
+    model.add_adapter(ELPConfig(**ELP))
+    state = model.state_dict()
+    assert {name for name in state if "elp_" not in name} == names
+    other = build("wavlm", "Model", seed=1)
+    other.add_adapter(ELPConfig(**ELP))
+    other.load_state_dict(shaken(model).state_dict())
+    assert torch.equal(logits(other), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_new_vocabulary_can_be_saved(tmp_path):
+    model = based(tmp_path, vocab_size=17)
+    model.add_adapter(ELPConfig(**ELP))
+    expected = logits(shaken(model))
+    model.save_pretrained(tmp_path / "adapter")
+    assert expected.shape[-1] == 17
+    base = AutoModelForCTC.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), expected)
+
+
+# Switching ----------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_switched_disabled_and_deleted_with_their_heads(tmp_path):
+    model = based(tmp_path)
+    bare = logits(model)
+    answers = {}
+    for name in ("wide", "narrow"):
+        model.add_adapter(ELPConfig(adapters="ELP" if name == "wide" else "E", **ELP), adapter_name=name)
+        answers[name] = logits(shaken(model))
+    assert model.active_adapters() == ["narrow"]
+    model.set_adapter("wide")
+    assert model.active_adapters() == ["wide"]
+    assert torch.equal(logits(model), answers["wide"])
+    assert any("elp_l" in key for key in model.get_adapter_state_dict())
+    assert not any("elp_l" in key for key in model.get_adapter_state_dict("narrow"))
+    model.disable_adapters()
+    torch.testing.assert_close(logits(model), bare, atol=1e-6, rtol=1e-6)
+    model.enable_adapters()
+    assert torch.equal(logits(model), answers["wide"])  # its head too, which Transformers does not enable
+    if hasattr(model, "delete_adapter"):
+        model.set_adapter("narrow")
+        model.delete_adapter("wide")
+        assert torch.equal(logits(model), answers["narrow"])
+        model.delete_adapter("narrow")
+        torch.testing.assert_close(logits(model), bare, atol=1e-6, rtol=1e-6)
+
+
+# Loading ------------------------------------------------------------------------------------------------------------
+
+
+@needs_loading
+@pytest.mark.parametrize(("family", "head"), PAIRS)
+def test_a_folder_loads_as_through_peft(family, head, tmp_path):
+    folder, expected = peft_folder(tmp_path, family, head)
+    model = AUTO[head].from_pretrained(tmp_path / "base")
+    model.load_adapter(folder)
+    assert torch.equal(logits(model), expected)
+    model = AUTO[head].from_pretrained(folder)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == (
+        load_file(folder / "adapter_model.safetensors").keys()
+    )
+    assert torch.equal(logits(AUTO[head].from_pretrained(tmp_path / "again")), expected)
+
+
+@needs_loading
+def test_a_second_folder_loads_beside_the_first_and_goes_on_training(tmp_path):
+    folder, expected = peft_folder(tmp_path)
+    model = AutoModelForCTC.from_pretrained(folder, adapter_name="first")
+    model.load_adapter(folder, adapter_name="second", is_trainable=True)
+    model.set_adapter("second")
+    shaken(model)
+    assert not torch.equal(logits(model), expected)
+    model.set_adapter("first")
+    assert torch.equal(logits(model), expected)
+
+
+@needs_loading
+@pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification"])
+def test_wav2vec2_loads_a_folder_through_the_method_that_its_own_one_hides(head, tmp_path):
+    folder, expected = peft_folder(tmp_path, "wav2vec2", head)
+    with pytest.raises(ValueError, match=r"Cannot load_adapter for .*adapter_attn_dim"):
+        AUTO[head].from_pretrained(folder)
+    model = AUTO[head].from_pretrained(tmp_path / "base")
+    PeftAdapterMixin.load_adapter(model, folder)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(AutoPeftModel.from_pretrained(folder).get_base_model()), expected)
+
+
+@pytest.mark.skipif(LOADS, reason="this Transformers loads adapters")
+def test_a_transformers_that_cannot_load_an_adapter_does_not_answer_with_a_fresh_one(tmp_path):
+    folder, expected = peft_folder(tmp_path)
+    model = AutoModelForCTC.from_pretrained(folder)
+    with pytest.raises(RuntimeError, match=r"never loaded.*Before 5.20, Transformers.*PeftModel.from_pretrained"):
+        logits(model)
+    base = AutoModelForCTC.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, folder)), expected)
+
+
+def test_an_adapter_with_tensors_missing_does_not_answer(tmp_path):
+    folder, _ = peft_folder(tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    del tensors["base_model.model.lm_head.bias"]
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCTC.from_pretrained(folder)
+    with pytest.raises(RuntimeError, match=r"tensors of an adapter .* never loaded: .*"):
+        logits(model)
+
+
+@needs_loading
+def test_an_adapter_of_another_model_is_refused_while_loading(tmp_path):
+    folder, _ = peft_folder(tmp_path)
+    model = build(hidden_size=32)
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+        model.load_adapter(folder)
+
+
+@needs_loading
+def test_files_that_do_not_belong_in_an_adapters_folder_are_an_error_not_another_model(tmp_path):
+    folder, expected = peft_folder(tmp_path)
+    AutoModelForCTC.from_pretrained(tmp_path / "base").config.save_pretrained(folder)
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+        AutoModelForCTC.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    tokenizer(folder).save_pretrained(folder)
+    assert torch.equal(logits(AutoModelForCTC.from_pretrained(folder)), expected)
+    with pytest.raises(NotImplementedError, match="get_input_embeddings"):
+        AutoPeftModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("option", ["dtype", "device_map"])
+def test_adapters_stay_in_float32_wherever_the_backbone_goes(option, tmp_path):
+    folder, _ = peft_folder(tmp_path)
+    options = {"dtype": torch.bfloat16} if option == "dtype" else {"device_map": "cpu"}
+    base = AutoModelForCTC.from_pretrained(tmp_path / "base", **options)
+    expected = logits(PeftModel.from_pretrained(base, folder))
+    model = AutoModelForCTC.from_pretrained(folder, **options)
+    assert all(p.dtype is torch.float32 for name, p in model.named_parameters() if "elp_" in name)
+    assert model.wavlm.feature_projection.projection.weight.dtype is options.get("dtype", torch.float32)
+    if LOADS:
+        assert torch.equal(logits(model), expected)
+
+
+# The head's settings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize(
+    ("head", "options", "part"),
+    [
+        ("ForSequenceClassification", EMOTIONS, "classifier"),
+        ("ForAudioFrameClassification", {"num_labels": 7}, "classifier"),
+        ("ForXVector", {"num_labels": 11, "tdnn_dim": [12, 12, 22]}, "feature_extractor"),
+        ("ForCTC", {"vocab_size": 17}, "lm_head"),
+    ],
+)
+def test_an_adapter_brings_its_own_head_into_a_base_with_another(head, options, part, tmp_path):
+    folder, expected = peft_folder(tmp_path, "wavlm", head, **options)
+    base = AUTO[head].from_pretrained(tmp_path / "base")
+    before = base.config.to_dict()
+    own = base.get_submodule(part)
+    model = PeftModel.from_pretrained(base, folder)
+    loaded = [model, AutoPeftModel.from_pretrained(folder)]
+    loaded += [AUTO[head].from_pretrained(folder)] if LOADS else []
+    for one in loaded:
+        assert torch.equal(logits(one), expected)
+        for name, value in options.items():
+            assert getattr(one.config, name) == value
+    with model.disable_adapter():
+        assert model.config.to_dict() == before
+    base = model.unload()
+    assert base.config.to_dict() == before
+    assert base.get_submodule(part) is own
+
+
+def test_two_adapters_with_different_labels_share_a_model(tmp_path):
+    emotion, anger = peft_folder(tmp_path, "wavlm", "ForSequenceClassification", **EMOTIONS)
+    model = based(tmp_path, "wavlm", "ForSequenceClassification")
+    before = model.config.to_dict()
+    model.add_adapter(ELPConfig(head_config={"num_labels": 3}, **ELP), "keyword")
+    assert model.config.num_labels == 3
+    waveform, mask = waveforms()
+    assert model(waveform, attention_mask=mask, labels=torch.tensor([0, 1, 2])).loss.isfinite()
+    keyword = logits(shaken(model))
+    model.save_pretrained(tmp_path / "keyword")
+    model = PeftModel.from_pretrained(based(tmp_path, head="ForSequenceClassification"), emotion, "emotion")
+    model.load_adapter(tmp_path / "keyword", "keyword")
+    for name, answer, labels in (("keyword", keyword, 3), ("emotion", anger, 7), ("keyword", keyword, 3)):
+        model.set_adapter(name)
+        assert torch.equal(logits(model), answer)
+        assert model.config.num_labels == labels
+    assert model.config.id2label[1] == "LABEL_1"
+    model.set_adapter("emotion")
+    assert model.config.id2label == ANGER
+    with pytest.warns(UserWarning, match="emotion was active which is now deleted. Setting active adapter to keyword"):
+        model.delete_adapter("emotion")
+    assert model.config.num_labels == 3
+    assert model.unload().config.to_dict() == before
+
+
+def test_a_fresh_head_of_its_own_starts_as_transformers_starts_one():
+    torch.manual_seed(0)
+    model = build("wavlm", "ForSequenceClassification")
+    model.add_adapter(ELPConfig(head_config={"num_labels": 300}, **ELP))
+    classifier = model.classifier.modules_to_save["default"]
+    assert classifier.weight.shape == (300, 12)
+    assert classifier.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert not classifier.bias.any()
+    kept = build("wavlm", "ForSequenceClassification")
+    kept.add_adapter(ELPConfig(adapters="E", e_dim=4, head_config={"num_labels": 5}))
+    # What the settings make alike is the model's, as without them.
+    assert torch.equal(kept.projector.modules_to_save["default"].weight, kept.projector.original_module.weight)
+
+
+def test_labels_that_somebody_names_later_are_left_alone(tmp_path):
+    model = build("wavlm", "ForSequenceClassification", num_labels=7)
+    model.add_adapter(ELPConfig(**ELP), "first")
+    model.config.id2label = ANGER
+    model.add_adapter(ELPConfig(adapters="E", e_dim=4), "second")
+    model.set_adapter("first")
+    model.disable_adapters()
+    model.enable_adapters()
+    assert model.config.id2label == ANGER
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (build, {"labels": 3}, r"got \['labels'\]. It takes num_labels, id2label"),
+        (build, ["num_labels"], r"is a dictionary .* got \['num_labels'\]"),
+        (lambda: build("wavlm", "Model"), {"num_labels": 3}, "WavLMModel has none that ELP knows.*AutoModelForCTC"),
+    ],
+)
+def test_settings_that_make_no_head_are_refused(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(make(), ELPConfig(head_config=settings, **ELP))
+
+
+def test_the_saved_settings_are_those_of_the_head_alone(tmp_path):
+    folder, _ = peft_folder(tmp_path, "wavlm", "ForSequenceClassification", **EMOTIONS)
+    saved = json.loads((folder / "adapter_config.json").read_text())["head_config"]
+    assert saved["num_labels"] == 7
+    assert saved["id2label"]["1"] == "anger"
+    assert "hidden_size" not in saved
+    assert ELPConfig.from_pretrained(folder).head_config["id2label"] == ANGER
+    bare, _ = peft_folder(tmp_path, "wavlm", "Model")
+    assert json.loads((bare / "adapter_config.json").read_text())["head_config"] is None
+
+
+# Pipelines ----------------------------------------------------------------------------------------------------------
+
+EXTRACTOR = Wav2Vec2FeatureExtractor()
+
+
+def audio():
+    return waveforms()[0][0].numpy()
+
+
+def three_ways(folder, head, base):
+    """The adapted model as a PeftModel, as the model inside, and, where Transformers can load it, as its folder."""
+    peft_model = PeftModel.from_pretrained(AUTO[head].from_pretrained(base), folder)
+    return [peft_model, peft_model.get_base_model(), *([str(folder)] if LOADS else [])]
+
+
+def test_an_audio_classification_pipeline_answers_with_the_adapters_labels(tmp_path):
+    folder, _ = peft_folder(tmp_path, "wavlm", "ForSequenceClassification", **EMOTIONS)
+    expected = None
+    for model in three_ways(folder, "ForSequenceClassification", tmp_path / "base"):
+        classify = pipeline("audio-classification", model=model, feature_extractor=EXTRACTOR, device="cpu")
+        answer = classify(audio(), top_k=None)
+        assert {part["label"] for part in answer} == set(ANGER.values())
+        scores = {part["label"]: part["score"] for part in answer}
+        expected = expected or scores
+        assert scores == pytest.approx(expected)
+
+
+def test_a_speech_recognition_pipeline_transcribes_with_the_adapter(tmp_path):
+    folder, _ = peft_folder(tmp_path)
+    inputs = EXTRACTOR(audio(), sampling_rate=16000, return_tensors="pt").input_values
+    with torch.no_grad():
+        spoken = AutoPeftModel.from_pretrained(folder).eval()(inputs).logits.argmax(-1)[0]
+    expected = tokenizer(tmp_path).decode(spoken)
+    assert expected.strip()
+    for model in three_ways(folder, "ForCTC", tmp_path / "base"):
+        hear = pipeline(
+            "automatic-speech-recognition",
+            model=model,
+            tokenizer=tokenizer(tmp_path),
+            feature_extractor=EXTRACTOR,
+            device="cpu",
+        )
+        assert hear(audio())["text"] == expected
+
+
+@needs_loading  # the pipeline of earlier versions takes no Whisper in pieces of one second
+def test_a_speech_recognition_pipeline_generates_with_the_adapter(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "vocab_size": 10, "num_mel_bins": 8, "max_source_positions": 50, "init_std": 0.4}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
+    tokens = {"pad_token_id": 8, "eos_token_id": 8, "bos_token_id": 9, "decoder_start_token_id": 9}
+    WhisperForConditionalGeneration(WhisperConfig(**sizes, **tokens)).save_pretrained(tmp_path / "base")
+    base = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "base")
+    model = shaken(get_peft_model(base, ELPConfig(**ELP)), std=1.0).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    symbols = [*"abcdefgh", "<|endoftext|>", "<|startoftranscript|>"]
+    parts = {
+        "tokenizer": WhisperTokenizer(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[]),
+        "feature_extractor": WhisperFeatureExtractor(feature_size=8, chunk_length=1),
+        "generate_kwargs": {"min_new_tokens": 6, "max_new_tokens": 6},
+        "device": "cpu",
+    }
+    texts = [
+        pipeline("automatic-speech-recognition", model=either, **parts)(np.float32(np.resize(audio(), 16000)))["text"]
+        for either in (model, model.get_base_model(), str(tmp_path / "adapter"), str(tmp_path / "base"))
+    ]
+    assert len(texts[0]) == 6
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+# Trainer ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+def test_trainer_trains_and_saves_an_added_adapter(tmp_path):
+    model = based(tmp_path, "wavlm", "ForSequenceClassification", **EMOTIONS)
+    model.add_adapter(ELPConfig(**ELP))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    noise = torch.Generator().manual_seed(0)
+    rows = [{"input_values": torch.randn(800, generator=noise), "labels": i % 7} for i in range(8)]
+
+    def trainer(model, **options):
+        options = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.01, "report_to": [], "use_cpu": True} | options
+        options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        return Trainer(
+            model, TrainingArguments(str(tmp_path / "run"), disable_tqdm=True, **options), train_dataset=rows
+        )
+
+    trainer(model).train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    names = {file.name for file in checkpoint.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+    assert not {"model.safetensors", "config.json"} & names
+    base = AutoModelForAudioClassification.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, checkpoint)), logits(model))
+    with pytest.raises(ValueError, match="Can't find a checkpoint index"):  # it resumes a PeftModel only
+        trainer(model, max_steps=6).train(resume_from_checkpoint=True)
