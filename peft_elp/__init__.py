@@ -7,6 +7,7 @@ encoder with any of its heads. See Inoue et al. 2024, [arXiv:2407.21066](https:/
 from importlib.metadata import PackageNotFoundError, version
 
 from .backbones import Backbone, register_backbone
+from .card import describe
 from .config import ELPConfig
 from .model import ELPModel
 from .multitask import MultiTaskModel
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "count_parameters",
     "create_optimizer",
+    "describe",
     "get_epochwise_schedule",
     "parameter_groups",
     "published_factors",

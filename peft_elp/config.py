@@ -12,6 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 
 from .adapters import ACTIVATIONS
+from .card import Description, write_card
 from .head_config import HEAD_SETTINGS
 from .published import SETTINGS
 
@@ -55,6 +56,8 @@ class ELPConfig(PeftConfig):
             in the model. They are saved with the adapter: loaded into a model with another head, it gets its own.
         target: Which speech encoder, where the model holds several: its path or the name of its class.
         exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
+        verification_threshold: Of an adapter that tells speakers apart: the cosine score from which two voices count
+            as one. It changes nothing in the model.
 
     Raises:
         ValueError: A value is out of its range. The message names value, range and remedy.
@@ -157,6 +160,14 @@ class ELPConfig(PeftConfig):
         },
     )
 
+    verification_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "The cosine score, from -1 to 1, from which two voices count as one: for whoever uses an adapter "
+            "that tells speakers apart. It changes nothing in the model. None: nobody has said."
+        },
+    )
+    description: ClassVar[Description | None] = None  # for the card alone; `describe` sets it on one configuration
     # Whether this was read from beside weights, which are loaded next. No field: it is not saved.
     weights_follow: ClassVar[bool] = False
 
@@ -178,6 +189,8 @@ class ELPConfig(PeftConfig):
         if self.l_output is not None:
             _one_of("l_output", self.l_output, L_OUTPUTS)
         _one_of("p_position", self.p_position, P_POSITIONS)
+        if self.verification_threshold is not None:
+            _number("verification_threshold", self.verification_threshold, -1.0, 1.0)
         if isinstance(self.modules_to_save, str):
             raise ValueError(
                 f"modules_to_save is a list of module names or None, got the string {self.modules_to_save!r}. "
@@ -187,6 +200,21 @@ class ELPConfig(PeftConfig):
             self.exclude_modules = sorted(self.exclude_modules)
         if self.head_config is not None:
             self.head_config = _head_config(self.head_config)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration; and where a `PeftModel` saves an adapter, the adapter's card as well.
+
+        A card that was edited stays as it is; `describe` says what else the card shall tell.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: What PEFT adds.
+        """
+        # A PeftModel names the class of its base, and has saved the weights by now. Transformers does neither.
+        last = kwargs.get("auto_mapping_dict") is not None
+        super().save_pretrained(save_directory, **kwargs)
+        if last:
+            write_card(save_directory, self.description)
 
     @classmethod
     def from_pretrained(

@@ -14,9 +14,10 @@ from hub import TOKEN, USER, client, left, serving
 from huggingface_hub import HfApi, ModelCard, constants, try_to_load_from_cache
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from test_life_cycle import assert_untouched, snapshot
-from transformers import AutoModelForAudioClassification
+from transformers import AutoModelForAudioClassification, Wav2Vec2FeatureExtractor
 
 from peft_elp import ELPConfig
+from peft_elp.inference import SpeechAdapter
 
 BASE = "microsoft/wavlm-base-plus"  # a tiny one of that name
 WEIGHTS = "adapter_model.safetensors"
@@ -63,6 +64,7 @@ def healed(hub):
 def base_files():
     with tempfile.TemporaryDirectory() as folder:
         build("wavlm", "Model").save_pretrained(folder)
+        Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
@@ -116,6 +118,10 @@ def load(repo, **options):
 
 def load_without_a_base(repo):
     return answer(AutoPeftModel.from_pretrained(repo, num_labels=4))
+
+
+def load_for_recordings(repo):
+    return answer(SpeechAdapter.from_pretrained(repo, device="cpu").model)
 
 
 def load_two(repo, first, second):
@@ -262,21 +268,28 @@ def test_a_push_without_a_token_is_refused(hub, there):
     assert f"{USER}/nobody" not in hub.repos
 
 
-def test_the_card_is_that_of_any_adapter_of_peft(hub, there):
+def test_a_folder_that_is_uploaded_has_its_card(hub, there):
     elp, lora = f"{USER}/with-elp", f"{USER}/with-lora"
     expected = there(push_folder, elp)
     there(push_folder, lora, LoraConfig(target_modules=["intermediate_dense"]))
     data, text = there(card, elp)
-    assert data == {
-        "base_model": BASE,
-        "library_name": "peft",
-        "tags": [f"base_model:adapter:{BASE}", "transformers"],
+    lora_data, _ = there(card, lora)
+    assert lora_data["tags"] == sorted([f"base_model:adapter:{BASE}", "lora", "transformers"])
+    assert data == lora_data | {
+        "pipeline_tag": "audio-classification",
+        "tags": [f"base_model:adapter:{BASE}", "elp", "peft-elp", "transformers"],
     }
-    assert "- PEFT " in text
-    lora_data, lora_text = there(card, lora)
-    assert lora_text == text
-    assert lora_data == data | {"tags": sorted([*data["tags"], "lora"])}
+    assert f"[{BASE}](https://huggingface.co/{BASE})" in text
     assert there(load, elp) == expected
+
+
+def test_an_adapter_of_the_hub_is_used_by_its_name(there, pushed):
+    repo, expected = pushed
+    assert there(load_for_recordings, repo) == expected
+    assert there(said, load_for_recordings, f"{USER}/nothing").startswith(
+        f"ValueError: There is no folder '{USER}/nothing', and no adapter of that name could be fetched from the Hub: "
+        "RepositoryNotFoundError"
+    )
 
 
 def test_push_to_hub_keeps_a_card_that_is_there(hub, there):

@@ -1,0 +1,48 @@
+"""Tiny bases, adapters and recordings on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import transformers
+from backbones import ELP, FAMILIES, build, shaken
+from peft import PeftModel, get_peft_model
+from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
+
+from peft_elp import ELPConfig
+
+LABELS = ["yes", "no", "stop"]
+LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", "a", "b", "c", "d"]
+HEADS = {"ForCTC": {}, "ForSequenceClassification": {"id2label": dict(enumerate(LABELS))}, "ForXVector": {}}
+
+
+def save_base(folder: Path, family: str = "wavlm", return_attention_mask: bool = True, **options: Any) -> str:
+    """An encoder without a head, and its feature extractor."""
+    build(family, "Model", **options).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(return_attention_mask=return_attention_mask).save_pretrained(folder)
+    return str(folder)
+
+
+def adapted(base: str, head: str, family: str = "wavlm", **config: Any) -> PeftModel:
+    """The encoder with a head and an adapter that does something."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, FAMILIES[family] + head)
+    model = cls.from_pretrained(base, **HEADS.get(head, {}))
+    return shaken(get_peft_model(model, ELPConfig(**ELP, **config))).eval()
+
+
+def save_tokenizer(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "letters.json").write_text(json.dumps({letter: number for number, letter in enumerate(LETTERS)}))
+    Wav2Vec2CTCTokenizer(str(folder / "letters.json")).save_pretrained(folder)
+    (folder / "letters.json").unlink()
+
+
+def record(path: Path, samples: int, seed: int, rate_hz: int = 16_000, channels: int = 1) -> str:
+    """A recording of noise."""
+    sound = np.random.default_rng(seed).normal(scale=0.1, size=(samples, channels)).astype(np.float32)
+    soundfile.write(path, sound, rate_hz, subtype="FLOAT")
+    return str(path)

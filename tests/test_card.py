@@ -1,0 +1,251 @@
+"""A saved adapter has a card: what it is, whose it is, what was measured, and code that runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import ELP, build
+from huggingface_hub import EvalResult, ModelCard
+from on_disk import LABELS, adapted, save_base, save_tokenizer
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments, WavLMForCTC
+
+from peft_elp import ELPConfig, count_parameters, describe
+from peft_elp.card import is_generated, read_results, write_card
+from peft_elp.plots import layer_weights
+
+# PEFT asks the Hub, where these tests cannot reach it, whether a base has another vocabulary.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in microsoft/wavlm-base-plus:UserWarning")
+HUB_BASE = "microsoft/wavlm-base-plus"
+EER = EvalResult(
+    task_type="audio-classification",
+    dataset_type="ProgramComputer/voxceleb",
+    dataset_name="VoxCeleb1",
+    dataset_split="test",
+    metric_type="eer",
+    metric_value=2.63,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def from_the_hub(head="ForSequenceClassification", **options):
+    """A model that says its base is on the Hub."""
+    backbone = build("wavlm", head)
+    backbone.name_or_path = backbone.config._name_or_path = HUB_BASE
+    return get_peft_model(backbone, ELPConfig(**ELP), **options)
+
+
+def card(folder):
+    return ModelCard.load(Path(folder, "README.md"))
+
+
+def code(folder):
+    (snippet,) = re.findall(r"```python\n(.*?)```", card(folder).text, re.DOTALL)
+    return snippet
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        ("ForCTC", r"[abcd <>/spadunk]*"),
+        ("ForSequenceClassification", "|".join(LABELS)),
+        ("ForAudioFrameClassification", r"torch.Size\(\[1, \d+, 4\]\)"),
+        ("ForXVector", r"torch.Size\(\[1, 12\]\)"),
+        ("Model", r"torch.Size\(\[1, \d+, 24\]\)"),
+    ],
+)
+def test_the_code_of_the_card_runs_and_gives_what_the_trained_model_gives(
+    base, tmp_path, monkeypatch, capsys, head, says
+):
+    model = adapted(base, head)
+    if head == "ForCTC":
+        save_tokenizer(tmp_path / "mine")
+    model.save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code("mine"), names)
+    assert re.fullmatch(says, capsys.readouterr().out.strip())
+    with torch.no_grad():
+        expected = model(**names["inputs"])
+        torch.testing.assert_close(names["model"](**names["inputs"])[0], expected[0])
+
+
+def test_without_a_tokenizer_beside_it_the_code_prints_numbers_and_says_so(base, tmp_path, monkeypatch, capsys):
+    adapted(base, "ForCTC").save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    exec(code("mine"), {})
+    assert capsys.readouterr().out.startswith("tensor([[")
+    assert "no tokenizer was saved" in code("mine")
+
+
+@pytest.mark.parametrize(
+    ("head", "task"),
+    [
+        ("ForCTC", "automatic-speech-recognition"),
+        ("ForSequenceClassification", "audio-classification"),
+        ("ForXVector", "audio-classification"),
+    ],
+)
+def test_the_metadata_say_base_library_and_task(tmp_path, head, task):
+    from_the_hub(head).save_pretrained(tmp_path)
+    assert card(tmp_path).data.to_dict() == {
+        "base_model": HUB_BASE,
+        "library_name": "peft",
+        "pipeline_tag": task,
+        "tags": [f"base_model:adapter:{HUB_BASE}", "elp", "peft-elp", "transformers"],
+    }
+
+
+def test_a_base_on_disk_is_none_of_the_hub(base, tmp_path):
+    adapted(base, "ForCTC").save_pretrained(tmp_path)
+    data = card(tmp_path).data.to_dict()
+    assert "base_model" not in data
+    assert not any(tag.startswith("base_model:") for tag in data["tags"])
+
+
+def test_the_card_counts_each_part_and_shows_the_layer_weights(base, tmp_path):
+    model = adapted(base, "ForSequenceClassification")
+    (tmp_path / "layer_weights.png").write_bytes(b"")
+    model.save_pretrained(tmp_path)
+    text = card(tmp_path).text
+    counts = count_parameters(model)
+    rows = dict(re.findall(r"^\| (E|L|P|layer norms|head|all) \| ([\d,]+) \|", text, re.MULTILINE))
+    assert {part: int(count.replace(",", "")) for part, count in rows.items()} == {
+        **counts,
+        "all": sum(counts.values()),
+    }
+    weights = re.search(r"^\| weight \| (.*) \|$", text, re.MULTILINE)
+    assert [float(share) for share in weights[1].split(" | ")] == pytest.approx(
+        [share for _, share in layer_weights(model)], abs=1e-3
+    )
+    assert "![layer_weights](layer_weights.png)" in text
+
+
+def test_what_was_described_is_in_the_card(tmp_path):
+    model = from_the_hub()
+    describe(
+        model,
+        repo_id="me/voices",
+        language="en",
+        license="mit",
+        datasets=["ProgramComputer/voxceleb"],
+        metrics=[EER],
+        protocol="Six epochs, AM-Softmax.",
+        seed=7,
+    )
+    model.save_pretrained(tmp_path / "any-name")
+    data, text = card(tmp_path / "any-name").data, card(tmp_path / "any-name").text
+    assert data.eval_results == read_results(tmp_path / "any-name") == [EER]
+    assert data.model_name == "voices"
+    assert (data.language, data.license, data.metrics) == ("en", "mit", ["eer"])
+    assert data.datasets == ["ProgramComputer/voxceleb"]
+    assert 'PeftModel.from_pretrained(base, "me/voices")' in text
+    assert "Six epochs, AM-Softmax." in text
+    assert "Seed: 7." in text
+    assert "| VoxCeleb1 | test | eer | 2.63 |" in text
+
+
+def test_results_do_not_outlive_the_model_that_they_were_measured_on(tmp_path):
+    model = from_the_hub()
+    describe(model, metrics=[EER])
+    model.save_pretrained(tmp_path)
+    assert read_results(tmp_path) == [EER]
+    PeftModel.from_pretrained(build("wavlm", "ForSequenceClassification"), tmp_path).save_pretrained(tmp_path)
+    assert read_results(tmp_path) == []
+    assert "2.63" not in card(tmp_path).text
+
+
+@pytest.mark.parametrize("edit", [lambda text: text + "\nMore.\n", lambda text: text.replace("## Use", "## Usage")])
+def test_a_card_that_was_edited_stays_as_it_is(tmp_path, edit):
+    model = from_the_hub()
+    model.save_pretrained(tmp_path)
+    edited = card(tmp_path)
+    edited.text = edit(edited.text)
+    edited.save(tmp_path / "README.md")
+    describe(model, metrics=[EER], seed=1)
+    model.save_pretrained(tmp_path)
+    assert card(tmp_path).text.strip() == edited.text.strip()
+    assert read_results(tmp_path) == []
+    assert not write_card(tmp_path)
+
+
+def test_a_card_of_ones_own_stays_as_peft_leaves_it(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\n### Framework versions\n\n- PEFT 0.1\n")
+    from_the_hub().save_pretrained(tmp_path)
+    assert card(tmp_path).text.startswith("# Mine\n")
+    assert "ELP" not in card(tmp_path).text
+    assert card(tmp_path).data.license == "mit"
+
+
+def test_metadata_that_were_added_stay_when_the_card_is_written_anew(tmp_path):
+    model = from_the_hub()
+    model.save_pretrained(tmp_path)
+    mine = card(tmp_path)
+    mine.data.license = "mit"
+    mine.save(tmp_path / "README.md")
+    describe(model, seed=3)
+    model.save_pretrained(tmp_path)
+    assert card(tmp_path).data.license == "mit"
+    assert "Seed: 3." in card(tmp_path).text
+
+
+def test_saving_again_writes_the_same_card_whatever_peft_added(tmp_path):
+    model = from_the_hub()
+    model.save_pretrained(tmp_path)
+    first = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(first.replace("- PEFT ", "- PEFT 0.99.0\n- PEFT "))
+    assert is_generated(card(tmp_path).text)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == first
+
+
+def test_trainer_saves_the_card(tmp_path):
+    model = from_the_hub()
+    describe(model, seed=5)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    Trainer(model, arguments).save_model()
+    assert "Seed: 5." in card(tmp_path).text
+
+
+def test_each_of_several_adapters_has_its_own_card(tmp_path):
+    model = from_the_hub(adapter_name="calls")
+    model.add_adapter("studio", ELPConfig(**ELP | {"e_dim": 4}))
+    describe(model, "calls", repo_id="me/both", seed=1)
+    model.save_pretrained(tmp_path)
+    assert 'from_pretrained(base, "me/both", subfolder="calls")' in code(tmp_path / "calls")
+    assert "Seed: 1." in card(tmp_path / "calls").text
+    assert "bottleneck of 4" in card(tmp_path / "studio").text
+    assert "Seed" not in card(tmp_path / "studio").text
+
+
+def test_an_adapter_from_transformers_own_door_gets_its_card_on_demand(base, tmp_path):
+    model = WavLMForCTC.from_pretrained(base)
+    model.add_adapter(ELPConfig(**ELP))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    assert write_card(tmp_path)
+    assert card(tmp_path).data.pipeline_tag == "automatic-speech-recognition"
+
+
+@pytest.mark.parametrize("text", ["---\nmodel-index: 3\n---\n# x\n", "---\n: [\n---\n# x\n", "# x\n"])
+def test_a_card_that_cannot_be_read_gives_no_results(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert read_results(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"adapter_name": "other"}, ValueError, r"No adapter named 'other'; the model has \['default'\]"),
+        ({"datasets": "a/b"}, TypeError, r"Write datasets=\['a/b'\]"),
+        ({"metrics": [{"eer": 2}]}, TypeError, r"huggingface_hub.EvalResult\(...\) makes them, got \{'eer': 2\}"),
+    ],
+)
+def test_a_description_that_makes_no_sense_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        describe(from_the_hub(), **options)
