@@ -16,7 +16,7 @@ import csv
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,6 @@ import soundfile
 from small_encoder import TEST_VOICES, TRAINING_VOICES, pretrain
 from synthesize import RATE_HZ, synthesizer
 from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 Row = dict[str, Any]  # columns of metadata.csv, and the arguments of `Synthesizer.say` under "say"
@@ -62,11 +61,13 @@ LOCATIONS = {"none": "", "kitchen": " in the kitchen", "bedroom": " in the bedro
 class Arguments:
     """What can be chosen on the command line."""
 
-    output_dir: str = HfArg(default="demo", help="Folder for the encoder and the data sets.")
-    seed: int = HfArg(default=0, help="Seed of everything random.")
-    num_clips: int = HfArg(default=400, help="Training clips of each data set, about.")
-    num_voices: int = HfArg(default=24, help="Voices in training; a third of it, 8 at most, in test.")
-    pretraining_steps: int = HfArg(default=400, help="Steps, of 32 clips each, that pre-train the encoder.")
+    output_dir: str = field(default="demo", metadata={"help": "Folder for the encoder and the data sets."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+    num_clips: int = field(default=400, metadata={"help": "Training clips of each data set, about."})
+    num_voices: int = field(default=24, metadata={"help": "Voices in training; a third of it, 8 at most, in test."})
+    pretraining_steps: int = field(
+        default=400, metadata={"help": "Steps, of 32 clips each, that pre-train the encoder."}
+    )
 
 
 def sentences(voices: Sequence[str], num_clips: int, rng: random.Random) -> Iterator[Row]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import EvalResult
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import SequentialSampler
@@ -29,6 +30,7 @@ from peft_elp import (
     ELPConfig,
     count_parameters,
     create_optimizer,
+    describe,
     get_epochwise_schedule,
     published_factors,
     published_rates,
@@ -40,6 +42,7 @@ from peft_elp.plots import plot_layer_weights, plot_pseudo_features
 
 # Fields of `ELPConfig` that a recipe takes, with their help.
 ELP = {known.name: {"help": known.metadata["help"]} for known in fields(ELPConfig) if known.metadata}
+MEASURES = ("wer", "cer", "eer", "min_dcf", "unweighted_accuracy", "weighted_accuracy", "accuracy")
 METHODS = ("elp", "lora", "full", "head")
 SETTINGS = {"ELP": "e+l+p", "EL": "e+l", "E": "e-only", "L": "l-only"}
 # Of full fine-tuning, published with the rates of `peft_elp.published`.
@@ -115,7 +118,7 @@ class DataArguments:
 class RecipeTrainingArguments(TrainingArguments):
     """Transformers' own arguments; some defaults are those of small data sets."""
 
-    output_dir: str = option("outputs", "Folder for the adapter, its metrics and figures.")
+    output_dir: str = option("outputs", "Folder for the adapter, its metrics and figures.")  # pyright: ignore
     learning_rate: float | None = option(None, "One rate for all parts, instead of the published ones.")  # pyright: ignore
     num_train_epochs: float = option(10.0, "Epochs; --max_steps counts in steps instead.")
     warmup_steps: float = option(0.1, "Steps over which the rates rise; below 1, their share.")
@@ -248,6 +251,10 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     return model
 
 
+def has_elp(model: Any) -> bool:
+    return isinstance(getattr(model, "peft_config", {}).get("default"), ELPConfig)
+
+
 def trained_parameters(model: Any) -> dict[str, dict[str, Any]]:
     """What is trained, by name: in the "encoder" and in the "head"."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -290,7 +297,7 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
             f"{', '.join(trained)}. Leave it out."
         )
     defaults = published if args.learning_rate is None else dict.fromkeys(trained, args.learning_rate)
-    return {part: rate if (rate := given[part]) is not None else defaults[part] for part in trained}
+    return {part: defaults[part] if (rate := given[part]) is None else rate for part in trained}
 
 
 class RecipeTrainer(Trainer):
@@ -302,10 +309,11 @@ class RecipeTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None:
-            model, weight_decay = self.model, self.args.weight_decay
+            model: Any = self.model
+            weight_decay = self.args.weight_decay
             optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # what --optim says
             options.pop("lr")
-            if "encoder" not in self.rates and hasattr(model, "peft_config"):
+            if has_elp(model):
                 self.optimizer = create_optimizer(
                     model, optimizer_cls, rates=self.rates, weight_decay=weight_decay, **options
                 )
@@ -325,14 +333,24 @@ class RecipeTrainer(Trainer):
             self.lr_scheduler = get_epochwise_schedule(optimizer or self.optimizer, self.factors, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if not has_elp(self.model):  # an ELP-adapter has been saved with a card of its own
+            super().create_model_card(*args, **kwargs)
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # Transformers groups the rows of evaluation by length where those of training are.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
 def make_trainer(
-    model: PreTrainedModel, model_args: ModelArguments, args: Any, task: str, feature_extractor: Any, **options: Any
-) -> RecipeTrainer:
+    model: PreTrainedModel,
+    model_args: ModelArguments,
+    args: Any,
+    task: str,
+    feature_extractor: Any,
+    trainer_cls: Any = RecipeTrainer,
+    **options: Any,
+) -> Any:
     """Adapt the model by `--method` and give it to a trainer; prints what is trained, and at which rates.
 
     Args:
@@ -341,6 +359,7 @@ def make_trainer(
         args: Of the command line.
         task: "asr", "asv", "er" or "ic", as in `peft_elp.published_rates`.
         feature_extractor: Saved with the adapter.
+        trainer_cls: `RecipeTrainer` or a class of it.
         options: Further arguments of `Trainer`.
     """
     adapted = adapt(model, model_args)
@@ -348,7 +367,7 @@ def make_trainer(
     config = adapted.peft_config["default"] if model_args.method == "elp" else None
     factors = published_factors(SETTINGS.get(getattr(config, "adapters", ""), "e+l"), task)
     print(f"Trained: {count_trained(adapted)}, at rates {rates}")
-    return RecipeTrainer(
+    return trainer_cls(
         adapted,
         args,
         data_collator=Collator(feature_extractor),
@@ -374,22 +393,54 @@ def write_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Itera
             csv.writer(file).writerows([columns, *rows])
 
 
-def save(trainer: RecipeTrainer, metrics: dict[str, Any], model_args: ModelArguments, task: str) -> dict[str, Any]:
-    """Save what was trained, figures, and metrics with what they were reached by, to the output folder."""
-    folder, model = Path(trainer.args.output_dir or "."), trainer.model
-    metrics |= {"method": model_args.method, "seed": trainer.args.seed, **count_trained(model)}
+def save(
+    trainer: RecipeTrainer,
+    metrics: dict[str, Any],
+    model_args: ModelArguments,
+    data_args: Any,
+    task: str,
+    protocol: str,
+) -> dict[str, Any]:
+    """Save all that it takes to use what was trained, with metrics, figures and a card.
+
+    Returns:
+        The metrics with what they were reached by.
+    """
+    folder, model, args = Path(trainer.args.output_dir or "."), trainer.model, trainer.args
+    metrics |= {"method": model_args.method, "seed": args.seed, **count_trained(model)}
     metrics["train_steps"] = trainer.state.global_step
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    trainer.save_model()
-    trainer.save_state()
-    if model_args.method == "elp" and trainer.is_world_process_zero():
+    if has_elp(model) and trainer.is_world_process_zero():
         adapters = model.peft_config["default"].adapters
         if "L" in adapters:
             plot_layer_weights({task: model}).savefig(folder / "layer_weights.png")
         if "P" in adapters:
             plot_pseudo_features({task: model}).savefig(folder / "pseudo_feature_norms.png")
-    # CARD: data set, metrics, protocol and seed go into README.md here.
-    if trainer.args.push_to_hub:
+        trainer.processing_class.save_pretrained(folder)  # before the card, which looks for it
+        name, local = data_args.dataset_name, Path(data_args.dataset_name).exists()
+        name = Path(name).name if local else name
+        describe(
+            model,
+            repo_id=args.hub_model_id,
+            datasets=[] if local else [name],
+            metrics=[
+                EvalResult(
+                    task_type="automatic-speech-recognition" if task == "asr" else "audio-classification",
+                    dataset_type=name,
+                    dataset_name=name,
+                    dataset_split=data_args.eval_split_name,
+                    metric_type=metric,
+                    metric_value=round(metrics[f"eval_{metric}"], 4),
+                )
+                for metric in MEASURES
+                if f"eval_{metric}" in metrics
+            ],
+            protocol=f"{protocol} Trained for {metrics['train_steps']} steps of {args.train_batch_size} utterances.",
+            seed=args.seed,
+        )
+    trainer.save_model()
+    trainer.save_state()
+    if args.push_to_hub:
         trainer.push_to_hub()
     return metrics

@@ -140,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ["file", *columns, *(f"predicted_{column}" for column in columns)],
         [(row["path"], *x, *y) for row, x, y in zip(test["audio"], right, answered, strict=True)],
     )
-    return save(trainer, metrics, model_args, "ic")
+    protocol = f"Intent: {', '.join(columns)}; {len(names)} classes. As shares of 1."
+    return save(trainer, metrics, model_args, data_args, "ic", protocol)
 
 
 if __name__ == "__main__":

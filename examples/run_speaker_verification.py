@@ -14,7 +14,7 @@ train` also after s-norm with all training utterances as the cohort. `scores.csv
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,12 +24,24 @@ import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from recipe import DataArguments, load_config, make_trainer, option, parse, read_split, save, with_labels, write_table
+from recipe import (
+    DataArguments,
+    RecipeTrainer,
+    load_config,
+    make_trainer,
+    option,
+    parse,
+    read_split,
+    save,
+    with_labels,
+    write_table,
+)
 from sklearn.metrics import DetCurveDisplay
 from torch.nn.functional import cross_entropy, linear, normalize, one_hot
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, AutoModelForAudioXVector
 
 from peft_elp.data import Trial, check_audio, check_disjoint, from_rows, label_names, read_column, read_trials
+from peft_elp.inference import speaker_embeddings
 from peft_elp.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
 
 MOST_PAIRS = 1_000_000
@@ -51,39 +63,37 @@ class VerificationArguments(DataArguments):
     s_norm_top_k: int | None = option(None, "How many of the cohort count for an utterance. Default: all.")
 
 
-def give_embeddings(model: Any) -> None:
-    """Let a model with a mean-pooling head return what its classifier reads as `embeddings`, as x-vector models do."""
-    read: list[torch.Tensor] = []
+class SpeakerTrainer(RecipeTrainer):
+    """Trains on the embeddings of utterances, and predicts them."""
 
-    def add(module: Any, inputs: Any, outputs: Any) -> Any:
-        outputs["embeddings"] = read.pop()
-        return outputs
+    verification: VerificationArguments
 
-    inner(model).classifier.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    model.register_forward_hook(add)
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """AM-Softmax ([Wang et al. 2018](https://arxiv.org/abs/1801.05599)) or softmax over the training speakers."""
+        args, labels = self.verification, inputs.pop("labels")
+        embeddings, head = speaker_embeddings(model, **inputs), inner(self.model)
+        if args.head == "xvector":
+            features, weight, bias = head.classifier(embeddings), head.objective.weight.T, None
+        else:
+            features, weight, bias = embeddings, head.classifier.weight, head.classifier.bias
+        if args.loss == "amsoftmax":
+            cosines = linear(normalize(features), normalize(weight))
+            scores = args.scale * (cosines - args.margin * one_hot(labels, cosines.shape[-1]))
+        else:
+            scores = linear(features, weight, bias)
+        loss = cross_entropy(scores, labels, reduction="sum") / (num_items_in_batch or len(labels))
+        return (loss, {"loss": loss, "embeddings": embeddings}) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return None, speaker_embeddings(model, **self._prepare_inputs(inputs)), None
 
 
 def inner(model: Any) -> Any:
     """The Transformers model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def make_loss(model: Any, args: VerificationArguments) -> Any:
-    """AM-Softmax ([Wang et al. 2018](https://arxiv.org/abs/1801.05599)) or softmax over the training speakers."""
-
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        if args.head == "xvector":
-            features, weight = outputs.logits, inner(model).objective.weight.T
-        else:
-            features, weight = outputs.embeddings, inner(model).classifier.weight
-        if args.loss == "amsoftmax":
-            cosines = linear(normalize(features), normalize(weight))
-            scores = args.scale * (cosines - args.margin * one_hot(labels, cosines.shape[-1]))
-        else:
-            scores = outputs.logits if args.head == "mean" else linear(features, weight)
-        return cross_entropy(scores, labels, reduction="sum") / (num_items_in_batch or len(labels))
-
-    return loss
 
 
 def names_of(dataset: Dataset) -> list[str]:
@@ -130,28 +140,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_disjoint(train, test, column)
     trials, recordings = read_pairs(data_args, train, test, config)
     speakers = label_names(train, column=column)
-    print(
-        f"{len(train)} utterances of {len(speakers)} speakers in training; {len(trials):,} trials, "
-        f"{data_args.trials or 'all pairs of ' + str(data_args.eval_split_name)}, of {len(recordings)} utterances"
+    trial_list = (
+        Path(data_args.trials).name if data_args.trials else f"all pairs of the split {data_args.eval_split_name}"
     )
+    print(f"{len(train)} utterances of {len(speakers)} speakers in training")
+    print(f"{len(trials):,} trials ({trial_list}) of {len(recordings)} utterances")
 
     config.update({"id2label": dict(enumerate(speakers)), "label2id": {name: i for i, name in enumerate(speakers)}})
     auto = AutoModelForAudioXVector if data_args.head == "xvector" else AutoModelForAudioClassification
     model = auto.from_pretrained(model_args.model_name_or_path, config=config)
     feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path)
     labels = [speakers.index(name) for name in read_column(train, column)]
-    trainer = make_trainer(model, model_args, args, "asv", feature_extractor, train_dataset=with_labels(train, labels))
-    trainer.compute_loss_func = make_loss(trainer.model, data_args)
-    if data_args.head == "mean":
-        give_embeddings(trainer.model)
-        if data_args.loss == "amsoftmax":
-            inner(trainer.model).classifier.bias.requires_grad_(False)  # angles have none
+    trainer = make_trainer(
+        model,
+        model_args,
+        args,
+        "asv",
+        feature_extractor,
+        trainer_cls=SpeakerTrainer,
+        train_dataset=with_labels(train, labels),
+    )
+    trainer.verification = data_args
+    if data_args.head == "mean" and data_args.loss == "amsoftmax":
+        inner(trainer.model).classifier.bias.requires_grad_(False)  # angles have none
     fitted = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_metrics("train", fitted.metrics)
 
-    def embed(dataset: Dataset) -> dict[str, np.ndarray]:
+    def embed(dataset: Dataset) -> dict[Hashable, Any]:
         predicted = trainer.predict(dataset.select_columns(["audio", "duration_s"])).predictions  # pyright: ignore
-        return dict(zip(names_of(dataset), predicted[1], strict=True))
+        return dict(zip(names_of(dataset), predicted, strict=True))
 
     embeddings = embed(recordings)
     truth, pairs = [trial.label for trial in trials], [(trial.file_a, trial.file_b) for trial in trials]
@@ -174,7 +191,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for kind, values in scores.items():
         DetCurveDisplay.from_predictions(truth, values, ax=axes, name="s-norm" if kind else "cosine")
     figure.savefig(Path(args.output_dir, "det.png"))
-    return save(trainer, metrics, model_args, "asv")
+    protocol = (
+        "Compare voices with it; its classes are the training speakers. "
+        f"{data_args.loss} over {len(speakers)} training speakers, none of them in test; embeddings of the head "
+        f"{data_args.head!r}, cosine scores of {len(trials):,} trials ({trial_list}). As shares of 1; min_dcf with "
+        "p_target 0.01 and costs of 1."
+    )
+    return save(trainer, metrics, model_args, data_args, "asv", protocol)
 
 
 if __name__ == "__main__":

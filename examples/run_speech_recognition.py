@@ -87,7 +87,7 @@ class Pieces:
     def __init__(self, dataset: Dataset, chunk_s: float | None, rate_hz: int, model: Any) -> None:
         self.model, self.hop = model, int(np.prod(model.config.conv_stride))  # samples between two frames
         self.side = 0 if chunk_s is None else int(chunk_s * rate_hz / 6) // self.hop
-        self.length = None if chunk_s is None else int(chunk_s * rate_hz) // self.hop * self.hop
+        self.length = 0 if chunk_s is None else int(chunk_s * rate_hz) // self.hop * self.hop  # 0: in one piece
         if chunk_s is not None and self.side < 1:
             raise ValueError(f"--chunk_length_in_seconds {chunk_s:g} is too short to overlap. Take 5 or more.")
         self.rows = [
@@ -99,7 +99,7 @@ class Pieces:
 
     def _cut(self, total: int) -> list[tuple[int, int, bool]]:
         """Start, end and whether it is the last, in samples."""
-        if self.length is None or total <= self.length:
+        if not self.length or total <= self.length:
             return [(0, total, True)]
         step = self.length - 2 * self.side * self.hop
         starts = range(0, total - self.length + step, step)
@@ -209,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {"wer": jiwer.wer(texts, found), "cer": jiwer.cer(texts, found)}, found
 
     validation, validation_texts = labelled(validation) if validation is not None else (None, [])
+    whole = None if validation is None else Pieces(validation, None, rate_hz, model)
     trainer = make_trainer(
         model,
         model_args,
@@ -217,9 +218,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         feature_extractor,
         train_dataset=labelled(train)[0],
         eval_dataset=validation,
-        compute_metrics=lambda found: error_rates(
-            validation_texts, Pieces(validation, None, rate_hz, model), found.predictions
-        )[0],
+        compute_metrics=None
+        if whole is None
+        else lambda found: error_rates(validation_texts, whole, found.predictions)[0],
     )
     fitted = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_metrics("train", fitted.metrics)
@@ -230,7 +231,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     files = [audio["path"] for audio in test["audio"]]
     write_table(trainer, "predictions.csv", ["file", "text", "predicted"], zip(files, test_texts, found, strict=True))
     metrics = predicted.metrics | {f"eval_{name}": rate for name, rate in rates.items()}
-    return save(trainer, metrics, model_args, "asr")
+    case = "lower-cased, " if data_args.do_lower_case else ""
+    protocol = f"CTC over characters, {data_args.decoder} decoding. Text is {case}without {data_args.chars_to_ignore} "
+    protocol += "and scored by jiwer, as shares of 1."
+    return save(trainer, metrics, model_args, data_args, "asr", protocol)
 
 
 if __name__ == "__main__":
