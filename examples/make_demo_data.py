@@ -65,6 +65,9 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
     num_clips: int = field(default=400, metadata={"help": "Training clips of each data set, about."})
     num_voices: int = field(default=24, metadata={"help": "Voices in training; a third of it, 8 at most, in test."})
+    num_pretraining_words: int | None = field(
+        default=None, metadata={"help": "Words that the encoder is pre-trained on. Default: all 383."}
+    )
     pretraining_steps: int = field(
         default=400, metadata={"help": "Steps, of 32 clips each, that pre-train the encoder."}
     )
@@ -168,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def write_encoder(folder: Path) -> None:
         with TemporaryDirectory() as scratch:
             encoder, feature_extractor = pretrain(
-                scratch, args.pretraining_steps, args.seed, num_voices=args.num_voices
+                scratch, args.pretraining_steps, args.seed, args.num_pretraining_words, args.num_voices
             )
         encoder.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)

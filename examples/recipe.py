@@ -137,6 +137,8 @@ def parse(argv: Sequence[str] | None, data_arguments: type) -> tuple[ModelArgume
         model_args, data_args, args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     # PEFT 0.21 asks Transformers 5 by the old name.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    # PEFT takes a new vocabulary for new embeddings, which a speech encoder has none of.
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
     args.label_names = ["labels"]
     args.length_column_name = "duration_s"  # what --train_sampling_strategy group_by_length reads
     args.dataloader_pin_memory &= torch.cuda.is_available()
@@ -281,6 +283,7 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
         "layer norms": model_args.layer_norms_learning_rate,
         "encoder": model_args.encoder_learning_rate,
     }
+    chosen: dict[str, float] = {part: rate for part, rate in given.items() if rate is not None}
     if model_args.method == "elp":
         trained = [part for part, count in count_parameters(model).items() if count]
         config = model.peft_config["default"]
@@ -291,13 +294,16 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
         published = FULL_RATES[task] | ({} if model_args.method == "full" else {"encoder": LORA_RATE})
         if model_args.method != "full":
             published["head"] = published_rates("e+l", task)["head"]
-    if strange := [part for part, rate in given.items() if rate is not None and part not in trained]:
+    if strange := [part for part in chosen if part not in trained]:
         raise ValueError(
             f"A learning rate is given for {strange[0]!r}, and --method {model_args.method} trains "
             f"{', '.join(trained)}. Leave it out."
         )
-    defaults = published if args.learning_rate is None else dict.fromkeys(trained, args.learning_rate)
-    return {part: defaults[part] if (rate := given[part]) is None else rate for part in trained}
+    if args.learning_rate is not None:
+        published = dict.fromkeys(trained, float(args.learning_rate))
+    rates = published | chosen
+    # The head first: the rate of the first group is the one that Trainer logs.
+    return {part: rates[part] for part in sorted(trained, key="head".__ne__)}
 
 
 class RecipeTrainer(Trainer):
@@ -394,7 +400,7 @@ def write_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Itera
 
 
 def save(
-    trainer: RecipeTrainer,
+    trainer: Any,
     metrics: dict[str, Any],
     model_args: ModelArguments,
     data_args: Any,
