@@ -3,13 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo test test-lowest lint types docs clean
 
 demo: .venv/ready-demo
 	$(BIN)/python examples/spoken_commands.py
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -n auto
+
+# The lowest PEFT and Transformers that pyproject.toml allows, on what all else is built on.
+CORE := adapters config registry golden forward families life_cycle loading many_adapters mixed_batches
+
+test-lowest: .venv-lowest/ready
+	.venv-lowest/bin/python -m pytest -n auto $(CORE:%=tests/test_%.py)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check
@@ -22,7 +28,15 @@ docs: .venv/ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv site
+	rm -rf .venv .venv-lowest site
+
+.venv-lowest/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lowest
+	grep -Ev '^(peft|transformers|tokenizers|huggingface-hub)==' constraints.txt > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt torch
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt \
+		peft==0.21.0 transformers==5.0.0 --editable '.[test]'
+	touch $@
 
 .venv/ready-python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "peft_elp needs Python 3.10 or newer, this is %s. Name one: make PYTHON=python3.12 ..." % sys.version.split()[0])'

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .backbones import Backbone, register_backbone
 from .card import describe
 from .config import ELPConfig
+from .hotswap import hotswap_adapter
 from .model import ELPModel
 from .multitask import MultiTaskModel
 from .optim import create_optimizer, get_epochwise_schedule, parameter_groups
@@ -33,6 +34,7 @@ __all__ = [
     "create_optimizer",
     "describe",
     "get_epochwise_schedule",
+    "hotswap_adapter",
     "parameter_groups",
     "published_factors",
     "published_rates",

@@ -418,7 +418,7 @@ class ELPStack(ELPLayer):
                 call.counts = None if len(counts.unique()) == 1 else counts
             return args, kwargs
 
-        inputs = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | kwargs
+        inputs = {("hidden_states", "attention_mask")[place]: value for place, value in enumerate(args)} | kwargs
         x, mask = inputs.pop("hidden_states"), inputs.pop("attention_mask", None)
         call.squeeze = int(self._attribute(self.family.squeeze) or 1)
         if route is None:

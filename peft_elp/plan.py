@@ -155,6 +155,12 @@ def find_parts(model: nn.Module, target: str | None = None) -> Parts:
             f"{row.feature_encoder!r}; that does not fit this model ({error}). Update transformers, or correct what "
             "register_backbone was told."
         ) from error
+    if width.numel() == 0:
+        raise ValueError(
+            f"The weights of {type(model).__name__} are in parts on several processes already (DeepSpeed ZeRO-3), and "
+            "adapters are built to the shapes of whole ones. Set zero3_init_flag to false in Accelerate's "
+            "configuration, or place the adapters before the model is partitioned."
+        )
     return Parts(encoder, encoder_path, stack, stack_path, row, plain, width.shape[0])
 
 

@@ -30,14 +30,14 @@ class Current(Generic[T]):
         self._held = False
 
     def get(self) -> T | None:
-        if torch.compiler.is_compiling() and (self._traced is not None or not self._held):
+        if torch.compiler.is_dynamo_compiling() and (self._traced is not None or not self._held):
             return self._traced
         # Layers that are compiled one by one, or behind a break of the graph, are called by an untraced stack.
         return self._variable.get()
 
     @contextmanager
     def set(self, value: T) -> Iterator[None]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             before, self._traced = self._traced, value
             try:
                 yield

@@ -952,7 +952,7 @@ def model_card_names_peft_and_the_base(method: Method, model: Model, folder: Pat
     adapted_base.save_pretrained(folder / "adapter")
     card = (folder / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card
-    assert f"base_model: {folder / 'base'}" in card
+    assert str(folder / "base") in card  # ELP: in the text, since the Hub takes no path for a name
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder / "base")
     (folder / "adapter" / "README.md").write_text(card + "\nKept.\n")

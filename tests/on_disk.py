@@ -31,6 +31,8 @@ def adapted(base: str, head: str, family: str = "wavlm", **config: Any) -> PeftM
     torch.manual_seed(0)
     cls = getattr(transformers, FAMILIES[family] + head)
     model = cls.from_pretrained(base, **HEADS.get(head, {}))
+    if head == "ForXVector":  # Transformers 5.0 leaves whatever was in memory
+        torch.nn.init.normal_(model.objective.weight)
     return shaken(get_peft_model(model, ELPConfig(**ELP, **config))).eval()
 
 

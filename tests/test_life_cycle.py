@@ -124,6 +124,14 @@ def test_the_backbones_own_convolutions_after_the_encoder_are_named_when_they_st
     assert model.peft_config["default"].l_output == "project"
 
 
+def test_a_backbone_whose_weights_are_elsewhere_is_refused():
+    model = build()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)  # as DeepSpeed's ZeRO-3 leaves them
+    with pytest.raises(ValueError, match="zero3_init_flag to false"):
+        get_peft_model(model, ELPConfig())
+
+
 def test_a_second_adapter_that_does_not_fit_leaves_the_first_alone():
     model = get_peft_model(build(), ELPConfig(**ELP))
     shaken(model)

@@ -1,0 +1,177 @@
+"""A saved adapter takes the place of a loaded one, in the same tensors, or leaves it as it is."""
+
+import json
+
+import pytest
+import torch
+from backbones import ELP, build, result, shaken, waveforms
+from families import FAMILIES
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter as hotswap_of_peft
+from safetensors.torch import load_file, save_file
+
+from peft_elp import ELPConfig, hotswap_adapter
+
+
+def logits(model):
+    waveform, mask = waveforms()
+    with torch.no_grad():
+        return result(model(waveform, attention_mask=mask))
+
+
+def adapted(std=0.2, head="ForCTC", backbone=None, **options):
+    return shaken(get_peft_model(build("wavlm", head, **backbone or {}), ELPConfig(**ELP | options)), std=std)
+
+
+def tensors(model):
+    return {name: (id(x), x.data_ptr(), x.requires_grad) for name, x in model.named_parameters()}
+
+
+def values(model):
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("adapters", ["ELP", "E", "L", "P"])
+@pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification"])
+def test_a_swapped_adapter_answers_as_the_saved_one_did_from_the_same_tensors(adapters, head, tmp_path):
+    model, other = (adapted(std, head, adapters=adapters) for std in (0.2, 0.5))
+    other.save_pretrained(tmp_path)
+    assert not torch.allclose(logits(model), logits(other), atol=1e-2)
+    before = tensors(model)
+    hotswap_adapter(model, str(tmp_path))
+    assert torch.equal(logits(model), logits(other))
+    assert tensors(model) == before
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-conformer", "wav2vec2-bert", "whisper-classification"])
+def test_other_families_swap_too(name, tmp_path):
+    family = FAMILIES[name]
+    model, other = (
+        shaken(get_peft_model(family.model(), ELPConfig(**ELP | family.options)), std=std) for std in (0.2, 0.5)
+    )
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(result(model(**family.inputs)), result(other(**family.inputs)))
+
+
+def test_training_goes_on_from_the_swapped_weights_with_the_same_optimizer(tmp_path):
+    model, other = adapted(0.2), adapted(0.5)
+    other.save_pretrained(tmp_path)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    hotswap_adapter(model, str(tmp_path))
+    start = values(model)
+    result(model(waveforms()[0])).square().mean().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.detach(), start[name] - 0.1 * parameter.grad)
+
+
+def test_only_the_named_adapter_changes(tmp_path):
+    model, other = adapted(), adapted(0.5)
+    other.save_pretrained(tmp_path)
+    model.add_adapter("second", ELPConfig(**ELP))
+    before, first = values(model), logits(model)
+    hotswap_adapter(model, str(tmp_path), adapter_name="second")
+    for name, x in model.state_dict().items():
+        assert ".second." in name or torch.equal(x, before[name]), name
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(other))
+    model.save_pretrained(tmp_path / "again", selected_adapters=["second"])
+    again = PeftModel.from_pretrained(build("wavlm"), tmp_path / "again" / "second", is_trainable=True)
+    assert torch.equal(logits(again.eval()), logits(other))
+
+
+def test_an_adapter_in_a_subfolder_or_saved_in_half_precision_swaps(tmp_path):
+    model, other = adapted(), adapted(0.5)
+    other.save_pretrained(tmp_path / "inside")
+    file = tmp_path / "inside" / "adapter_model.safetensors"
+    save_file({name: x.half() for name, x in load_file(file).items()}, file)
+    hotswap_adapter(model, str(tmp_path), subfolder="inside")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    torch.testing.assert_close(logits(model), logits(other), atol=1e-2, rtol=1e-2)
+
+
+REFUSED = [
+    ({"e_dim": 4}, "e_dim is 4, here 8; .*down.weight is (4, 24), here (8, 24)"),
+    ({"adapters": "EL"}, "adapters is 'EL', here 'ELP'; base_model.model.wavlm.encoder.elp_p.rows is missing"),
+    ({"e_layers": [1, 2]}, "e_layers is [1, 2], here [0, 1]; .*elp_e.down.weight is missing; .*; and 5 more. Load"),
+    ({"backbone": {"vocab_size": 7}}, "lm_head.weight is (7, 10), here (9, 10); .*lm_head.bias is (7,), here (9,)"),
+    # The same names and shapes, and another computation:
+    ({"e_activation": "relu"}, "e_activation is 'relu', here 'gelu'. Load it beside: model.load_adapter("),
+    ({"p_position": "prepend"}, "p_position is 'prepend', here 'append'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(options, message, tmp_path):
+    adapted(0.5, **options).save_pretrained(tmp_path)
+    model = adapted()
+    before = values(model)
+    with pytest.raises(ValueError, match="cannot take the place of 'default', which was left as it is") as error:
+        hotswap_adapter(model, str(tmp_path))
+    for part in message.split(".*"):
+        assert part in str(error.value)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "message"),
+    [
+        ({"l_layers": [0, 1]}, {"l_layers": [1, 2], "e_layers": [0, 1]}, "l_layers is [1, 2], here [0, 1]. Load"),
+        ({"l_output": "project"}, {"l_output": "residual"}, "l_output is 'residual', here 'project'. Load"),
+        ({}, {"adapters": "ELP"}, "base_model.model.wavlm.encoder.elp_p.rows has no place here. Load"),
+    ],
+)
+def test_an_adapter_that_would_fill_the_tensors_and_compute_otherwise_is_refused(here, there, message, tmp_path):
+    options = {"adapters": "EL", "train_layer_norms": False}
+    adapted(0.5, **options | there).save_pretrained(tmp_path)
+    model = adapted(**options | here)
+    before = values(model)
+    with pytest.raises(ValueError, match="cannot take the place") as error:
+        hotswap_adapter(model, str(tmp_path))
+    assert message in str(error.value)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(tmp_path):
+    adapted(0.5).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    saved = load_file(file)
+    del saved["base_model.model.lm_head.bias"]
+    save_file(saved, file)
+    model = adapted()
+    before = values(model)
+    with pytest.raises(ValueError, match=r"base_model.model.lm_head.bias is missing\. Load it beside"):
+        hotswap_adapter(model, str(tmp_path))
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_dropout_and_the_start_of_training_may_differ_and_stay_those_of_the_loaded_one(tmp_path):
+    adapted(0.5, e_dropout=0.5, init_std=0.1, p_init_std=0.3).save_pretrained(tmp_path)
+    model = adapted()
+    hotswap_adapter(model, str(tmp_path))
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["e_dropout"] == 0.0
+
+
+def test_what_is_no_elp_adapter_is_named(tmp_path):
+    model = adapted()
+    with pytest.raises(ValueError, match=r"No ELP-adapter named 'other' .*it has 'default'"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="other")
+    with pytest.raises(ValueError, match=r"No ELP-adapter named 'default' .*WavLMForCTC; it has none"):
+        hotswap_adapter(build("wavlm"), str(tmp_path))
+    get_peft_model(build("wavlm"), LoraConfig(target_modules=["output_dense"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter of LORA, which cannot take the place of the ELP-adapter"):
+        hotswap_adapter(model, str(tmp_path))
+
+
+def test_the_function_of_peft_refuses_and_changes_nothing(tmp_path):
+    adapted(0.5).save_pretrained(tmp_path)
+    model = adapted()
+    before = values(model)
+    with pytest.raises(ValueError, match="only supports LORA but ELP was passed"):
+        hotswap_of_peft(model, str(tmp_path), "default", torch_device="cpu")
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
