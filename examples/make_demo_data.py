@@ -1,7 +1,7 @@
 """Small data sets and a small encoder for the recipes, without a network: `python examples/make_demo_data.py`.
 
 espeak-ng speaks four data sets in `audiofolder` layout, and a small wav2vec 2.0 learns to name phonemes in other
-words. What is there already is kept. Takes 2 minutes on 2 CPU cores.
+words. What is there already is kept. Takes 3 minutes on one CPU core.
 
     demo/encoder    the encoder, as `save_pretrained` writes it
     demo/sentences  speech recognition: text; the voices and sentences of test are not in training

@@ -2,7 +2,7 @@
 
     python examples/make_demo_data.py
     python examples/run_emotion_recognition.py --model_name_or_path demo/encoder --dataset_name demo/emotions \
-        --folds 2 --learning_rate 1e-3 --output_dir outputs/emotions
+        --folds 2 --num_train_epochs 4 --learning_rate 1e-3 --output_dir outputs/emotions
 
 Each fold holds one speaker (or session, `--group_column_name session`) out of training and measures on it; the
 numbers are means over folds. `--train_split_name` names what is divided, several splits joined by "+"; left out, it is

@@ -2,7 +2,7 @@
 
     python examples/make_demo_data.py
     python examples/run_speaker_verification.py --model_name_or_path demo/encoder --dataset_name demo/speakers \
-        --trials demo/speakers/trials.csv --learning_rate 1e-3 --output_dir outputs/speakers
+        --trials demo/speakers/trials.csv --num_train_epochs 6 --learning_rate 1e-3 --output_dir outputs/speakers
 
 Training tells the training speakers apart; test is on others, which is checked. The embedding of an utterance is the
 mean over its frames after the projector (`--head mean`) or an x-vector (`--head xvector`). A trial is scored by the

@@ -2,7 +2,7 @@
 
     python examples/make_demo_data.py
     python examples/run_speech_recognition.py --model_name_or_path demo/encoder --dataset_name demo/sentences \
-        --learning_rate 1e-3 --output_dir outputs/sentences
+        --learning_rate 2e-3 --output_dir outputs/sentences
 
 The vocabulary is the characters of the training text. Measured: `wer` and `cer`, word and character error rate, by
 jiwer over all of the test text, lower-cased (`--do_lower_case False` keeps case) and without `--chars_to_ignore`.
