@@ -22,7 +22,7 @@ RATE_HZ = 16_000
 # From espeak-ng's speak_lib.h
 SYNCHRONOUS_OUTPUT = 2
 PHONEME_EVENTS, DO_NOT_EXIT = 0x0001, 0x8000
-WORDS_PER_MINUTE, PITCH = 1, 3
+WORDS_PER_MINUTE, PITCH, PITCH_RANGE = 1, 3, 4
 UTF8 = 1
 NO_EVENT, PHONEME_EVENT = 0, 7
 
@@ -85,7 +85,9 @@ class Synthesizer:
             events = ctypes.cast(ctypes.addressof(events.contents) + ctypes.sizeof(Event), ctypes.POINTER(Event))
         return 0
 
-    def say(self, text: str, voice: str, pitch: int = 50, words_per_minute: int = 160) -> Speech:
+    def say(
+        self, text: str, voice: str, pitch: int = 50, words_per_minute: int = 160, pitch_range: int = 50
+    ) -> Speech:
         """The waveform of a text and its phonemes.
 
         Args:
@@ -93,6 +95,7 @@ class Synthesizer:
             voice: Accent and speaker, for example "en-us+f3".
             pitch: 0 to 99; 50 is the voice's own.
             words_per_minute: Speaking rate, 80 to 450.
+            pitch_range: 0 to 99; 0 is monotonous, 50 is the voice's own.
 
         Raises:
             ValueError: espeak-ng has no such voice, or there is nothing to say.
@@ -102,6 +105,7 @@ class Synthesizer:
         if not known or self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {voice!r}. Name an accent and a speaker, such as 'en-us+f3'.")
         self.library.espeak_SetParameter(PITCH, pitch, 0)
+        self.library.espeak_SetParameter(PITCH_RANGE, pitch_range, 0)
         self.library.espeak_SetParameter(WORDS_PER_MINUTE, words_per_minute, 0)
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of the noise in breath and whisper
         self.pieces, self.phonemes = [], []

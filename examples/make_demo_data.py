@@ -1,0 +1,192 @@
+"""Small data sets and a small encoder for the recipes, without a network: `python examples/make_demo_data.py`.
+
+espeak-ng speaks four data sets in `audiofolder` layout, and a small wav2vec 2.0 learns to name phonemes in other
+words. What is there already is kept. Takes 3 minutes on one CPU core.
+
+    demo/encoder    the encoder, as `save_pretrained` writes it
+    demo/sentences  speech recognition: text; the voices and sentences of test are not in training
+    demo/speakers   speaker verification: speaker_id, and trials.csv over the test speakers
+    demo/emotions   no emotions, but moods that pitch, speaking rate and range of pitch stand for: emotion, speaker_id
+    demo/intents    intent classification: action, object, location; the voices of test are not in training
+
+It is clean synthetic speech, to see that a recipe runs and learns. What is measured on it says little of real speech.
+"""
+
+import csv
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import soundfile
+from small_encoder import TEST_VOICES, TRAINING_VOICES, pretrain
+from synthesize import RATE_HZ, synthesizer
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+Row = dict[str, Any]  # columns of metadata.csv, and the arguments of `Synthesizer.say` under "say"
+
+WHO = ["my father", "her sister", "the doctor", "a farmer", "our teacher", "the king", "a child", "the pilot"]
+DOES = ["finds", "paints", "washes", "opens", "counts", "carries", "sees", "needs"]
+WHAT = [
+    "the red boat",
+    "five books",
+    "a small box",
+    "the green door",
+    "two horses",
+    "the old table",
+    "some bread",
+    "a kettle",
+]
+WHEN = ["today", "again", "in the garden", "before dinner", "every week"]
+
+# Pitch, words per minute and range of pitch, each drawn up to `SPREAD` around these: neighbouring moods overlap.
+MOODS = {"calm": (45, 140, 40), "excited": (62, 185, 85), "angry": (40, 195, 75), "sad": (38, 120, 15)}
+SPREAD = (10, 20, 20)
+
+INTENTS = {
+    ("activate", "lights"): "turn on the lights|switch the lights on|lights on",
+    ("deactivate", "lights"): "turn off the lights|switch the lights off|lights off",
+    ("increase", "heat"): "turn up the heat|make it warmer|heat up",
+    ("decrease", "heat"): "turn down the heat|make it cooler|heat down",
+}
+LOCATIONS = {"none": "", "kitchen": " in the kitchen", "bedroom": " in the bedroom"}
+
+
+@dataclass
+class Arguments:
+    """What can be chosen on the command line."""
+
+    output_dir: str = field(default="demo", metadata={"help": "Folder for the encoder and the data sets."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+    num_clips: int = field(default=400, metadata={"help": "Training clips of each data set, about."})
+    num_voices: int = field(default=24, metadata={"help": "Voices in training; a third of it, 8 at most, in test."})
+    num_pretraining_words: int | None = field(
+        default=None, metadata={"help": "Words that the encoder is pre-trained on. Default: all 383."}
+    )
+    pretraining_steps: int = field(
+        default=400, metadata={"help": "Steps, of 32 clips each, that pre-train the encoder."}
+    )
+
+
+def sentences(voices: Sequence[str], num_clips: int, rng: random.Random) -> Iterator[Row]:
+    for number in range(num_clips):
+        text = " ".join(rng.choice(words) for words in (WHO, DOES, WHAT, WHEN))
+        yield {"text": text, **manner(voices[number % len(voices)], text, rng)}
+
+
+def speakers(voices: Sequence[str], num_clips: int, rng: random.Random) -> Iterator[Row]:
+    for row in sentences(voices, num_clips, rng):
+        row["say"]["pitch"] = rng.randint(45, 55)  # a speaker keeps to a pitch
+        yield row
+
+
+def emotions(voices: Sequence[str], num_clips: int, rng: random.Random) -> Iterator[Row]:
+    for number, row in enumerate(sentences(voices, num_clips, rng)):
+        mood = list(MOODS)[number // len(voices) % len(MOODS)]
+        drawn = [round(rng.uniform(x - y, x + y)) for x, y in zip(MOODS[mood], SPREAD, strict=True)]
+        row["say"] |= dict(zip(("pitch", "words_per_minute", "pitch_range"), (max(0, x) for x in drawn), strict=True))
+        yield {"emotion": mood, **row}
+
+
+def intents(voices: Sequence[str], num_clips: int, rng: random.Random) -> Iterator[Row]:
+    kinds = [(*intent, place) for intent in INTENTS for place in LOCATIONS]
+    for number in range(num_clips):
+        action, thing, place = kinds[number // len(voices) % len(kinds)]
+        text = rng.choice(INTENTS[action, thing].split("|")) + LOCATIONS[place]
+        slots = {"action": action, "object": thing, "location": place}
+        yield {**slots, "text": text, **manner(voices[number % len(voices)], text, rng)}
+
+
+def manner(voice: str, text: str, rng: random.Random) -> Row:
+    """Who speaks, and how: pitch and speaking rate change from clip to clip."""
+    say = {"text": text, "voice": voice, "pitch": rng.randint(35, 65), "words_per_minute": rng.randint(130, 200)}
+    return {"speaker_id": voice.partition("+")[2], "say": say}
+
+
+def write_split(folder: Path, rows: Sequence[Row]) -> None:
+    """`<folder>/*.flac` and `<folder>/metadata.csv`."""
+    folder.mkdir(parents=True)
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, ["file_name", *(column for column in rows[0] if column != "say")])
+        table.writeheader()
+        for number, row in enumerate(rows):
+            name = f"{row['speaker_id']}-{number:04}.flac"
+            soundfile.write(folder / name, synthesizer().say(**row["say"]).waveform, RATE_HZ)
+            table.writerow({"file_name": name, **{column: row[column] for column in row if column != "say"}})
+
+
+def write_trials(folder: Path) -> None:
+    """`trials.csv`: every pair of one test speaker, and as many pairs of two."""
+    with (folder / "test" / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        pairs = list(combinations(csv.DictReader(file), 2))
+    same = [pair for pair in pairs if pair[0]["speaker_id"] == pair[1]["speaker_id"]]
+    other = [pair for pair in pairs if pair[0]["speaker_id"] != pair[1]["speaker_id"]]
+    trials = [(1, *pair) for pair in same] + [(0, *pair) for pair in random.Random(0).sample(other, len(same))]
+    with (folder / "trials.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(
+            [("label", "file_a", "file_b")]
+            + [(label, f"test/{a['file_name']}", f"test/{b['file_name']}") for label, a, b in trials]
+        )
+
+
+def make(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill the folder, unless it is there; one that was begun and not ended is none."""
+    if folder.exists():
+        print(f"{folder} is there")
+        return
+    begun = folder.with_name(folder.name + ".part")
+    shutil.rmtree(begun, ignore_errors=True)
+    write(begun)
+    begun.rename(folder)
+    print(f"{folder} made")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make what is missing, with a command line, by default that of the process."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)  # pyright: ignore[reportArgumentType]
+    # PEFT's and Transformers' bars of files that load in a moment are of no use here; those of training stay.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    training_voices = TRAINING_VOICES.split()[: args.num_voices]
+    test_voices = TEST_VOICES.split()[: max(2, args.num_voices // 3)]
+    root, num_test = Path(args.output_dir), args.num_clips // 4
+
+    def write(folder: Path, rows: Callable[..., Iterator[Row]]) -> None:
+        rng = random.Random(args.seed)
+        train = list(rows(training_voices, args.num_clips, rng))
+        heard = {row["text"] for row in train}
+        test = list(rows(test_voices, num_test, rng))
+        if rows is sentences:
+            test = [row for row in test if row["text"] not in heard]
+        write_split(folder / "train", train)
+        write_split(folder / "test", test)
+        if rows is speakers:
+            write_trials(folder)
+
+    def write_encoder(folder: Path) -> None:
+        with TemporaryDirectory() as scratch:
+            encoder, feature_extractor = pretrain(
+                scratch, args.pretraining_steps, args.seed, args.num_pretraining_words, args.num_voices
+            )
+        encoder.save_pretrained(folder)
+        feature_extractor.save_pretrained(folder)
+
+    make(root / "sentences", lambda folder: write(folder, sentences))
+    make(root / "speakers", lambda folder: write(folder, speakers))
+    make(root / "intents", lambda folder: write(folder, intents))
+    # Folds over speakers need no test split: one table holds all.
+    moody = training_voices[:6]
+    make(
+        root / "emotions",
+        lambda folder: write_split(folder, list(emotions(moody, args.num_clips, random.Random(args.seed)))),
+    )
+    make(root / "encoder", write_encoder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""The recipes in examples/, in a very short form, on noise and a tiny random encoder."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import transformers
+from backbones import build
+from safetensors.torch import load_file
+from transformers import Wav2Vec2FeatureExtractor
+
+pytest.importorskip("datasets")
+pytest.importorskip("jiwer")
+pytest.importorskip("matplotlib")
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import compare_methods
+import jiwer
+import recipe
+import run_emotion_recognition as emotion
+import run_intent_classification as intent
+import run_speaker_verification as verification
+import run_speech_recognition as recognition
+
+from peft_elp import published_rates
+from peft_elp.data import check_disjoint, leave_one_group_out, read_trials
+from peft_elp.inference import SpeechAdapter
+from peft_elp.metrics import equal_error_rate, min_dcf
+
+RATE_HZ = 16_000
+ELP = ["--e_dim", "8", "--l_dim", "10", "--p_length", "3"]
+METHODS = {"elp": ELP, "lora": ["--method", "lora", "--lora_r", "2"], "full": ["--method", "full"]}
+METHODS["head"] = ["--method", "head"]
+HARDLY = ["--learning_rate", "1e-6"]  # so that a random head goes on writing something, and not blanks alone
+CHUNKS = ["--chunk_length_in_seconds"]
+GROUPED = (  # Transformers 5.2 gave it another name
+    ["--train_sampling_strategy", "group_by_length"]
+    if hasattr(transformers.TrainingArguments, "train_sampling_strategy")
+    else ["--group_by_length", "True"]
+)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    build("wav2vec2", "Model", mask_time_length=2).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """One table: speakers a to d are in training, e and f in test."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for number in range(24):
+        speaker, loud = "abcdef"[number // 4], number % 2
+        noise = np.random.default_rng(number).normal(0, 0.02 + 0.2 * loud, 1600 + 160 * (number % 5))
+        soundfile.write(folder / f"{number}.flac", noise, RATE_HZ)
+        rows.append(
+            {
+                "file_name": f"{number}.flac",
+                "split": "train" if number < 16 else "test",
+                "speaker_id": speaker,
+                "text": ["go on", "a noon"][loud],
+                "label": ["quiet", "loud"][loud],
+                "emotion": ["calm", "angry"][loud],
+                "action": ["open", "close"][loud],
+                "object": ["door", ""][number // 2 % 2],
+            }
+        )
+    write(folder / "metadata.csv", rows)
+    return folder
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def read(path):
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def run(encoder, data, tmp_path):
+    """Runs a recipe for two steps; further arguments come last, and so count."""
+
+    def run(module, *words, dataset=data, folder=tmp_path / "out"):
+        argv = ["--model_name_or_path", encoder, "--dataset_name", dataset, "--output_dir", folder, "--max_steps", 2]
+        argv += ["--per_device_train_batch_size", 4, "--save_strategy", "no", "--use_cpu", "--learning_rate", "1e-2"]
+        metrics = module.main([str(word) for word in [*argv, *words]])
+        assert {*metrics} >= {"method", "seed", "train_steps", "trained_parameters_encoder", "trained_parameters_head"}
+        saved = json.loads(Path(folder, "all_results.json").read_text())
+        assert {key: saved[key] for key in metrics} == metrics
+        return metrics, Path(folder)
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_what_it_says_and_nothing_else(method, run, encoder):
+    metrics, folder = run(intent, *METHODS[method])
+    assert metrics["method"] == method
+    assert (metrics["trained_parameters_encoder"] == 0) == (method == "head")
+    rows = read(folder / "predictions.csv")
+    assert metrics["eval_accuracy"] == np.mean([row["label"] == row["predicted_label"] for row in rows])
+    if method in ("elp", "lora"):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert not (folder / "model.safetensors").exists()
+        assert sum(map(len, (t.flatten() for t in tensors.values()))) == sum(
+            metrics[f"trained_parameters_{part}"] for part in ("encoder", "head")
+        )
+    else:
+        before = transformers.AutoModel.from_pretrained(encoder).state_dict()
+        after = transformers.AutoModelForAudioClassification.from_pretrained(folder).wav2vec2.state_dict()
+        moved = {name for name in before if not after[name].equal(before[name])}
+        expected = {name for name in before if name.startswith("encoder.layers.")} if method == "full" else set()
+        assert moved == expected
+
+
+def test_a_folder_holds_all_that_it_takes_to_answer_as_in_the_evaluation(run):
+    metrics, folder = run(intent, *ELP, "--slot_column_names", "action", "object")
+    there = {path.name for path in folder.iterdir()}
+    assert there >= {"adapter_model.safetensors", "preprocessor_config.json", "README.md", "predictions.csv"}
+    assert there >= {"layer_weights.png", "pseudo_feature_norms.png", "trainer_state.json"}
+    card = (folder / "README.md").read_text()
+    assert f"value: {round(metrics['eval_accuracy'], 4)}" in card
+    assert "Seed: 42." in card
+    rows = read(folder / "predictions.csv")
+    answers = SpeechAdapter.from_pretrained(folder).classify([row["file"] for row in rows], top_k=1)
+    expected = [f"{row['predicted_action']}, {row['predicted_object']}" for row in rows]
+    assert [answer["label"] for (answer,) in answers] == expected
+    assert metrics["eval_exact_match"] == metrics["eval_accuracy"] <= metrics["eval_accuracy_action"]
+
+
+def test_slots_with_classes_of_their_own_answer_any_combination(run, data, tmp_path):
+    rows = read(data / "metadata.csv")
+    for row in rows:
+        row["file_name"] = str(data / row["file_name"])
+        row["object"] = row["object"] or "window"
+    kept = [row for row in rows if row["split"] == "test" or (row["action"], row["object"]) != ("open", "door")]
+    write(tmp_path / "metadata.csv", kept)
+    slots = ["--slot_column_names", "action", "object"]
+    with pytest.raises(ValueError, match=r"2 of 8 utterances .* such as open, door.*separate"):
+        run(intent, *ELP, *slots, dataset=tmp_path)
+    metrics, folder = run(intent, *ELP, *slots, "--slot_heads", "separate", dataset=tmp_path)
+    right = [
+        [row[column] == row[f"predicted_{column}"] for column in ("action", "object")]
+        for row in read(folder / "predictions.csv")
+    ]
+    by_slot = [metrics["eval_accuracy_action"], metrics["eval_accuracy_object"]]
+    assert by_slot == np.mean(right, axis=0).tolist()
+    assert metrics["eval_exact_match"] == np.mean(np.all(right, axis=1))
+
+
+def test_recognition_is_scored_by_what_it_wrote_and_writes_it_again(run):
+    metrics, folder = run(recognition, *ELP, *GROUPED, *HARDLY)
+    rows = read(folder / "predictions.csv")
+    texts, found = [row["text"] for row in rows], [row["predicted"] for row in rows]
+    assert any(found)
+    assert metrics["eval_wer"] == jiwer.wer(texts, found)
+    assert metrics["eval_cer"] == jiwer.cer(texts, found)
+    assert json.loads((folder / "vocab.json").read_text()) == {
+        token: number for number, token in enumerate(["[PAD]", "[UNK]", "|", "a", "g", "n", "o"])
+    }
+    # Rows stay in order where training groups by length; padding changes no text.
+    assert SpeechAdapter.from_pretrained(folder).transcribe([row["file"] for row in rows]) == found
+
+
+def test_a_text_that_does_not_fit_its_frames_is_named_or_left_out(run, data, tmp_path):
+    rows = read(data / "metadata.csv")
+    rows = [{**row, "file_name": str(data / row["file_name"])} for row in rows]
+    rows[3]["text"] = "no" * 60
+    write(tmp_path / "metadata.csv", rows)
+    with pytest.raises(ValueError, match=r"1 of 16 texts .*\n.*3\.flac: 120 frames needed, 1\d\d? there"):
+        run(recognition, *ELP, dataset=tmp_path)
+    with pytest.warns(UserWarning, match="left out"):
+        run(recognition, *ELP, "--on_long_text", "skip", dataset=tmp_path)
+
+
+def test_long_recordings_are_refused_or_recognised_in_pieces(run, tmp_path):
+    with pytest.raises(ValueError, match="9 of 16 recordings cannot be used: 9 too long"):
+        run(recognition, *ELP, "--max_duration_in_seconds", "0.11")
+    runs = [
+        run(recognition, *METHODS["head"], *HARDLY, *options, folder=tmp_path / name)
+        for name, options in {"whole": [], "long pieces": [*CHUNKS, "9"], "pieces": [*CHUNKS, "0.09"]}.items()
+    ]
+    whole, long_pieces, pieces = ([row["predicted"] for row in read(folder / "predictions.csv")] for _, folder in runs)
+    assert whole == long_pieces
+    assert any(pieces)
+
+
+def test_pieces_cover_each_frame_of_a_recording_once(encoder):
+    model = build("wav2vec2", "ForCTC")
+    for total in range(1000, 3200, 37):
+        rows = [{"audio": None, "duration_s": total / RATE_HZ}]
+        dataset = recipe.Dataset.from_list(rows)
+        pieces = recognition.Pieces(dataset, 0.06, RATE_HZ, model)
+        whole = recognition.frames(model, total)
+        # Instead of logits, the number of each frame in the whole recording.
+        numbers = [np.arange(start // 20, start // 20 + whole + 50)[:, None] for _, start, _, _ in pieces.rows]
+        (joined,) = pieces.join(numbers)
+        assert joined[:, 0].tolist() == list(range(whole))
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--loss", "softmax"], ["--head", "xvector"]], ids=["am", "softmax", "xvector"]
+)
+def test_the_error_rates_are_those_of_the_saved_scores_and_of_the_saved_adapter(options, run):
+    metrics, folder = run(verification, *ELP, *options)
+    rows = read(folder / "scores.csv")
+    assert len(rows) == metrics["eval_trials"] == 8 * 7 // 2
+    labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
+    assert metrics["eval_eer"] == equal_error_rate(labels, scores)
+    assert metrics["eval_min_dcf"] == min_dcf(labels, scores)
+    assert (folder / "det.png").stat().st_size > 1000
+    voices = SpeechAdapter.from_pretrained(folder)
+    for row in rows[:3]:
+        assert voices.verify(row["file_a"], row["file_b"]).score == pytest.approx(float(row["score"]), abs=1e-4)
+
+
+def test_trials_and_s_norm_are_taken_from_where_they_are_said_to_be(run, data, tmp_path):
+    trials = [{"label": int(a // 4 == b // 4), "file_a": f"{a}.flac", "file_b": f"{b}.flac"} for a, b in PAIRS]
+    write(tmp_path / "trials.csv", trials)
+    options = ["--trials", tmp_path / "trials.csv", "--trials_folder", data, "--s_norm_cohort", "train"]
+    metrics, folder = run(verification, *ELP, *options, "--method", "elp")
+    rows = read(folder / "scores.csv")
+    assert [int(row["label"]) for row in rows] == [trial["label"] for trial in trials]
+    assert metrics["eval_eer_s_norm"] == equal_error_rate(
+        [int(row["label"]) for row in rows], [float(row["score_s_norm"]) for row in rows]
+    )
+    assert metrics["eval_s_norm_cohort"].startswith("16 training utterances")
+    write(tmp_path / "trials.csv", [*trials, {"label": 0, "file_a": "3.flac", "file_b": "17.flac"}])
+    with pytest.raises(ValueError, match=r"1 recordings of .* are in training, such as .*3\.flac"):
+        run(verification, *ELP, *options)
+
+
+PAIRS = [(16, 17), (16, 18), (16, 20), (17, 21), (18, 22), (20, 23)]
+
+
+def test_speakers_of_test_that_are_in_training_are_refused(run):
+    with pytest.raises(ValueError, match="4 values of the column 'speaker_id' are both in training and in test"):
+        run(verification, *ELP, "--eval_split_name", "train")
+    with pytest.raises(ValueError, match="4 values of the column 'speaker_id' are both in training and in test"):
+        run(emotion, *ELP, "--train_split_name", "train", "--eval_split_name", "train")
+
+
+def test_emotions_are_measured_on_one_speaker_after_the_other(run):
+    metrics, folder = run(emotion, *ELP, "--folds", "2")
+    folds = [json.loads((folder / f"fold-{speaker}" / "eval_results.json").read_text()) for speaker in "ab"]
+    for name in ("eval_unweighted_accuracy", "eval_weighted_accuracy"):
+        values = [fold[name] for fold in folds]
+        assert metrics[name] == np.mean(values)
+        assert metrics[f"{name}_sd"] == np.std(values, ddof=1)
+    rows = read(folder / "fold-a" / "predictions.csv")
+    assert [Path(row["file"]).stem for row in rows] == ["0", "1", "2", "3"]
+    assert (folder / "confusion.png").is_file()
+    assert (folder / "fold-a" / "layer_weights.png").is_file()
+
+
+def test_unweighted_accuracy_is_the_mean_recall_of_the_classes_that_are_there():
+    right, answered = ["a", "a", "a", "b"], ["a", "a", "c", "b"]
+    assert emotion.accuracies(right, answered) == {
+        "unweighted_accuracy": pytest.approx((2 / 3 + 1) / 2),
+        "weighted_accuracy": 0.75,
+    }
+
+
+def test_folds_of_shuffled_utterances_warn_that_speakers_leak(run):
+    with pytest.warns(UserWarning, match="those of test are in training as well"):
+        metrics, _ = run(emotion, *METHODS["head"], "--reference_split", "3", "--folds", "1")
+    assert "speakers of test are in training" in metrics["eval_protocol"]
+
+
+def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
+    def rates(task, *words):
+        names = ["--model_name_or_path", str(encoder), "--dataset_name", str(data)]
+        model_args, _, args = recipe.parse([*names, *words], recipe.DataArguments)
+        model = recipe.adapt(build("wav2vec2", "ForCTC"), model_args)
+        return recipe.learning_rates(model, model_args, args, task)
+
+    assert rates("asr", "--adapters", "EL") == published_rates("e+l", "asr")
+    assert rates("asv") == published_rates("e+l+p", "asv")
+    assert rates("er", "--preset", "conventional") == published_rates("conventional", "er")
+    assert rates("ic", "--adapters", "L", "--train_layer_norms", "False") == {"head": 5e-4, "L": 1e-4}
+    assert rates("asr", "--method", "full") == {"head": 1e-2, "encoder": 1e-4}
+    assert rates("asr", "--method", "head") == {"head": 2e-3}
+    assert rates("asr", "--method", "full", "--learning_rate", "1e-3", "--head_learning_rate", "2e-3") == {
+        "head": 2e-3,
+        "encoder": 1e-3,
+    }
+    with pytest.raises(ValueError, match="A learning rate is given for 'E'"):
+        rates("asr", "--adapters", "L", "--e_learning_rate", "1e-3")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eval_strategy", "steps"], "by which nothing may be chosen"),
+        (["--method", "lora", "--e_dim", "8"], "--e_dim is of ELP-adapters"),
+        (["--method", "lora", "--head", "xvector"], "LoRA would train both"),
+        (["--decoder", "beam"], "needs pyctcdecode"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(words, message, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyctcdecode", None)
+    module = verification if "xvector" in words else recognition
+    with pytest.raises((ValueError, ImportError), match=message):
+        run(module, *words)
+
+
+def test_a_validation_split_chooses_the_checkpoint(run, data, tmp_path):
+    rows = [{**row, "file_name": str(data / row["file_name"])} for row in read(data / "metadata.csv")]
+    for row in rows[12:16]:
+        row["split"] = "validation"
+    write(tmp_path / "metadata.csv", rows)
+    options = [
+        "--validation_split_name",
+        "validation",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        1,
+        "--save_steps",
+        1,
+    ]
+    best = ["--save_strategy", "steps", "--load_best_model_at_end", "True", "--metric_for_best_model", "accuracy"]
+    _, folder = run(intent, *ELP, *options, *best, dataset=tmp_path)
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in history if "eval_accuracy" in entry]) >= 2
+    metrics, _ = run(recognition, *ELP, *options, dataset=tmp_path, folder=tmp_path / "speech")
+    assert "eval_wer" in metrics
+
+
+def test_a_grid_goes_on_where_it_was_stopped_and_tables_mean_and_deviation(tmp_path, capsys):
+    script = tmp_path / "task.py"
+    script.write_text(
+        "import json, sys; from pathlib import Path\n"
+        "arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "if arguments['--method'] == 'broken': sys.exit(3)\n"
+        "results = {'eval_accuracy': 0.5 + int(arguments['--seed']) / 10}\n"
+        "results |= {'trained_parameters_encoder': 1234, 'trained_parameters_head': 5}\n"
+        "Path(arguments['--output_dir'], 'all_results.json').write_text(json.dumps(results))\n"
+    )
+    grid = {"tasks": {"words": f"{script} --steps 3"}, "methods": {"ELP": "--method elp"}, "seeds": [0, 2]}
+    words = ["--grid", str(tmp_path / "grid.json"), "--output_dir", str(tmp_path / "runs")]
+    Path(words[1]).write_text(json.dumps(grid))
+    assert compare_methods.main(words) == 0
+    assert "| ELP | 1,234 | 5 | 60.0 ± 14.1 | 2 |" in (tmp_path / "runs" / "table.md").read_text()
+    assert capsys.readouterr().out.count(" took ") == 2
+
+    grid["methods"]["new"] = "--method broken"
+    Path(words[1]).write_text(json.dumps(grid))
+    assert compare_methods.main(words) == 2
+    said = capsys.readouterr().out
+    assert said.count(" took ") == 0  # what is done is done
+    assert said.count("FAILED") == 2
+    assert "| new | - | - | - | 0 |" in said
+
+
+def test_demo_data_are_what_the_recipes_take_and_are_made_once(tmp_path, capsys):
+    pytest.importorskip("espeakng_loader")
+    import make_demo_data
+
+    words = ["--output_dir", str(tmp_path), "--num_clips", "24", "--num_voices", "6"]
+    words += ["--num_pretraining_words", "6", "--pretraining_steps", "1"]
+    make_demo_data.main(words)
+    for name in ("sentences", "speakers", "intents"):
+        train, test = (recipe.read_dataset(tmp_path / name, split) for split in ("train", "test"))
+        recipe.check_audio(train)
+        check_disjoint(train, test, "speaker_id")
+    trials = read_trials(tmp_path / "speakers" / "trials.csv")
+    assert {trial.label for trial in trials} == {0, 1}
+    folds = [
+        held_out
+        for held_out, *_ in leave_one_group_out(recipe.read_dataset(tmp_path / "emotions", None), "speaker_id")
+    ]
+    assert len(folds) == 6
+    transformers.AutoModelForCTC.from_pretrained(tmp_path / "encoder")
+    capsys.readouterr()
+    make_demo_data.main(words)
+    assert capsys.readouterr().out.count(" is there") == 5
