@@ -76,7 +76,8 @@ def combine(model: nn.Module, adapters: Sequence[str], weights: Sequence[float],
             total = torch.zeros_like(target, dtype=torch.float32)
             for source, adapter, weight in zip(sources, adapters, weights, strict=True):
                 total += weight * source[part][_renamed(name, adapter_name, adapter)].float()
-            target.copy_(total)
+            # A new adapter has the backbone's precision, where PEFT keeps those of a half one in full.
+            target.data = total.to(sources[0][part][_renamed(name, adapter_name, adapters[0])].dtype)
 
 
 def _renamed(name: str, old: str, new: str) -> str:

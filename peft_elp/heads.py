@@ -118,6 +118,11 @@ class Head(ModulesToSaveWrapper):
         if requires_grad:
             self._trainable |= {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
 
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None) -> None:
+        # PEFT hands over all that are active next, and refuses several even where only one has a copy.
+        own = [name for name in new_active_adapters or () if name in self.modules_to_save]
+        super().delete_adapter(adapter_name, own)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         route = None if self.disable_adapters else current_route.get()
         if route is None:
@@ -134,6 +139,12 @@ class Head(ModulesToSaveWrapper):
             # Features of another width than its own came padded to the widest.
             own = x[rows, ..., : module.in_features] if isinstance(module, nn.Linear) else x[rows]
             part = module(own, *(y[rows] if isinstance(y, Tensor) else y for y in others), **kwargs)
+            if not isinstance(part, Tensor) or part.shape[:1] != rows.shape:
+                raise ValueError(
+                    f"A {type(self.original_module).__name__} of modules_to_save gives no tensor with a row for each "
+                    "utterance, so that a batch with adapter_names cannot be put together again. If it computes a "
+                    "loss, call the model without labels; else call it once for each adapter."
+                )
             parts.append((rows, part))
         shapes = {tuple(part.shape[1:]) for _, part in parts}
         if len(shapes) > 1:

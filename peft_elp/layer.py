@@ -189,10 +189,17 @@ class TappedLayer(ELPLayer):
         return call.after_layer(self.index, output)
 
 
-class FrontEnd(ELPLayer):
-    """The convolutions over the waveform, which run once for all tasks that share a pass."""
+class FrontEnd(Wrapper):
+    """The convolutions over the waveform, which run once for all tasks that share a pass.
 
-    adapter_layer_names = ()
+    It holds no adapter and is no tuner layer: PEFT asks the first of these which adapters are active. And it comes
+    with the first shared pass, when a state dict may have been saved already.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.training = base_layer.training
+        self.keep_names()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         shared = current_pass.get()
@@ -378,11 +385,13 @@ class ELPStack(ELPLayer):
         shared = None if self.disable_adapters else readers_of_pass()
         if shared is not None and shared.output is not None:
             return another(shared.output, shared.ends[shared.task])
-        call = StackCall(needs_gradient=self._loses_gradients(), copy_taps=self.family.tap_in_place)
+        # Readers have nothing inside of the layers. A layer that ran again for its gradients, in the backward pass,
+        # would know nothing of the shared one, and run with the adapters that are active.
+        needs_gradient = self._loses_gradients() and shared is None
+        call = StackCall(shared=shared, needs_gradient=needs_gradient, copy_taps=self.family.tap_in_place)
         route = None if self.disable_adapters else current_route.get()
         args, kwargs = self._with_pseudo_features(call, route, args, kwargs)
-        call.shared = shared
-        call.taps = self._taps(route) if call.shared is None else _taps_of_all(call.shared)
+        call.taps = self._taps(route) if shared is None else _taps_of_all(shared)
         call.last_layer = len(self.encoder_layers) - 1
         call.ends_in_layer = self.family.taps_end == "last layer"
         with current_call.set(call):

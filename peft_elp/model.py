@@ -290,24 +290,27 @@ class ELPModel(BaseTuner):
                 f"{', '.join(map(repr, sorted(self.peft_config)))}."
             )
         refuse_reports(self.model, kwargs)
-        _, stack = parts_of(self)
+        parts, stack = parts_of(self)
         tasks: dict[str, Task] = {}
         for name in adapter_names:
             own = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
-            tasks[name] = Task(stack, name, partial(self._as, name, stack, *args, **own), Route.only(name))
+            tasks[name] = Task(
+                parts.encoder, stack, name, partial(self._as, name, stack, *args, **own), Route.only(name)
+            )
             if not tasks[name].leaves_backbone_alone():
                 config: Any = self.peft_config[name]
                 raise ValueError(
                     f"{name!r} changes what the layers compute (adapters={config.adapters!r}, "
-                    f"train_layer_norms={config.train_layer_norms}), so that it has no pass in common "
-                    "with others. Share passes among adapters with adapters='L' and train_layer_norms=False, and call "
-                    "the model once for each of the others."
+                    f"train_layer_norms={config.train_layer_norms}, modules_to_save={config.modules_to_save}), so "
+                    "that it has no pass in common with others. Share passes among adapters with adapters='L' and "
+                    "train_layer_norms=False that train nothing of the encoder but its head, and call the model once "
+                    "for each of the others."
                 )
         return run(tasks)
 
     def _as(self, adapter_name: str, stack: ELPStack, *args: Any, **kwargs: Any) -> Any:
         """Call the model with the settings of an adapter's head, on which its loss depends."""
-        stack.task_head.follow([adapter_name], enabled=True)
+        stack.task_head.follow([adapter_name], enabled=not stack.disable_adapters)
         stack._switch_layerdrop(off=True)
         try:
             return self.model(*args, **kwargs)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .heads import canonical
@@ -24,12 +26,14 @@ class Task:
     """One of the tasks of a pass.
 
     Args:
-        stack: The encoder stack of its model.
+        encoder: The base encoder of its model.
+        stack: The encoder stack in it.
         adapter: The adapter that it uses.
         call: Calls its model.
         route: What makes the model use that adapter, where it is not the active one.
     """
 
+    encoder: nn.Module
     stack: ELPStack
     adapter: str
     call: Callable[[], Any]
@@ -38,7 +42,13 @@ class Task:
     def leaves_backbone_alone(self) -> bool:
         """Whether the adapter changes nothing that a layer computes."""
         parts = [getattr(part, name) for part in self.stack.modules() for name in _inside(part)]
-        return self.adapter in self.stack.elp_l and not any(self.adapter in adapters for adapters in parts)
+        alone = self.adapter in self.stack.elp_l and not any(self.adapter in adapters for adapters in parts)
+        return alone and not self.trains_backbone()
+
+    def trains_backbone(self) -> bool:
+        """Whether the adapter has its own copy of a module of the encoder, such as the projection of its features."""
+        copies = [part for part in self.encoder.modules() if isinstance(part, ModulesToSaveWrapper)]
+        return any(self.adapter in part.modules_to_save for part in copies)
 
 
 def _inside(part: nn.Module) -> tuple[str, ...]:
@@ -61,11 +71,13 @@ def run(tasks: Mapping[str, Task]) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
     for name in [*shared.readers, *(name for name in tasks if name not in shared.readers)]:
         task = tasks[name]
-        own = shared if name in shared.readers else SharedPass(features=shared.features)
+        trains = task.trains_backbone()
+        own = shared if name in shared.readers else SharedPass(features=None if trains else shared.features)
         own.task = name
         with current_pass.set(own), current_route.set(task.route) if task.route else nullcontext():
             outputs[name] = task.call()
-        shared.features = own.features
+        if not trains:
+            shared.features = own.features
     return {name: outputs[name] for name in tasks}
 
 
@@ -135,7 +147,7 @@ class MultiTaskModel(nn.Module):
         for task, (other, _) in others:
             share_tensors(parts, other, first, task)
         self.models = nn.ModuleDict(models)
-        self._stacks = {task: [stack] for task, (_, stack) in found.items()}  # in a list: they are registered already
+        self._parts = {task: (parts.encoder, stack) for task, (parts, stack) in found.items()}  # registered already
 
     def forward(
         self, *args: Any, tasks: Iterable[str] | None = None, labels: Mapping[str, Any] | None = None, **kwargs: Any
@@ -149,24 +161,31 @@ class MultiTaskModel(nn.Module):
             kwargs: What each of the models takes.
 
         Raises:
-            ValueError: A task is unknown, its model has no active adapter, or hidden states are asked for.
+            ValueError: A task is unknown, its model has no active adapter, or hidden states or `adapter_names` are
+                asked for.
         """
         names = list(self.models) if tasks is None else list(tasks)
         unknown = [name for name in (*names, *(labels or ())) if name not in self.models]
         if unknown:
             raise ValueError(f"There is no task {unknown[0]!r}; there are {', '.join(map(repr, self.models))}.")
+        if "adapter_names" in kwargs:
+            raise ValueError(
+                "adapter_names mixes the adapters of one model in a batch, and here each model has one active "
+                "adapter. Call set_adapter(name) on it, or the model by itself with adapter_names."
+            )
         chosen: dict[str, Task] = {}
         for name in names:
             model: Any = self.models[name]
             refuse_reports(model, kwargs)
-            (stack,) = self._stacks[name]
+            encoder, stack = self._parts[name]
             if len(model.active_adapters) != 1:
                 raise ValueError(
                     f"The model of {name!r} has the active adapters {model.active_adapters}; tasks share a pass with "
                     "one each. Call set_adapter(name) on it."
                 )
             own = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
-            chosen[name] = Task(stack, model.active_adapters[0], lambda model=model, own=own: model(*args, **own))
+            call = partial(model, *args, **own)
+            chosen[name] = Task(encoder, stack, model.active_adapters[0], call)
         return run(chosen)
 
 
@@ -197,7 +216,7 @@ def _tensors(encoder: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     """The backbone's own tensors: for each name, the module that holds it, its name there, and itself."""
     found: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for path, module in encoder.named_modules():
-        if ".elp_" in f".{path}":
+        if ".elp_" in f".{path}" or ".modules_to_save" in f".{path}":
             continue
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             found[canonical(f"{path}.{name}")] = (module, name, tensor)

@@ -142,7 +142,7 @@ def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
             setattr(parent, name, child.base_layer)
     for parent, name, child in _with_children(model):
         unused = isinstance(child, ELPLayer) and not (only_unused and child._get_available_adapters())
-        if unused and not isinstance(child, (ELPStack, TappedLayer)):
+        if isinstance(child, FrontEnd) or (unused and not isinstance(child, (ELPStack, TappedLayer))):
             setattr(parent, name, child.base_layer)
     return model
 

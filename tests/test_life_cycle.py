@@ -451,3 +451,16 @@ def test_attributes_of_wrapped_parts_stay_in_reach():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = encoder.nonsense
     assert "elp.ELPStack" in repr(model)
+
+
+def test_an_adapter_with_a_head_is_deleted_while_several_without_are_active():
+    bare = {"adapters": "E", "train_layer_norms": False, "modules_to_save": []}
+    model = get_peft_model(build(), ELPConfig(**ELP | bare), adapter_name="one").eval()
+    model.add_adapter("two", ELPConfig(**ELP | bare))
+    model.add_adapter("headed", ELPConfig(**ELP))
+    model.base_model.set_adapter(["one", "two"])
+    before = logits(model)
+    model.delete_adapter("headed")
+    assert model.active_adapters == ["one", "two"]
+    assert not any(".headed." in name for name, _ in model.named_parameters())
+    assert torch.equal(logits(model), before)

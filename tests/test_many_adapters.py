@@ -70,6 +70,18 @@ def test_what_cannot_be_averaged_is_refused(arguments, message):
     assert list(model.peft_config) == ["one", "two", "other"]
 
 
+def test_an_average_is_as_precise_as_what_it_averages():
+    model = get_peft_model(build().bfloat16(), ELPConfig(**ELP), adapter_name="one")
+    model.add_adapter("two", ELPConfig(**ELP))
+    model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "soup")
+    one, soup = tensors(model, "one"), tensors(model, "soup")
+    assert {name: tensor.dtype for name, tensor in soup.items()} == {name: t.dtype for name, t in one.items()}
+    assert {tensor.dtype for tensor in soup.values()} == {
+        torch.float32,
+        torch.bfloat16,
+    }  # of adapters, and of the head
+
+
 # Many tasks, one pass -----------------------------------------------------------------------------------------------
 
 ALONE = {"adapters": "L", "train_layer_norms": False}
@@ -162,7 +174,7 @@ def test_tasks_train_together_in_one_pass():
     [
         (["one", "three"], {}, r"got \['one', 'three'\]; the model has 'norms', 'one', 'rest', 'two'"),
         ("one", {}, "takes a list of adapter names, got 'one'"),
-        (["one", "norms"], {}, r"'norms' changes what the layers compute \(adapters='L', train_layer_norms=True\)"),
+        (["one", "norms"], {}, r"'norms' changes what the layers compute \(adapters='L', train_layer_norms=True, "),
         (["one"], {"output_hidden_states": True}, "no hidden states and attentions of their own"),
     ],
 )
@@ -170,6 +182,71 @@ def test_what_has_no_common_pass_is_refused(names, options, message):
     model = adapted("ForSequenceClassification", **READERS, norms={"adapters": "L"})
     with pytest.raises(ValueError, match=message):
         model.forward_all(names, waveforms()[0], **options)
+
+
+def test_a_shared_pass_leaves_states_and_names_as_they_were():
+    model = adapted("ForSequenceClassification", one=ALONE, two=ALONE)
+    model.set_adapter("one")
+    waveform, mask = waveforms()
+    before, names = result(model(waveform, attention_mask=mask)), list(model.state_dict())
+    model.forward_all(["one", "two"], waveform, attention_mask=mask)
+    assert list(model.state_dict()) == names
+    assert model.get_model_status().active_adapters == ["one"]
+    model.delete_adapter("two")
+    assert model.active_adapters == ["one"]
+    assert torch.equal(result(model(waveform, attention_mask=mask)), before)
+
+
+@pytest.mark.parametrize("l_output", ["head", "residual"])
+def test_all_tasks_answer_as_the_backbone_while_adapters_are_off(l_output):
+    model = adapted("ForSequenceClassification", one=ALONE | {"l_output": l_output})
+    with model.disable_adapter():
+        expected = result(model(waveforms()[0]))
+        assert torch.equal(result(model.forward_all(["one"], waveforms()[0])["one"]), expected)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_a_shared_pass_reaches_none_but_its_tasks(reentrant):
+    model = adapted("ForSequenceClassification", "wav2vec2", one=ALONE, two=ALONE | {"l_dim": 6}, active={}).train()
+    model.set_requires_grad(["one", "two"])
+    model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    labels = dict.fromkeys(("one", "two"), torch.tensor([0, 1, 2]))
+    sum(output.loss for output in model.forward_all(["one", "two"], waveforms()[0], labels=labels).values()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (".one." in name or ".two." in name), name
+
+
+FEATURES = ALONE | {"modules_to_save": ["feature_projection", "projector", "classifier"]}
+
+
+def test_an_adapter_that_trains_a_module_before_the_layers_shares_no_pass():
+    model = adapted("ForSequenceClassification", one=ALONE, features=FEATURES)
+    with pytest.raises(ValueError, match=r"'features' changes what the layers compute.*feature_projection"):
+        model.forward_all(["one", "features"], waveforms()[0])
+
+    bases = {task: build("wavlm", "ForSequenceClassification") for task in ("plain", "features", "convolutions")}
+    trained = {
+        "plain": ALONE,
+        "features": FEATURES,
+        "convolutions": ALONE | {"modules_to_save": ["feature_extractor"]},
+    }
+    tasks = {task: shaken(get_peft_model(bases[task], ELPConfig(**ELP | trained[task]))).eval() for task in bases}
+    expected = {task: result(model(waveforms()[0])) for task, model in tasks.items()}
+    for task, output in MultiTaskModel(tasks)(waveforms()[0]).items():
+        torch.testing.assert_close(result(output), expected[task])
+    twins = [get_peft_model(build("wavlm", "ForSequenceClassification"), ELPConfig(**ELP | FEATURES)) for _ in "ab"]
+    MultiTaskModel(dict(zip("ab", twins, strict=True)))
+    own = [{n: p for n, p in twin.named_parameters() if p.requires_grad} for twin in twins]
+    assert any("feature_projection" in name for name in own[0])
+    assert all(own[0][name] is not own[1][name] for name in own[0])
+
+
+def test_tasks_do_not_take_adapters_by_utterance():
+    model = adapted("ForSequenceClassification", one=ALONE, two=ALONE)
+    with pytest.raises(ValueError, match="each model has one active adapter"):
+        MultiTaskModel({"task": model})(waveforms()[0], adapter_names=["one"] * 3)
 
 
 def models():

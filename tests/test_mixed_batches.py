@@ -147,6 +147,13 @@ def test_training_a_mixed_batch_is_refused():
         mixed(small().train(), ["asr"] * 3, input_values=waveform, attention_mask=mask)
 
 
+def test_a_loss_over_the_whole_batch_is_refused_where_a_head_computes_it():
+    model = adapted(build("wavlm", "ForXVector"), {"one": {"adapters": "L"}, "two": {"adapters": "E"}})
+    waveform, mask = waveforms((1300, 1300))
+    with pytest.raises(ValueError, match=r"AMSoftmaxLoss.*call the model without labels"):
+        mixed(model, ["one", "two"], input_values=waveform, attention_mask=mask, labels=torch.tensor([0, 1]))
+
+
 def test_a_mixed_call_leaves_the_next_call_alone():
     model, (waveform, mask) = small(), waveforms()
     before = alone(model, "asr", input_values=waveform, attention_mask=mask).logits
