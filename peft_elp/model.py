@@ -56,6 +56,7 @@ class ELPModel(BaseTuner):
         # PEFT's inject_adapter_in_model passes a bare config; whoever calls it goes on with the model that it passed.
         self._direct = isinstance(peft_config, PeftConfig)
         self._switched: tuple[list[Head], list[ELPLayer]] | None = None
+        # What was trainable before an adapter was placed whose tensors are to be loaded next.
         self._unloaded: dict[str, dict[nn.Parameter, bool]] = {}
         super().__init__(model, peft_config, *args, **kwargs)
 
@@ -118,6 +119,7 @@ class ELPModel(BaseTuner):
             join_head(model, plan, adapter_name)
         except BaseException:
             self.peft_config[adapter_name] = config
+            self._unloaded.pop(adapter_name, None)
             self.model = remove_adapter(self.model, adapter_name)
             _restore(trainable_before)
             raise
@@ -200,6 +202,7 @@ class ELPModel(BaseTuner):
         Raises:
             ValueError: The model is in training mode, or an adapter does not exist.
         """
+        self._unloaded.clear()  # what has answered is not taken out again
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -231,7 +234,17 @@ class ELPModel(BaseTuner):
             adapter_name: Its name. Or several: E-adapters then run one after the other and pseudo features join one
                 another; of L-adapters, trained layer norms and heads only one can be active.
             inference_mode: Leave it frozen.
+
+        Raises:
+            ValueError: There is no adapter of that name, or several have a copy of the head. Nothing is switched then.
         """
+        unknown = {adapter_name} if isinstance(adapter_name, str) else {*adapter_name}
+        unknown -= {*self.peft_config}
+        if unknown:
+            raise ValueError(
+                f"There is no adapter {', '.join(map(repr, sorted(unknown)))}; the model has "
+                f"{', '.join(map(repr, sorted(self.peft_config)))}."
+            )
         if self._switched is None:
             modules = list(self.model.modules())
             self._switched = (
@@ -239,8 +252,8 @@ class ELPModel(BaseTuner):
                 [module for module in modules if isinstance(module, ELPLayer)],
             )
         heads, layers = self._switched
-        for head in heads:
-            name = head.check_set_adapter(adapter_name)
+        copies = [head.check_set_adapter(adapter_name) for head in heads]
+        for head, name in zip(heads, copies, strict=True):
             head.set_adapter([name] if name and name in head._adapters else [], inference_mode=inference_mode)
         for layer in layers:
             layer.set_adapter(adapter_name, inference_mode=inference_mode)

@@ -394,6 +394,19 @@ def test_only_the_active_adapter_is_trainable_however_it_came_there(inference_mo
     assert trainable(model) == {n for n, _ in model.named_parameters() if ".three." in n}
 
 
+def test_switching_to_what_is_not_there_switches_nothing():
+    model = get_peft_model(build("wavlm", "ForCTC"), ELPConfig(**ELP), adapter_name="one")
+    model.add_adapter("two", ELPConfig(**ELP))
+    for names, message in (
+        (["one", "three"], "There is no adapter 'three'; the model has 'one', 'two'"),
+        (["one", "two"], "Only one adapter can be set at a time"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.base_model.set_adapter(names)
+        assert model.active_adapters == ["one"]
+        assert {name.split(".")[-3] for name in trainable(model) if "elp_e" in name} == {"one"}
+
+
 # Switching off and unloading ----------------------------------------------------------------------------------------
 
 

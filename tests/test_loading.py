@@ -115,6 +115,16 @@ def test_a_state_dict_that_does_not_fit_changes_no_tensor_of_the_adapter(change)
     assert list(model.peft_config) == ["default"]
 
 
+def test_an_adapter_that_was_used_stays_when_tensors_for_it_are_refused(tmp_path):
+    config = ELPConfig.from_pretrained(saved(tmp_path))
+    config.inference_mode = False
+    model = get_peft_model(build("wavlm", "ForCTC"), config)
+    trained = logits(model)
+    with pytest.raises(ValueError, match="Nothing was loaded"):
+        set_peft_model_state_dict(model, {E: torch.ones(2, 2)})
+    assert torch.equal(logits(model), trained)
+
+
 class Payload:
     def __reduce__(self):
         return os.mkdir, (os.environ["PEFT_ELP_PAYLOAD"],)
