@@ -23,7 +23,7 @@ from .guards import expect_loading, refuse_unloaded
 from .heads import Head, canonical, place_head, remove_head
 from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPStack, ELPSublayer, Wrapper
 from .loading import misfit_error, misfits, mismatches, with_head
-from .multitask import Task, parts_of, refuse_reports, run
+from .multitask import Task, parts_of, refuse_idle_labels, refuse_reports, run
 from .placing import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
 from .routing import BASE, Route, current_route
@@ -303,6 +303,8 @@ class ELPModel(BaseTuner):
                 f"{', '.join(map(repr, sorted(self.peft_config)))}."
             )
         refuse_reports(self.model, kwargs)
+        refuse_idle_labels(adapter_names, labels)
+        self._unloaded.clear()
         parts, stack = parts_of(self)
         tasks: dict[str, Task] = {}
         for name in adapter_names:

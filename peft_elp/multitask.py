@@ -110,6 +110,20 @@ def refuse_reports(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_idle_labels(names: Iterable[str], labels: Mapping[str, Any] | None) -> None:
+    """Refuse labels of tasks that are not run.
+
+    Raises:
+        ValueError: There are some.
+    """
+    idle = sorted({*(labels or ())} - {*names})
+    if idle:
+        raise ValueError(
+            f"There are labels for {', '.join(map(repr, idle))}, which is not among what is run: "
+            f"{', '.join(map(repr, names))}. Run it too, or leave its labels out."
+        )
+
+
 class MultiTaskModel(nn.Module):
     """Models for several tasks, with heads of any kind, that share the tensors of one frozen backbone.
 
@@ -173,6 +187,7 @@ class MultiTaskModel(nn.Module):
                 "adapter_names mixes the adapters of one model in a batch, and here each model has one active "
                 "adapter. Call set_adapter(name) on it, or the model by itself with adapter_names."
             )
+        refuse_idle_labels(names, labels)
         chosen: dict[str, Task] = {}
         for name in names:
             model: Any = self.models[name]

@@ -99,9 +99,9 @@ def result(output: Any) -> Tensor:
     return output.logits if "logits" in output else output.last_hidden_state
 
 
-def shaken(model: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
+def shaken(model: torch.nn.Module, std: float = 0.2, seed: int = 3) -> torch.nn.Module:
     """The model with adapters that do something: every trainable parameter moved from where it starts."""
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -20,7 +20,7 @@ def adapted(head="ForCTC", family="wavlm", base=None, **adapters):
         else:
             model.add_adapter(name, config)
         model.set_adapter(name)
-        shaken(model)
+        shaken(model, seed=len(model.peft_config))  # another one for each
     return model.eval()
 
 
@@ -140,7 +140,7 @@ def test_families_that_end_in_their_layers_or_begin_in_the_stack_share_a_pass_to
     model.add_adapter("two", ELPConfig(**options | {"l_dim": 6}))
     for adapter in ("one", "two"):
         model.set_adapter(adapter)
-        shaken(model)
+        shaken(model, seed=["one", "two"].index(adapter))
     model.eval()
     expected = {}
     for adapter in ("one", "two"):
@@ -175,6 +175,7 @@ def test_tasks_train_together_in_one_pass():
         (["one", "three"], {}, r"got \['one', 'three'\]; the model has 'norms', 'one', 'rest', 'two'"),
         ("one", {}, "takes a list of adapter names, got 'one'"),
         (["one", "norms"], {}, r"'norms' changes what the layers compute \(adapters='L', train_layer_norms=True, "),
+        (["one"], {"labels": {"two": torch.tensor([0])}}, "labels for 'two', which is not among what is run: 'one'"),
         (["one"], {"output_hidden_states": True}, "no hidden states and attentions of their own"),
     ],
 )

@@ -44,7 +44,7 @@ def adapted(base, adapters=ADAPTERS, **options):
         else:
             model.add_adapter(name, config)
         model.set_adapter(name)
-        shaken(model)
+        shaken(model, seed=len(model.peft_config))  # another one for each
     return model.eval()
 
 
