@@ -22,6 +22,7 @@ import torch
 import transformers
 from backbones import ELP, build, labels_for, result, shaken, waveforms
 from families import WHISPER
+from packaging.version import Version
 from peft import (
     AutoPeftModel,
     LNTuningConfig,
@@ -1343,6 +1344,8 @@ def transformers_switches_adapters_on_again(method: Method, model: Model) -> Non
 
 @in_folder
 def transformers_loads_adapters(method: Method, model: Model, folder: Path) -> None:
+    if Version(transformers.__version__) < Version("5.20"):
+        pytest.skip("Transformers loads adapters with a head from 5.20 on, of whatever method")
     peft_model = adapted(method, model)
     peft_model.save_pretrained(folder)
     base = model.make()
