@@ -68,6 +68,7 @@ class Arguments:
     num_pretraining_words: int | None = field(
         default=None, metadata={"help": "Words that the encoder is pre-trained on. Default: all 383."}
     )
+    pretraining_words_per_clip: int = field(default=1, metadata={"help": "Up to so many words in a clip."})
     pretraining_steps: int = field(
         default=400, metadata={"help": "Steps, of 32 clips each, that pre-train the encoder."}
     )
@@ -171,7 +172,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     def write_encoder(folder: Path) -> None:
         with TemporaryDirectory() as scratch:
             encoder, feature_extractor = pretrain(
-                scratch, args.pretraining_steps, args.seed, args.num_pretraining_words, args.num_voices
+                scratch,
+                args.pretraining_steps,
+                args.seed,
+                args.num_pretraining_words,
+                args.num_voices,
+                args.pretraining_words_per_clip,
             )
         encoder.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)

@@ -120,6 +120,7 @@ class RecipeTrainingArguments(TrainingArguments):
 
     output_dir: str = option("outputs", "Folder for the adapter, its metrics and figures.")  # pyright: ignore
     learning_rate: float | None = option(None, "One rate for all parts, instead of the published ones.")  # pyright: ignore
+    do_train: bool = option(True, "Stays on: a recipe trains, measures and saves.")
     num_train_epochs: float = option(10.0, "Epochs; --max_steps counts in steps instead.")
     warmup_steps: float = option(0.1, "Steps over which the rates rise; below 1, their share.")
     logging_steps: float = option(50, "Steps between two lines of the log.")
@@ -148,6 +149,8 @@ def parse(argv: Sequence[str] | None, data_arguments: type) -> tuple[ModelArgume
             f"--eval_strategy {strategy} evaluates while training, and would do so on the test split, by which "
             "nothing may be chosen. Name a third split with --validation_split_name, where the recipe has it."
         )
+    if not args.do_train:
+        raise ValueError("A recipe trains, and then measures. What is saved answers with the command peft-elp.")
     chosen = [*elp_options(model_args), *(["preset"] if model_args.preset else [])]
     if model_args.method != "elp" and chosen:
         raise ValueError(f"--{chosen[0]} is of ELP-adapters, and --method is {model_args.method}. Leave one out.")

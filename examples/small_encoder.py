@@ -133,6 +133,7 @@ def pretrain(
     seed: int = 0,
     num_words: int | None = None,
     num_voices: int | None = None,
+    words_per_clip: int = 1,
 ) -> tuple[Any, Any]:
     """A small wav2vec 2.0 that has learnt to name the phoneme in each frame, and its feature extractor.
 
@@ -142,9 +143,12 @@ def pretrain(
         seed: Of everything random.
         num_words: How many of `OTHER_WORDS` are spoken.
         num_voices: In how many of `TRAINING_VOICES`.
+        words_per_clip: A clip has up to so many words, each its own at least in eight clips.
     """
     words = OTHER_WORDS.split()[:num_words]
-    spoken = [speech for _, speech in speak(words, TRAINING_VOICES.split()[:num_voices], voices_per_word=8, takes=1)]
+    rng = random.Random(seed)
+    texts = [" ".join([word, *rng.choices(words, k=rng.randrange(words_per_clip))]) for word in words]
+    spoken = [speech for _, speech in speak(texts, TRAINING_VOICES.split()[:num_voices], voices_per_word=8, takes=1)]
     phonemes = sorted({phoneme for speech in spoken for _, phoneme in speech.phonemes} | {""})
     config: Any = Wav2Vec2Config(
         hidden_size=192,

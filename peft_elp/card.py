@@ -204,6 +204,8 @@ def _text(saved: SavedAdapter, description: Description) -> str:
         sections.append(f"## Results\n\n{_results(description.metrics)}")
     if saved.layer_weights:
         sections.append(f"## Layer weights\n\n{_layer_weights(saved)}")
+    if saved.counts["P"] and (pictures := _pictures(saved, "pseudo_feature_norms")):
+        sections.append("## Norms of the pseudo features\n\n" + "\n\n".join(pictures))
     sections.append(f"### Framework versions\n\n- PEFT {saved.config.get('peft_version')}\n")
     return "\n\n".join(sections)
 
@@ -297,8 +299,11 @@ def _results(metrics: Sequence[EvalResult]) -> str:
 
 
 def _layer_weights(saved: SavedAdapter) -> str:
-    pictures = [f"![{path.stem}]({path.name})" for path in sorted(saved.folder.glob("layer_weights*.png"))]
     layers = " | ".join(str(layer) for layer, _ in saved.layer_weights)
     shares = " | ".join(f"{share:.3f}" for _, share in saved.layer_weights)
     table = f"| layer | {layers} |\n|---|{'--:|' * len(saved.layer_weights)}\n| weight | {shares} |"
-    return "\n\n".join([*pictures, table])
+    return "\n\n".join([*_pictures(saved, "layer_weights"), table])
+
+
+def _pictures(saved: SavedAdapter, stem: str) -> list[str]:
+    return [f"![{path.stem}]({path.name})" for path in sorted(saved.folder.glob(f"{stem}*.png"))]

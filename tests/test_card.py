@@ -110,7 +110,8 @@ def test_a_base_on_disk_is_none_of_the_hub(base, tmp_path):
 
 def test_the_card_counts_each_part_and_shows_the_layer_weights(base, tmp_path):
     model = adapted(base, "ForSequenceClassification")
-    (tmp_path / "layer_weights.png").write_bytes(b"")
+    for name in ("layer_weights", "pseudo_feature_norms"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
     model.save_pretrained(tmp_path)
     text = card(tmp_path).text
     counts = count_parameters(model)
@@ -124,6 +125,7 @@ def test_the_card_counts_each_part_and_shows_the_layer_weights(base, tmp_path):
         [share for _, share in layer_weights(model)], abs=1e-3
     )
     assert "![layer_weights](layer_weights.png)" in text
+    assert "![pseudo_feature_norms](pseudo_feature_norms.png)" in text
 
 
 def test_what_was_described_is_in_the_card(tmp_path):

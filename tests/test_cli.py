@@ -51,6 +51,7 @@ def run(capsys):
     """What the command printed, its errors, and its status."""
 
     def run(*arguments):
+        capsys.readouterr()  # what the test itself has printed
         status = main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return out, err, status
@@ -150,12 +151,36 @@ def test_verify_says_score_and_decision(run, saved, files):
     assert found == {"score": pytest.approx(score), "threshold": 0.25, "same": score >= 0.25}
 
 
+def test_verify_takes_a_list_of_trials(run, saved, files, tmp_path):
+    trials = [(1, files[0], files[0]), (0, files[0], files[1]), (0, files[1], files[0])]
+    (tmp_path / "trials.txt").write_text("".join(f"{label} {a} {b}\n" for label, a, b in trials))
+    *lines, total = in_json(run("verify", saved["ForXVector"], "--trials", tmp_path / "trials.txt", "--json")[0])
+    voices = SpeechAdapter.from_pretrained(saved["ForXVector"], device="cpu")
+    assert lines == [
+        {"label": label, "file_a": a, "file_b": b, "score": pytest.approx(voices.verify(a, b).score, abs=1e-5)}
+        for label, a, b in trials
+    ]
+    assert total == {"trials": 3, "eer": 0.0, "min_dcf": 0.0}
+    out, err, status = run("verify", saved["ForXVector"], "--trials", tmp_path / "trials.txt")
+    assert (err, status) == ("", 0)
+    assert out.splitlines()[0] == f"1.000\t1\t{files[0]}\t{files[0]}"
+    assert out.splitlines()[-1] == "3 trials: equal error rate 0.00%, minDCF 0.000"
+
+
+@pytest.mark.parametrize("words", [[], ["a.wav"], ["a.wav", "b.wav", "c.wav"], ["a.wav", "b.wav", "--trials", "t"]])
+def test_verify_takes_two_recordings_or_a_list(words, run, saved, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("verify", saved["ForXVector"], *words)
+    assert "two recordings or --trials are needed" in capsys.readouterr().err
+
+
 def test_the_page_runs(capsys, tmp_path, monkeypatch, saved, files):
     page = (Path(__file__).parent.parent / "docs/how-to/use-an-adapter.md").read_text()
     for name, head in {"english": "ForCTC", "emotions": "ForSequenceClassification", "voices": "ForXVector"}.items():
         shutil.copytree(saved[head], tmp_path / name)
     for name, file in zip("ab", files, strict=False):
         shutil.copy(file, tmp_path / f"{name}.wav")
+    (tmp_path / "trials.csv").write_text("label,file_a,file_b\n1,a.wav,a.wav\n0,a.wav,b.wav\n")
     monkeypatch.chdir(tmp_path)
     (commands,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     for command in commands.splitlines():

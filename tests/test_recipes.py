@@ -157,6 +157,14 @@ def test_slots_with_classes_of_their_own_answer_any_combination(run, data, tmp_p
         [row[column] == row[f"predicted_{column}"] for column in ("action", "object")]
         for row in read(folder / "predictions.csv")
     ]
+    # Each slot's best label is in the ranking of all.
+    for row, labels in zip(
+        read(folder / "predictions.csv"),
+        SpeechAdapter.from_pretrained(folder).classify([row["file"] for row in read(folder / "predictions.csv")]),
+        strict=True,
+    ):
+        best = dict(label["label"].split(": ") for label in reversed(labels))
+        assert best == {column: row[f"predicted_{column}"] for column in ("action", "object")}
     by_slot = [metrics["eval_accuracy_action"], metrics["eval_accuracy_object"]]
     assert by_slot == np.mean(right, axis=0).tolist()
     assert metrics["eval_exact_match"] == np.mean(np.all(right, axis=1))
@@ -305,6 +313,7 @@ def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--do_train", "False"], "A recipe trains"),
         (["--eval_strategy", "steps"], "by which nothing may be chosen"),
         (["--method", "lora", "--e_dim", "8"], "--e_dim is of ELP-adapters"),
         (["--method", "lora", "--head", "xvector"], "LoRA would train both"),
