@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "verify", parents=[saved, model], help="compare the voices of two recordings, or of all in a list of trials"
     )
     verify.add_argument("files", nargs="*", metavar="FILE", help="two recordings")
-    verify.add_argument("--trials", help="instead of them, lines of `label file file`, or a .csv, .tsv or .jsonl table")
+    verify.add_argument("--trials", help="instead: lines of `label file file`, or a .csv, .tsv or .jsonl table")
     verify.add_argument("--trials-folder", help="what its paths count from (default: its own folder)")
     verify.add_argument("--batch-size", type=_count, default=1, help="how many to answer at a time (default: 1)")
     verify.add_argument(
