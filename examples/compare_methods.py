@@ -5,12 +5,14 @@ The grid is a JSON file; each run is the command of a task, with the arguments o
     {
       "tasks": {"intents": "examples/run_intent_classification.py --dataset_name demo/intents ..."},
       "methods": {"ELP": "--method elp", "EL": "--method elp --adapters EL", "head": "--method head"},
+      "settings": {"intents": {"ELP": "--learning_rate 3e-3"}},
       "seeds": [0, 1, 2]
     }
 
-Runs follow one another, each in a process of its own that writes to `<output_dir>/<task>/<method>/seed-<seed>`. What
-has been run by the same command is not run again, so that a grid can be stopped, taken up and extended. After every
-run, `<output_dir>/table.md` has mean and standard deviation over seeds.
+"settings" is for what one method needs in one task, and may be left out. Runs follow one another, each in a process of
+its own that writes to `<output_dir>/<task>/<method>/seed-<seed>`. What has been run by the same command is not run
+again, so that a grid can be stopped, taken up and extended. After every run, `<output_dir>/table.md` has mean and
+standard deviation over seeds.
 """
 
 import json
@@ -84,6 +86,11 @@ def runs_of(grid: dict[str, Any], output_dir: Path) -> Iterator[Run]:
     """
     if absent := [part for part in ("tasks", "methods", "seeds") if not grid.get(part)]:
         raise ValueError(f"The grid has no {', '.join(absent)}; it needs tasks, methods and seeds.")
+    settings = grid.get("settings", {})
+    named = [(task, "tasks") for task in settings]
+    named += [(method, "methods") for methods in settings.values() for method in methods]
+    if strange := [f"{name!r}, which is not in {part}" for name, part in named if name not in grid[part]]:
+        raise ValueError(f"The settings name {strange[0]}: {', '.join(grid['tasks'])}; {', '.join(grid['methods'])}.")
     for seed in grid["seeds"]:
         for task, command in grid["tasks"].items():
             for method, options in grid["methods"].items():
@@ -91,6 +98,7 @@ def runs_of(grid: dict[str, Any], output_dir: Path) -> Iterator[Run]:
                 words = [
                     *shlex.split(command),
                     *shlex.split(options),
+                    *shlex.split(settings.get(task, {}).get(method, "")),
                     "--seed",
                     str(seed),
                     "--output_dir",

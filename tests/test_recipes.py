@@ -376,6 +376,15 @@ def test_a_grid_goes_on_where_it_was_stopped_and_tables_mean_and_deviation(tmp_p
     assert "| new | - | - | - | 0 |" in said
 
 
+def test_a_grid_has_settings_of_one_method_in_one_task(tmp_path):
+    grid = {"tasks": {"a": "a.py", "b": "b.py"}, "methods": {"x": "--x 1", "y": "--y 1"}, "seeds": [0]}
+    grid["settings"] = {"b": {"x": "--z 2"}}
+    assert [("--z" in run.command) for run in compare_methods.runs_of(grid, tmp_path)] == [False, False, True, False]
+    for strange in ({"c": {}}, {"a": {"z": ""}}):
+        with pytest.raises(ValueError, match="which is not in"):
+            list(compare_methods.runs_of({**grid, "settings": strange}, tmp_path))
+
+
 def test_demo_data_are_what_the_recipes_take_and_are_made_once(tmp_path, capsys):
     pytest.importorskip("espeakng_loader")
     import make_demo_data
