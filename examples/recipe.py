@@ -14,7 +14,7 @@ import csv
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ from peft_elp import (
 )
 from peft_elp.audio import decode
 from peft_elp.data import check_audio, read_dataset
+from peft_elp.inference import is_padding_invariant
 from peft_elp.plan import find_parts
 from peft_elp.plots import plot_layer_weights, plot_pseudo_features
 
 # Fields of `ELPConfig` that a recipe takes, with their help.
 ELP = {known.name: {"help": known.metadata["help"]} for known in fields(ELPConfig) if known.metadata}
 MEASURES = ("wer", "cer", "eer", "min_dcf", "unweighted_accuracy", "weighted_accuracy", "accuracy")
+LESS_IS_BETTER = ("loss", "wer", "cer", "eer", "min_dcf")
 METHODS = ("elp", "lora", "full", "head")
 SETTINGS = {"ELP": "e+l+p", "EL": "e+l", "E": "e-only", "L": "l-only"}
 # Of full fine-tuning, published with the rates of `peft_elp.published`.
@@ -53,6 +55,13 @@ FULL_RATES = {
     "ic": {"head": 5e-4, "encoder": 1e-4},
 }
 LORA_RATE = 5e-4  # Our choice: none was published for these tasks.
+# Options that mean something only where another one has one of these values; without values, any.
+ONLY_WITH: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(ELP, ("method", "elp")),
+    "preset": ("method", "elp"),
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_target_modules"), ("method", "lora")),
+    "validation_split_name": ("eval_strategy", "steps", "epoch"),
+}
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -127,9 +136,17 @@ class RecipeTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = option(False, "Stays off: recordings are read from a column by the collator.")
     report_to: str = option("none", "Where logs go, such as 'tensorboard'.")  # pyright: ignore
 
+    def __post_init__(self) -> None:
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and metric in LESS_IS_BETTER:
+            self.greater_is_better = False  # Transformers knows that of losses alone
+        super().__post_init__()
 
-def parse(argv: Sequence[str] | None, data_arguments: type) -> tuple[ModelArguments, Any, RecipeTrainingArguments]:
-    """The arguments of a recipe, from a command line or from one .json file, checked."""
+
+def parse(
+    argv: Sequence[str] | None, data_arguments: type, only_with: Mapping[str, tuple[Any, ...]] | None = None
+) -> tuple[ModelArguments, Any, RecipeTrainingArguments]:
+    """The arguments of a recipe, from a command line or from one .json file, checked; `only_with` adds to ours."""
     parser = HfArgumentParser((ModelArguments, data_arguments, RecipeTrainingArguments))  # pyright: ignore[reportArgumentType]
     words = list(sys.argv[1:] if argv is None else argv)
     if len(words) == 1 and words[0].endswith(".json"):
@@ -143,19 +160,35 @@ def parse(argv: Sequence[str] | None, data_arguments: type) -> tuple[ModelArgume
     args.label_names = ["labels"]
     args.length_column_name = "duration_s"  # what --train_sampling_strategy group_by_length reads
     args.dataloader_pin_memory &= torch.cuda.is_available()
-    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
-    if strategy != "no" and not getattr(data_args, "validation_split_name", None):
-        raise ValueError(
-            f"--eval_strategy {strategy} evaluates while training, and would do so on the test split, by which "
-            "nothing may be chosen. Name a third split with --validation_split_name, where the recipe has it."
-        )
     if not args.do_train:
         raise ValueError("A recipe trains, and then measures. What is saved answers with the command peft-elp.")
-    chosen = [*elp_options(model_args), *(["preset"] if model_args.preset else [])]
-    if model_args.method != "elp" and chosen:
-        raise ValueError(f"--{chosen[0]} is of ELP-adapters, and --method is {model_args.method}. Leave one out.")
+    if args.dataloader_drop_last:
+        raise ValueError("--dataloader_drop_last would leave rows out of what is measured as well. Leave it out.")
+    check_options([model_args, data_args, args], ONLY_WITH | dict(only_with or {}))
+    if args.eval_strategy.value != "no" and not getattr(data_args, "validation_split_name", None):
+        raise ValueError(
+            f"--eval_strategy {args.eval_strategy.value} evaluates while training, and would do so on the test split, "
+            "by which nothing may be chosen. Name a third split with --validation_split_name, where the recipe has it."
+        )
     set_seed(args.seed)
     return model_args, data_args, args
+
+
+def check_options(arguments: Sequence[Any], only_with: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse an option that would mean nothing beside the others; `only_with` is made like `ONLY_WITH`."""
+    known = {known.name: (known, getattr(group, known.name)) for group in arguments for known in fields(group)}
+    for name, (switch, *allowed) in only_with.items():
+        if name not in known:
+            continue
+        option, value = known[name]
+        chosen = getattr(known[switch][1], "value", known[switch][1])
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if value == default or (chosen in allowed if allowed else chosen is not None):
+            continue
+        needed = " or ".join(f"--{switch} {one}" if one is not None else f"no --{switch}" for one in allowed)
+        raise ValueError(
+            f"--{name} means something only with {needed or '--' + switch}, and --{switch} is {chosen}. Leave one out."
+        )
 
 
 def load_config(model_args: ModelArguments) -> Any:
@@ -291,6 +324,8 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
         trained = [part for part, count in count_parameters(model).items() if count]
         config = model.peft_config["default"]
         both = config.adapters == "E" and len(config.e_after) == 2
+        if "E" in chosen and "P" in trained:
+            chosen.setdefault("P", chosen["E"])
         published = published_rates("conventional" if both else SETTINGS.get(config.adapters, "e+l+p"), task)
     else:
         trained = [part for part, held in trained_parameters(model).items() if held]
@@ -315,6 +350,19 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args: Any, rates: Mapping[str, float], factors: Sequence[float] | None, **kwargs: Any) -> None:
         self.rates, self.factors = rates, factors
         super().__init__(*args, **kwargs)
+        # By their `**kwargs` Transformers takes it that the models divide the loss by what a whole step has; they
+        # do not, and accumulated gradients would come out too large.
+        self.model_accepts_loss_kwargs = False
+        assert self.model is not None
+        if not is_padding_invariant(self.model, self.processing_class):
+            print("Evaluated one recording at a time: this encoder or head hears the padding of a batch.")
+            self.args.per_device_eval_batch_size = 1
+
+    def fit(self) -> None:
+        """Train, and save at once what can be saved before it is measured."""
+        fitted = self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        self.save_metrics("train", fitted.metrics)
+        self.save_model()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None:
@@ -418,6 +466,7 @@ def save(
     folder, model, args = Path(trainer.args.output_dir or "."), trainer.model, trainer.args
     metrics |= {"method": model_args.method, "seed": args.seed, **count_trained(model)}
     metrics["train_steps"] = trainer.state.global_step
+    trainer.log({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if has_elp(model) and trainer.is_world_process_zero():
@@ -427,11 +476,12 @@ def save(
         if "P" in adapters:
             plot_pseudo_features({task: model}).savefig(folder / "pseudo_feature_norms.png")
         trainer.processing_class.save_pretrained(folder)  # before the card, which looks for it
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         name, local = data_args.dataset_name, Path(data_args.dataset_name).exists()
         name = Path(name).name if local else name
         describe(
             model,
-            repo_id=args.hub_model_id,
+            repo_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,  # the former with the user's name
             datasets=[] if local else [name],
             metrics=[
                 EvalResult(
@@ -445,7 +495,7 @@ def save(
                 for metric in MEASURES
                 if f"eval_{metric}" in metrics
             ],
-            protocol=f"{protocol} Trained for {metrics['train_steps']} steps of {args.train_batch_size} utterances.",
+            protocol=f"{protocol} Trained for {metrics['train_steps']} steps of {batch} utterances.",
             seed=args.seed,
         )
     trainer.save_model()

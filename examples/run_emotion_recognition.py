@@ -43,6 +43,7 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 from peft_elp.data import check_disjoint, label_names, leave_one_group_out, read_column
 
 Fold = tuple[str, Dataset, Dataset]
+ONLY_WITH = {"folds": ("eval_split_name", None), "reference_split": ("eval_split_name", None)}
 
 
 @dataclass
@@ -94,7 +95,7 @@ def accuracies(right: Sequence[str], answered: Sequence[str]) -> dict[str, float
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure with a command line, by default that of the process; returns the metrics."""
-    model_args, data_args, args = parse(argv, EmotionArguments)
+    model_args, data_args, args = parse(argv, EmotionArguments, ONLY_WITH)
     one_split, column = data_args.eval_split_name is not None, data_args.label_column_name
     if not one_split and (args.push_to_hub or args.resume_from_checkpoint):
         raise ValueError("Folds make several adapters: --push_to_hub and --resume_from_checkpoint need one split.")
@@ -126,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for rows in (train, test)
         )
         trainer = make_trainer(model, model_args, fold_args, "er", feature_extractor, train_dataset=train[1])
-        fitted = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_metrics("train", fitted.metrics)
+        trainer.fit()
         predicted = trainer.predict(test[1], metric_key_prefix="eval")
         right = read_column(test[0], column)
         answered = [emotions[best] for best in predicted.predictions.argmax(-1)]  # pyright: ignore

@@ -125,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         compute_loss_func=loss,
         compute_metrics=lambda found: accuracies(answers[id(validation)], answers_to(found.predictions), columns),  # pyright: ignore
     )
-    fitted = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_metrics("train", fitted.metrics)
+    trainer.fit()
 
     trainer.compute_metrics = None
     predicted = trainer.predict(with_labels(test, labels_of(test)), metric_key_prefix="eval")

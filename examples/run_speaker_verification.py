@@ -14,6 +14,7 @@ train` also after s-norm with all training utterances as the cohort. `scores.csv
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -27,6 +28,7 @@ from matplotlib.figure import Figure
 from recipe import (
     DataArguments,
     RecipeTrainer,
+    at_most,
     load_config,
     make_trainer,
     option,
@@ -46,6 +48,13 @@ from peft_elp.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_sc
 
 MOST_PAIRS = 1_000_000
 COHORTS = ("none", "train")
+ONLY_WITH = {
+    "trials_folder": ("trials",),
+    "s_norm_top_k": ("s_norm_cohort", "train"),
+    "margin": ("loss", "amsoftmax"),
+    "scale": ("loss", "amsoftmax"),
+    "max_eval_samples": ("trials", None),
+}
 
 
 @dataclass
@@ -97,9 +106,9 @@ def inner(model: Any) -> Any:
 
 
 def names_of(dataset: Dataset) -> list[str]:
-    """The file of each recording, or the number of its row where a data set holds no files."""
+    """The file of each recording, or the number of its row where a data set holds recordings, not files."""
     return [
-        str(Path(path).resolve()) if (path := audio["path"]) else f"row {row}"
+        str(Path(audio["path"]).resolve()) if audio["bytes"] is None else f"row {row}"
         for row, audio in enumerate(dataset["audio"])
     ]
 
@@ -109,6 +118,8 @@ def read_pairs(args: VerificationArguments, train: Dataset, test: Dataset, confi
     speakers = read_column(test, args.label_column_name)
     if args.trials is None:
         names = names_of(test)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"{len(twice)} test recordings are there more than once, such as {twice[0]}.")
         if len(names) * (len(names) - 1) // 2 > MOST_PAIRS:
             raise ValueError(
                 f"{len(names)} test utterances make over {MOST_PAIRS:,} pairs. Give a list with --trials."
@@ -132,12 +143,15 @@ def read_pairs(args: VerificationArguments, train: Dataset, test: Dataset, confi
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure with a command line, by default that of the process; returns the metrics."""
-    model_args, data_args, args = parse(argv, VerificationArguments)
+    model_args, data_args, args = parse(argv, VerificationArguments, ONLY_WITH)
     config = load_config(model_args)
     train = read_split(data_args, data_args.train_split_name, config, args.seed, data_args.max_train_samples)
-    test = read_split(data_args, data_args.eval_split_name, config, args.seed, data_args.max_eval_samples)
+    test = read_split(data_args, data_args.eval_split_name, config, args.seed)
     column = data_args.label_column_name
     check_disjoint(train, test, column)
+    test = at_most(test, data_args.max_eval_samples, args.seed)
+    if data_args.s_norm_top_k is not None and not 2 <= data_args.s_norm_top_k <= len(train):
+        raise ValueError(f"--s_norm_top_k is from 2 to the {len(train)} utterances of training.")
     trials, recordings = read_pairs(data_args, train, test, config)
     speakers = label_names(train, column=column)
     trial_list = (
@@ -163,19 +177,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer.verification = data_args
     if data_args.head == "mean" and data_args.loss == "amsoftmax":
         inner(trainer.model).classifier.bias.requires_grad_(False)  # angles have none
-    fitted = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_metrics("train", fitted.metrics)
+    trainer.fit()
 
-    def embed(dataset: Dataset) -> dict[Hashable, Any]:
-        predicted = trainer.predict(dataset.select_columns(["audio", "duration_s"])).predictions  # pyright: ignore
-        return dict(zip(names_of(dataset), predicted, strict=True))
+    def embed(dataset: Dataset) -> np.ndarray:
+        return trainer.predict(dataset.select_columns(["audio", "duration_s"])).predictions  # pyright: ignore
 
-    embeddings = embed(recordings)
+    embeddings: dict[Hashable, Any] = dict(zip(names_of(recordings), embed(recordings), strict=True))
     truth, pairs = [trial.label for trial in trials], [(trial.file_a, trial.file_b) for trial in trials]
     scores = {"": cosine_scores(embeddings, pairs)}
     metrics: dict[str, Any] = {"eval_trials": len(trials)}
     if data_args.s_norm_cohort == "train":
-        cohort = np.stack([*embed(train).values()])
+        cohort = embed(train)
         scores["_s_norm"] = s_norm_scores(embeddings, pairs, cohort, data_args.s_norm_top_k)
         metrics["eval_s_norm_cohort"] = (
             f"{len(cohort)} training utterances, top {data_args.s_norm_top_k or len(cohort)}"

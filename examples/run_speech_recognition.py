@@ -26,6 +26,8 @@ from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, W
 
 from peft_elp.data import read_column
 
+ONLY_WITH = {"beam_width": ("decoder", "beam"), "language_model": ("decoder", "beam")}
+
 
 @dataclass
 class RecognitionArguments(DataArguments):
@@ -76,6 +78,12 @@ def make_tokenizer(texts: Sequence[str], folder: Path) -> Wav2Vec2CTCTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     special = {"bos_token": None, "eos_token": None, "pad_token": "[PAD]", "unk_token": "[UNK]"}
     return Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), word_delimiter_token="|", **special)
+
+
+def unknown_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Those for which the tokenizer has no token."""
+    characters = sorted({*"".join(texts)} - {" "})
+    return [character for character in characters if tokenizer.unk_token_id in tokenizer(character).input_ids]
 
 
 class Pieces:
@@ -172,7 +180,7 @@ def that_fit(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure with a command line, by default that of the process; returns the metrics."""
-    model_args, data_args, args = parse(argv, RecognitionArguments)
+    model_args, data_args, args = parse(argv, RecognitionArguments, ONLY_WITH)
     config = load_config(model_args)
     feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path)
     rate_hz, chunk_s = feature_extractor.sampling_rate, data_args.chunk_length_in_seconds
@@ -190,8 +198,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tokenizer.save_pretrained(args.output_dir)
     to_text = make_decoder(data_args, tokenizer)
     print(f"{len(train)} utterances in training, {len(test)} in test; {len(tokenizer)} tokens")
-    if unknown := sorted({*"".join(test_texts)} - {*"".join(texts), " "}):
-        warnings.warn(f"Characters of test that training does not meet: {' '.join(unknown)}", stacklevel=2)
+    if unknown := unknown_characters(tokenizer, texts):
+        raise ValueError(
+            f"The vocabulary lacks characters of the training text: {' '.join(unknown)}. Is it in upper case? Then "
+            "--do_lower_case False keeps the case of the text. --chars_to_ignore takes characters out."
+        )
+    if unknown := unknown_characters(tokenizer, test_texts):
+        warnings.warn(f"Characters of test that the vocabulary lacks: {' '.join(unknown)}", stacklevel=2)
 
     config.update({"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
     config.ctc_loss_reduction = "mean"  # of a sum, long utterances would be most
@@ -222,8 +235,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if whole is None
         else lambda found: error_rates(validation_texts, whole, found.predictions)[0],
     )
-    fitted = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_metrics("train", fitted.metrics)
+    trainer.fit()
 
     pieces = Pieces(test, chunk_s, rate_hz, model)
     predicted = trainer.predict(pieces.dataset, metric_key_prefix="eval")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .saved import SavedAdapter, read_adapter
 
 TAGS = ("elp", "peft-elp")
 OURS = re.compile(r"<!-- peft-elp card ([0-9a-f]{16})\b.*-->\s*$")
+EDITED = ("datasets", "metrics", "model-index", "pipeline_tag", "language")  # metadata from here that people correct
 TOKENIZER = ("tokenizer_config.json", "vocab.json", "tokenizer.json")
 
 
@@ -103,9 +105,10 @@ def describe(
 
 
 def write_card(folder: str | Path, description: Description | None = None) -> bool:
-    """Write the card of a saved adapter, unless its folder has one whose text is not from here.
+    """Write the card of a saved adapter, unless its folder has one that is not from here, or was edited since.
 
-    Of a card from here, metadata that is not ours, such as a licence, is kept.
+    An edit is one of the text, or of what the metadata say of data sets, metrics, results, task and language. Other
+    metadata, such as a licence, are kept in a card that is written anew.
 
     Returns:
         Whether it was written.
@@ -116,12 +119,14 @@ def write_card(folder: str | Path, description: Description | None = None) -> bo
     saved, description = read_adapter(folder), description or Description()
     path = saved.folder / "README.md"
     there = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
-    if not (is_generated(there.text) or _is_template(there.text)):
+    if not (is_generated(there) or _is_template(there.text)):
         return False
     data = _data(saved, description, there.data.to_dict())
     text = _text(saved, description)
-    text += f"\n<!-- peft-elp card {_fingerprint(text)}: saving writes it anew until its text is edited -->\n"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True).save(path)
+    content = f"---\n{data.to_yaml()}\n---\n\n{text}"
+    read_back = ModelCard(content, ignore_metadata_errors=True).data.to_dict()
+    content += f"\n<!-- peft-elp card {_fingerprint(text, read_back)}: saving writes it anew until it is edited -->\n"
+    ModelCard(content, ignore_metadata_errors=True).save(path)
     return True
 
 
@@ -137,10 +142,10 @@ def read_results(folder: str | Path) -> list[EvalResult]:
     return data.eval_results or []
 
 
-def is_generated(text: str) -> bool:
-    """Whether the text of a card is from here and was not edited since."""
-    mark = OURS.search(text)
-    return mark is not None and mark[1] == _fingerprint(text[: mark.start()])
+def is_generated(card: ModelCard) -> bool:
+    """Whether a card is from here and was not edited since; see `write_card`."""
+    mark = OURS.search(card.text)
+    return mark is not None and mark[1] == _fingerprint(card.text[: mark.start()], card.data.to_dict())
 
 
 def _is_template(text: str) -> bool:
@@ -148,10 +153,11 @@ def _is_template(text: str) -> bool:
     return _fingerprint(text) == _fingerprint(ModelCard.from_template(ModelCardData()).text)
 
 
-def _fingerprint(text: str) -> str:
+def _fingerprint(text: str, data: Mapping[str, Any] | None = None) -> str:
     # PEFT adds its version to every card, behind whatever comes last.
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and line != "### Framework versions" and not line.startswith("- PEFT ")]
+    lines.append(json.dumps([(data or {}).get(name) or None for name in EDITED], sort_keys=True, default=str))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import mimetypes
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,6 +135,34 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_table(dataset: Dataset, path: str | Path) -> None:
+    """Write a data set whose recordings are files as a table that `read_dataset` reads, and so the recipes.
+
+    Args:
+        dataset: As the readers of `peft_elp.corpora` return it.
+        path: Of a `.csv` file; a split of the folder `<path>/..` by its name, `<split>.csv`.
+
+    Raises:
+        ValueError: It is no `.csv` path, or a recording is not a file.
+
+    Example:
+        >>> from peft_elp.corpora import voxceleb1  # doctest: +SKIP
+        >>> write_table(voxceleb1("VoxCeleb1", "train"), "voices/train.csv")  # doctest: +SKIP
+        >>> read_dataset("voices", "train")  # doctest: +SKIP
+    """
+    path = Path(path)
+    if path.suffix != ".csv":
+        raise ValueError(f"A table is written to a .csv file, got {str(path)!r}.")
+    files: list[str] = []
+    for row, entry in enumerate(dataset["audio"]):
+        if not entry or not entry["path"] or entry["bytes"] is not None:
+            raise ValueError(f"Row {row} is no file. A table names files; save other recordings with to_parquet.")
+        files.append(str(Path(entry["path"]).absolute()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = dataset.remove_columns(["audio", *({"file_name"} & {*dataset.column_names})])
+    table.add_column("file_name", files).to_csv(path)  # pyright: ignore[reportCallIssue]
+
+
 def check_audio(
     dataset: Dataset,
     config: Any = None,
@@ -179,7 +208,12 @@ def check_audio(
             [detail for detail in findings["detail"] if detail is not None]
         )
         if on_bad_audio == "error" or not good:
-            way_out = "Repair or remove them; on_bad_audio='skip' leaves them out." if good else "None is left."
+            way_out = (
+                "Repair or remove them, allow other durations with min_duration_in_seconds and "
+                "max_duration_in_seconds, or leave them out with on_bad_audio='skip'."
+                if good
+                else "None is left."
+            )
             raise ValueError(f"{message}\n{way_out}")
         warnings.warn(f"{message}\nThey are left out.", stacklevel=2)
     rates = Counter(rate for rate, reason in zip(findings["rate_hz"], reasons, strict=True) if reason is None)
@@ -303,11 +337,29 @@ def _local_rows(place: Path, split: str | None) -> tuple[list[dict[str, Any]], P
         if table := _table(stem):
             return read_table(table), table.parent
     if split:
-        files = sorted(file for file in (place / split).glob("*/**/*") if file.suffix.lower() in AUDIO_SUFFIXES)
+        files = _labelled_files(place / split)
         if files:
             return [{"audio": str(file), "label": file.relative_to(place / split).parts[0]} for file in files], Path()
     table = _table(place / "metadata")
     return _rows_of_split(table, split) if table else None
+
+
+def _labelled_files(folder: Path) -> list[Path]:
+    """The recordings under `<folder>/<label>/`; any beside them are an error, files that may be some a warning."""
+    inside = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in inside if file.suffix.lower() in AUDIO_SUFFIXES]
+    labelled = [file for file in files if file.parent != folder]
+    if loose := [str(file) for file in files if file.parent == folder] if labelled else []:
+        raise ValueError(f"{len(loose)} recordings are in no folder of a label. Move them into one.{_listed(loose)}")
+    others = [str(file) for file in inside if file.suffix and file not in {*files} and not _is_text(file)]
+    if labelled and others:
+        warnings.warn(f"{len(others)} files are no recordings, by their names.{_listed(others)}", stacklevel=5)
+    return labelled
+
+
+def _is_text(file: Path) -> bool:
+    kind = mimetypes.guess_type(file)[0] or ""
+    return kind.startswith("text/") or kind == "application/json"
 
 
 def _table(stem: Path) -> Path | None:
@@ -320,13 +372,18 @@ def _table(stem: Path) -> Path | None:
 def _rows_of_split(table: Path, split: str | None) -> tuple[list[dict[str, Any]], Path]:
     rows = read_table(table)
     if split is not None:
-        splits = sorted({str(row.get("split", "")) for row in rows} - {""})
-        rows = [row for row in rows if row.get("split") == split]
-        if not rows:
+        splits = [str(row.get("split") or "").strip() for row in rows]
+        if split not in splits:
+            there = ", ".join(sorted({*splits} - {""})) or "nothing"
             raise ValueError(
-                f"{table} has no rows with {split!r} in a column `split`; there is {', '.join(splits) or 'nothing'}. "
-                "split=None takes all rows."
+                f"{table} has no rows with {split!r} in a column `split`; there is {there}. split=None takes all rows."
             )
+        if "" in splits:
+            raise ValueError(
+                f"{splits.count('')} of {len(rows)} rows of {table} are in no split; the first is row "
+                f"{splits.index('')}. Fill the column `split`, or leave them out."
+            )
+        rows = [row for row, name in zip(rows, splits, strict=True) if name == split]
     return rows, table.parent
 
 
@@ -335,7 +392,8 @@ def _with_audio(dataset: Any, wanted: str | None) -> Dataset:
     column = wanted or next((name for name in kinds if isinstance(kinds[name], Audio)), None)
     column = _find_audio(list(kinds), column)
     kind = kinds[column]
-    if not isinstance(kind, Audio) and kind not in (Value("string"), Value("large_string")):
+    recorded = isinstance(kind, Audio) or (isinstance(kind, dict) and {*kind} == {"bytes", "path"})
+    if not recorded and kind not in (Value("string"), Value("large_string")):
         raise ValueError(f"The column {column!r} holds neither recordings nor paths, but {kind}.")
     if column != "audio":
         dataset = dataset.remove_columns("audio") if "audio" in kinds else dataset

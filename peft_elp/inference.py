@@ -57,6 +57,25 @@ class Verification:
         return None if self.threshold is None else self.score >= self.threshold
 
 
+def is_padding_invariant(model: nn.Module, feature_extractor: Any) -> bool:
+    """Whether what a model answers for a recording is known not to depend on longer ones in the same batch.
+
+    It is not for convolutions normalised over time, for heads that count frames of padding, as x-vectors do, and where
+    there is no attention mask. Then put recordings of one length into a batch, or one at a time.
+
+    Args:
+        model: Of Transformers, with its head, or a model with adapters around one.
+        feature_extractor: What pads.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return (
+        getattr(base.config, "feat_extract_norm", None) != "group"
+        and not type(base).__name__.endswith("ForXVector")
+        and (base.config.model_type == "whisper" or hasattr(base, "_get_feature_vector_attention_mask"))
+        and ("input_features" in feature_extractor.model_input_names or feature_extractor.return_attention_mask)
+    )
+
+
 def speaker_embeddings(model: nn.Module, **inputs: Any) -> Tensor:
     """What a model makes of each utterance before it names the speaker.
 
@@ -125,14 +144,7 @@ class SpeechAdapter:
         self.tokenizer = tokenizer
         base: Any = model.get_base_model()
         self._base = base
-        self._has_frame_mask = hasattr(base, "_get_feature_vector_attention_mask")
-        features = "input_features" in feature_extractor.model_input_names
-        self._pads = (
-            getattr(base.config, "feat_extract_norm", None) != "group"
-            and not type(base).__name__.endswith("ForXVector")  # it counts frames of the padding in
-            and (base.config.model_type == "whisper" or self._has_frame_mask)
-            and (features or feature_extractor.return_attention_mask)
-        )
+        self._pads = is_padding_invariant(base, feature_extractor)
 
     @classmethod
     def from_pretrained(

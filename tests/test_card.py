@@ -176,6 +176,19 @@ def test_a_card_that_was_edited_stays_as_it_is(tmp_path, edit):
     assert not write_card(tmp_path)
 
 
+def test_a_card_whose_metadata_were_corrected_stays_as_it_is(tmp_path):
+    model = from_the_hub()
+    describe(model, datasets=["me/calls"], metrics=[EER])
+    model.save_pretrained(tmp_path)
+    assert is_generated(card(tmp_path))
+    corrected = card(tmp_path)
+    corrected.data.datasets = ["me/calls", "me/letters"]
+    corrected.save(tmp_path / "README.md")
+    PeftModel.from_pretrained(build("wavlm", "ForSequenceClassification"), tmp_path).save_pretrained(tmp_path)
+    assert card(tmp_path).data.datasets == ["me/calls", "me/letters"]
+    assert read_results(tmp_path) == [EER]
+
+
 def test_a_card_of_ones_own_stays_as_peft_leaves_it(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\n### Framework versions\n\n- PEFT 0.1\n")
     from_the_hub().save_pretrained(tmp_path)
@@ -201,7 +214,7 @@ def test_saving_again_writes_the_same_card_whatever_peft_added(tmp_path):
     model.save_pretrained(tmp_path)
     first = (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text(first.replace("- PEFT ", "- PEFT 0.99.0\n- PEFT "))
-    assert is_generated(card(tmp_path).text)
+    assert is_generated(card(tmp_path))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == first
 

@@ -5,7 +5,15 @@ import pytest
 import soundfile
 
 from peft_elp.corpora import fluent_speech_commands, iemocap, librilight, librispeech, voxceleb1
-from peft_elp.data import check_audio, check_disjoint, leave_one_group_out, read_trials
+from peft_elp.data import (
+    check_audio,
+    check_disjoint,
+    from_rows,
+    leave_one_group_out,
+    read_dataset,
+    read_trials,
+    write_table,
+)
 
 
 def record(path):
@@ -106,6 +114,20 @@ def test_voxceleb1_verification_tests_on_the_speakers_of_its_trials(vox):
     trials = read_trials(vox / "veri_test.txt", vox / "wav")
     assert [trial.label for trial in trials] == [1, 0]
     assert {file for trial in trials for file in trial[1:]} == {entry["path"] for entry in test["audio"]}
+
+
+def test_a_corpus_becomes_a_table_that_is_read_with_its_trials(vox, tmp_path):
+    for split in ("train", "test"):
+        write_table(voxceleb1(vox, split), tmp_path / f"voices/{split}.csv")
+    train, test = (check_audio(read_dataset(tmp_path / "voices", split)) for split in ("train", "test"))
+    assert train["speaker"][:] == ["id10001", "id10001", "id10002"]
+    files = {file for trial in read_trials(vox / "veri_test.txt", vox / "wav") for file in trial[1:]}
+    assert files == {entry["path"] for entry in test["audio"]}
+    with pytest.raises(ValueError, match=r"written to a \.csv file"):
+        write_table(train, tmp_path / "voices")
+    inside = from_rows([{"audio": "a.wav"}]).map(lambda row: {"audio": {"bytes": b"RIFF", "path": "a.wav"}})
+    with pytest.raises(ValueError, match="Row 0 is no file"):
+        write_table(inside, tmp_path / "inside.csv")
 
 
 def test_voxceleb1_identification_follows_its_list(vox):

@@ -199,6 +199,24 @@ def test_a_local_split_is_read_in_every_layout(tmp_path, layout):
         read_dataset(place, "dev")
 
 
+def test_nothing_in_a_folder_of_labels_or_a_column_of_splits_is_passed_over(tmp_path):
+    for name in ("train/a/1.wav", "train/b/1.wav"):
+        record(tmp_path / name)
+    (tmp_path / "train/a/.hidden").touch()
+    (tmp_path / "train/a/notes.txt").touch()
+    (tmp_path / "train/a/2.w64").touch()
+    with pytest.warns(UserWarning, match=r"1 files are no recordings, by their names\.\n  .*2\.w64"):
+        assert len(read_dataset(tmp_path, "train")) == 2
+    record(tmp_path / "train/2.wav")
+    with pytest.raises(ValueError, match=r"1 recordings are in no folder of a label.*\n  .*2\.wav"):
+        read_dataset(tmp_path, "train")
+    write(tmp_path / "metadata.csv", "file_name,split", "a.wav,train ", "b.wav,test")
+    assert len(read_dataset(tmp_path / "metadata.csv", "train")) == 1
+    write(tmp_path / "metadata.csv", "file_name,split", "a.wav,train", "b.wav,")
+    with pytest.raises(ValueError, match=r"1 of 2 rows .* are in no split; the first is row 1"):
+        read_dataset(tmp_path / "metadata.csv", "train")
+
+
 def test_a_copy_of_a_hub_data_set_is_read_with_its_bytes(tmp_path):
     content = record(tmp_path / "a.flac").read_bytes()
     hub = Dataset.from_dict({"sound": [{"path": "a.flac", "bytes": content}], "label": [0], "file": ["x/a.flac"]})

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import soundfile
 import transformers
 from backbones import build
+from hub import TOKEN, client, serving
 from safetensors.torch import load_file
 from transformers import Wav2Vec2FeatureExtractor
 
@@ -306,6 +308,7 @@ def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
         "head": 2e-3,
         "encoder": 1e-3,
     }
+    assert rates("asv", "--e_learning_rate", "1e-2")["P"] == 1e-2
     with pytest.raises(ValueError, match="A learning rate is given for 'E'"):
         rates("asr", "--adapters", "L", "--e_learning_rate", "1e-3")
 
@@ -314,17 +317,129 @@ def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
     ("words", "message"),
     [
         (["--do_train", "False"], "A recipe trains"),
+        (["--dataloader_drop_last", "True"], "out of what is measured"),
+        (["--language_model", "english.arpa"], "--language_model means something only with --decoder beam"),
+        (["--validation_split_name", "test"], "only with --eval_strategy steps or --eval_strategy epoch"),
+        (["--lora_r", "4"], "--lora_r means something only with --method lora, and --method is elp"),
+        (
+            ["--chars_to_ignore", "", "--tokenizer_name_or_path", "UPPER"],
+            "lacks characters .* a g n o. Is it in upper",
+        ),
+        (["--head", "mean", "--loss", "softmax", "--margin", "0.1"], "--margin means something only with --loss"),
+        (["--head", "mean", "--s_norm_top_k", "5"], "--s_norm_top_k means something only with --s_norm_cohort"),
+        (["--head", "mean", "--s_norm_cohort", "train", "--s_norm_top_k", "17"], "from 2 to the 16 utterances"),
+        (["--head", "mean", "--trials_folder", "x"], "--trials_folder means something only with --trials, and"),
+        (["--head", "mean", "--trials", "x", "--max_eval_samples", "2"], "only with no --trials, and --trials is x"),
+        (["--folds", "2", "--eval_split_name", "test"], "--folds means something only with no --eval_split_name"),
         (["--eval_strategy", "steps"], "by which nothing may be chosen"),
-        (["--method", "lora", "--e_dim", "8"], "--e_dim is of ELP-adapters"),
+        (["--method", "lora", "--e_dim", "8"], "--e_dim means something only with --method elp"),
         (["--method", "lora", "--head", "xvector"], "LoRA would train both"),
         (["--decoder", "beam"], "needs pyctcdecode"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(words, message, run, monkeypatch):
+def test_what_cannot_be_meant_is_refused(words, message, run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyctcdecode", None)
-    module = verification if "xvector" in words else recognition
+    if "UPPER" in words:
+        recognition.make_tokenizer(["GO ON", "A NOON"], tmp_path / "UPPER").save_pretrained(tmp_path / "UPPER")
+        words = [*words[:-1], tmp_path / "UPPER"]
+    module = verification if "--head" in words else emotion if "--folds" in words else recognition
     with pytest.raises((ValueError, ImportError), match=message):
         run(module, *words)
+
+
+def test_the_best_checkpoint_is_that_of_the_least_error(encoder, data):
+    def greater(*words):
+        names = ["--model_name_or_path", str(encoder), "--dataset_name", str(data)]
+        return recipe.parse([*names, *words], recipe.DataArguments)[2].greater_is_better
+
+    assert greater("--metric_for_best_model", "wer") is False
+    assert greater("--metric_for_best_model", "eval_eer") is False
+    assert greater("--metric_for_best_model", "accuracy") is True
+    assert greater("--metric_for_best_model", "cer", "--greater_is_better", "True") is True
+
+
+@pytest.mark.parametrize("module", [recognition, emotion, intent, verification])
+def test_accumulated_batches_have_the_loss_of_one_batch(module, run, tmp_path):
+    def loss(*words):
+        folder = tmp_path / words[-1]
+        run(module, *ELP, *HARDLY, "--max_grad_norm", 0, *FOLD.get(module, []), *words, folder=folder)
+        history = [json.loads(path.read_text()) for path in folder.rglob("train_results.json")]
+        return np.mean([results["train_loss"] for results in history])
+
+    assert loss("--gradient_accumulation_steps", "4") == pytest.approx(loss("--max_steps", "8"), rel=0.25)
+
+
+FOLD = {emotion: ["--folds", "1"]}
+
+
+@pytest.mark.parametrize("module", [recognition, verification, intent])
+def test_a_recording_is_measured_as_it_is_answered_where_padding_would_be_heard(module, run, data, tmp_path, capsys):
+    grouped = build("wav2vec2", "Model", mask_time_length=2, feat_extract_norm="group", do_stable_layer_norm=False)
+    grouped.save_pretrained(tmp_path / "grouped")
+    Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(tmp_path / "grouped")
+    _, folder = run(module, *ELP, *HARDLY, "--model_name_or_path", tmp_path / "grouped")
+    assert "one recording at a time" in capsys.readouterr().out
+    adapter = SpeechAdapter.from_pretrained(folder)
+    if module is verification:
+        for row in read(folder / "scores.csv"):
+            assert adapter.verify(row["file_a"], row["file_b"]).score == pytest.approx(float(row["score"]), abs=1e-4)
+        return
+    rows = read(folder / "predictions.csv")
+    files = [row["file"] for row in rows]
+    if module is intent:
+        answers = [answer["label"] for (answer,) in adapter.classify(files, top_k=1)]
+        assert answers == [row["predicted_label"] for row in rows]
+    else:
+        assert adapter.transcribe(files) == [row["predicted"] for row in rows]
+
+
+def test_recordings_inside_of_a_data_set_may_share_the_names_of_their_files(run, data, tmp_path):
+    rows = {"train": [], "test": []}
+    for row in read(data / "metadata.csv"):
+        content = (data / row["file_name"]).read_bytes()
+        rows[row["split"]].append({"audio": {"bytes": content, "path": "0001.flac"}, "speaker_id": row["speaker_id"]})
+    (tmp_path / "voices/data").mkdir(parents=True)
+    for split, found in rows.items():
+        recipe.Dataset.from_list(found).to_parquet(tmp_path / f"voices/data/{split}-00000-of-00001.parquet")
+    options = ["--s_norm_cohort", "train", *HARDLY]
+    files, _ = run(verification, *ELP, *options)
+    inside, folder = run(verification, *ELP, *options, dataset=tmp_path / "voices", folder=tmp_path / "inside")
+    for name in ("eval_trials", "eval_eer", "eval_min_dcf", "eval_eer_s_norm", "eval_s_norm_cohort"):
+        assert inside[name] == files[name]
+    assert len({row["file_a"] for row in read(folder / "scores.csv")}) == 7
+
+
+def test_what_was_trained_is_saved_before_it_is_measured_and_metrics_are_reported(run, monkeypatch, tmp_path):
+    _, folder = run(intent, *ELP)
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_accuracy" in entry for entry in history)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(recipe.RecipeTrainer, "predict", fail)
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        run(intent, *ELP, folder=tmp_path / "unmeasured")
+    assert SpeechAdapter.from_pretrained(tmp_path / "unmeasured").saved.labels == ["loud", "quiet"]
+
+
+def test_a_recipe_pushes_what_its_card_names(encoder, data, tmp_path):
+    with serving() as hub, client(hub, tmp_path) as there:
+        card = there(push_intents, str(encoder), str(data), str(tmp_path / "out"))
+    assert 'PeftModel.from_pretrained(base, "me/intents")' in card
+    assert "Trained for 2 steps of 8 utterances." in card
+    assert "metric" in card
+
+
+def push_intents(encoder, data, folder):
+    from huggingface_hub import hf_hub_download
+
+    words = ["--model_name_or_path", encoder, "--dataset_name", data, "--output_dir", folder, "--max_steps", "2"]
+    words += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--use_cpu", *ELP]
+    intent.main(
+        [*words, "--save_strategy", "no", "--push_to_hub", "True", "--hub_model_id", "intents", "--hub_token", TOKEN]
+    )
+    return Path(hf_hub_download("me/intents", "README.md", token=TOKEN)).read_text()
 
 
 def test_a_validation_split_chooses_the_checkpoint(run, data, tmp_path):
@@ -383,6 +498,30 @@ def test_a_grid_has_settings_of_one_method_in_one_task(tmp_path):
     for strange in ({"c": {}}, {"a": {"z": ""}}):
         with pytest.raises(ValueError, match="which is not in"):
             list(compare_methods.runs_of({**grid, "settings": strange}, tmp_path))
+
+
+def test_the_commands_of_the_page_run_on_synthesised_speech(tmp_path, monkeypatch):
+    """In a short form: fewer and less, and two steps."""
+    pytest.importorskip("espeakng_loader")
+    import make_demo_data
+
+    page = (Path(recipe.__file__).parent.parent / "docs/how-to/recipes.md").read_text()
+    block = page.split("```sh\n")[1].split("```")[0].replace("\\\n", "")
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    modules = [recognition, verification, emotion, intent]
+    scripts = [Path(module.__file__).name for module in [make_demo_data, *modules]]
+    assert [command[0] for command in commands] == [f"examples/{script}" for script in scripts]
+    monkeypatch.chdir(tmp_path)
+    make_demo_data.main([*commands[0][1:], *SMALL])
+    for module, command in zip(modules, commands[1:], strict=True):
+        short = ["--max_steps", "2", "--save_strategy", "no", "--use_cpu", "--per_device_train_batch_size", "4", *ELP]
+        metrics = module.main([*command[1:], *short])
+        assert any(f"eval_{measure}" in metrics for measure in recipe.MEASURES)
+        assert next(tmp_path.rglob(f"{command[-1]}/**/adapter_model.safetensors"))
+
+
+SMALL = ["--num_clips", "24", "--num_voices", "6", "--num_pretraining_words", "6", "--pretraining_steps", "1"]
+SMALL += ["--pretraining_words_per_clip", "2"]
 
 
 def test_demo_data_are_what_the_recipes_take_and_are_made_once(tmp_path, capsys):
