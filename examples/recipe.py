@@ -232,14 +232,22 @@ def with_labels(dataset: Dataset, labels: Sequence[Any]) -> Dataset:
 
 
 class Collator:
-    """Reads the recordings of a batch when their turn comes."""
+    """Reads the recordings of a batch when their turn comes; of longer ones than `crop_s` seconds, a random piece."""
 
-    def __init__(self, feature_extractor: Any) -> None:
+    def __init__(self, feature_extractor: Any, crop_s: float | None = None) -> None:
         self.feature_extractor = feature_extractor
+        self.most = sys.maxsize if crop_s is None else int(crop_s * feature_extractor.sampling_rate)
+
+    def _read(self, row: dict[str, Any]) -> Any:
+        waveform = decode(row["audio"], self.feature_extractor.sampling_rate)[slice(*row.get("samples", (None,)))]
+        if len(waveform) <= self.most:
+            return waveform
+        start = int(torch.randint(len(waveform) - self.most + 1, ()))
+        return waveform[start : start + self.most]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         rate_hz = self.feature_extractor.sampling_rate
-        waveforms = [decode(row["audio"], rate_hz)[slice(*row.get("samples", (None,)))] for row in rows]
+        waveforms = [self._read(row) for row in rows]
         batch = self.feature_extractor(waveforms, sampling_rate=rate_hz, padding=True, return_tensors="pt")
         if "labels" in rows[0]:
             labels = [torch.as_tensor(row["labels"]) for row in rows]

@@ -26,6 +26,7 @@ import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from recipe import (
+    Collator,
     DataArguments,
     RecipeTrainer,
     at_most,
@@ -68,6 +69,9 @@ class VerificationArguments(DataArguments):
     scale: float = option(30.0, "Of AM-Softmax.")
     trials: str | None = option(None, "A list of trials; see peft_elp.data.read_trials. Default: all pairs of test.")
     trials_folder: str | None = option(None, "What its paths count from. Default: its own folder.")
+    crop_length_in_seconds: float | None = option(
+        None, "Train on a random piece of this length of each longer recording. Default: on all of it."
+    )
     s_norm_cohort: str = option("none", "'train': also score with s-norm by all training utterances.", choices=COHORTS)
     s_norm_top_k: int | None = option(None, "How many of the cohort count for an utterance. Default: all.")
 
@@ -76,6 +80,14 @@ class SpeakerTrainer(RecipeTrainer):
     """Trains on the embeddings of utterances, and predicts them."""
 
     verification: VerificationArguments
+
+    def get_train_dataloader(self) -> Any:
+        whole = self.data_collator
+        self.data_collator = Collator(self.processing_class, self.verification.crop_length_in_seconds)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -150,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     column = data_args.label_column_name
     check_disjoint(train, test, column)
     test = at_most(test, data_args.max_eval_samples, args.seed)
+    if (crop_s := data_args.crop_length_in_seconds) is not None and crop_s < 0.1:
+        raise ValueError(f"--crop_length_in_seconds {crop_s:g} leaves no voice. Take 0.1 or more; 2 to 4 are usual.")
     if data_args.s_norm_top_k is not None and not 2 <= data_args.s_norm_top_k <= len(train):
         raise ValueError(f"--s_norm_top_k is from 2 to the {len(train)} utterances of training.")
     trials, recordings = read_pairs(data_args, train, test, config)

@@ -238,6 +238,19 @@ def test_the_error_rates_are_those_of_the_saved_scores_and_of_the_saved_adapter(
         assert voices.verify(row["file_a"], row["file_b"]).score == pytest.approx(float(row["score"]), abs=1e-4)
 
 
+def test_training_is_on_pieces_of_recordings_and_evaluation_on_all_of_them(run, monkeypatch):
+    lengths = {True: set(), False: set()}
+    embed = verification.speaker_embeddings
+
+    def spy(model, **inputs):
+        lengths[model.training] |= {*inputs["attention_mask"].sum(-1).tolist()}
+        return embed(model, **inputs)
+
+    monkeypatch.setattr(verification, "speaker_embeddings", spy)
+    run(verification, *ELP, "--crop_length_in_seconds", "0.11")
+    assert lengths == {True: {1600, 1760}, False: {1600, 1760, 1920, 2080, 2240}}
+
+
 def test_trials_and_s_norm_are_taken_from_where_they_are_said_to_be(run, data, tmp_path):
     trials = [{"label": int(a // 4 == b // 4), "file_a": f"{a}.flac", "file_b": f"{b}.flac"} for a, b in PAIRS]
     write(tmp_path / "trials.csv", trials)
