@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,6 @@ def parse(
         model_args, data_args, args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     # PEFT 0.21 asks Transformers 5 by the old name.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-    # PEFT takes a new vocabulary for new embeddings, which a speech encoder has none of.
-    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
     args.label_names = ["labels"]
     args.length_column_name = "duration_s"  # what --train_sampling_strategy group_by_length reads
     args.dataloader_pin_memory &= torch.cuda.is_available()
@@ -268,33 +267,38 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     """The model with what `--method` trains, and everything else frozen."""
-    head = head_modules(model)
-    if model_args.method == "elp":
-        preset, options = model_args.preset, elp_options(model_args)
-        return get_peft_model(model, ELPConfig.preset(preset, **options) if preset else ELPConfig(**options))
-    if model_args.method == "lora":
-        inner = [name for name, _ in getattr(model, model.base_model_prefix).named_modules()]
-        if shared := [name for name in head if any(path.split(".")[-1] == name for path in inner)]:
-            raise ValueError(
-                f"PEFT finds modules_to_save by the end of their names, and {shared[0]!r} is in the head of "
-                f"{type(model).__name__} and in its encoder: LoRA would train both. Choose another head or method."
-            )
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=model_args.lora_r,
-                lora_alpha=model_args.lora_alpha,
-                target_modules=model_args.lora_target_modules,
-                modules_to_save=head,
-            ),
-        )
+    if model_args.method in ("elp", "lora"):
+        adapted = get_peft_model(model, peft_config(model, model_args))
+        # Where the vocabulary is new, PEFT would look for the embeddings of its tokens; speech encoders have none.
+        adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # pyright: ignore
+        return adapted
     model.requires_grad_(False)
-    for name in head:
+    for name in head_modules(model):
         model.get_submodule(name).requires_grad_(True)
     if model_args.method == "full":
         for layer in find_parts(model).layers:
             layer.requires_grad_(True)
     return model
+
+
+def peft_config(model: PreTrainedModel, model_args: ModelArguments) -> ELPConfig | LoraConfig:
+    """What PEFT places, for `--method elp` and `--method lora`."""
+    if model_args.method == "elp":
+        preset, options = model_args.preset, elp_options(model_args)
+        return ELPConfig.preset(preset, **options) if preset else ELPConfig(**options)
+    head = head_modules(model)
+    inner = [name for name, _ in getattr(model, model.base_model_prefix).named_modules()]
+    if shared := [name for name in head if any(path.split(".")[-1] == name for path in inner)]:
+        raise ValueError(
+            f"PEFT finds modules_to_save by the end of their names, and {shared[0]!r} is in the head of "
+            f"{type(model).__name__} and in its encoder: LoRA would train both. Choose another head or method."
+        )
+    return LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        target_modules=model_args.lora_target_modules,
+        modules_to_save=head,
+    )
 
 
 def has_elp(model: Any) -> bool:

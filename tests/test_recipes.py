@@ -108,6 +108,18 @@ def run(encoder, data, tmp_path):
     return run
 
 
+@pytest.mark.parametrize("module", [recognition, verification, emotion])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_runs_and_is_saved_in_each_task(method, module, run):
+    metrics, folder = run(module, *METHODS[method], *FOLD.get(module, []))
+    assert metrics["method"] == method
+    name = "adapter_model.safetensors" if method in ("elp", "lora") else "model.safetensors"
+    assert next(folder.rglob(name))
+
+
+FOLD = {emotion: ["--folds", "1"]}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_what_it_says_and_nothing_else(method, run, encoder):
     metrics, folder = run(intent, *METHODS[method])
@@ -380,9 +392,6 @@ def test_accumulated_batches_have_the_loss_of_one_batch(module, run, tmp_path):
         return np.mean([results["train_loss"] for results in history])
 
     assert loss("--gradient_accumulation_steps", "4") == pytest.approx(loss("--max_steps", "8"), rel=0.25)
-
-
-FOLD = {emotion: ["--folds", "1"]}
 
 
 @pytest.mark.parametrize("module", [recognition, verification, intent])
