@@ -29,7 +29,7 @@ import run_intent_classification as intent
 import run_speaker_verification as verification
 import run_speech_recognition as recognition
 
-from peft_elp import published_rates
+from peft_elp import cli, published_rates
 from peft_elp.data import check_disjoint, leave_one_group_out, read_trials
 from peft_elp.inference import SpeechAdapter
 from peft_elp.metrics import equal_error_rate, min_dcf
@@ -196,6 +196,34 @@ def test_recognition_is_scored_by_what_it_wrote_and_writes_it_again(run):
     }
     # Rows stay in order where training groups by length; padding changes no text.
     assert SpeechAdapter.from_pretrained(folder).transcribe([row["file"] for row in rows]) == found
+
+
+@pytest.mark.parametrize("module", [recognition, verification, emotion, intent])
+def test_the_command_gives_the_figures_of_the_recipe(module, run, capsys):
+    metrics, folder = run(module, *ELP, *HARDLY, *FOLD.get(module, []))
+    (folder,) = {path.parent for path in folder.rglob("adapter_config.json")}
+    verb = {recognition: "transcribe", verification: "verify"}.get(module, "classify")
+    if module is verification:
+        words = ["--trials", folder / "scores.csv"]
+    else:
+        rows = read(folder / "predictions.csv")
+        words = [row["file"] for row in rows]
+    capsys.readouterr()
+    assert cli.main([verb, *map(str, [folder, *words]), "--batch-size", "3", "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    if module is recognition:
+        found, texts = [answer["text"] for answer in answers], [row["text"] for row in rows]
+        assert {"wer": jiwer.wer(texts, found), "cer": jiwer.cer(texts, found)} == {
+            name: metrics[f"eval_{name}"] for name in ("wer", "cer")
+        }
+    elif module is verification:
+        assert answers[-1]["trials"] == metrics["eval_trials"]
+        for name in ("eer", "min_dcf"):
+            assert answers[-1][name] == pytest.approx(metrics[f"eval_{name}"])
+    else:
+        column, name = ("label", "accuracy") if module is intent else ("emotion", "weighted_accuracy")
+        right = [answer["labels"][0]["label"] == row[column] for answer, row in zip(answers, rows, strict=True)]
+        assert np.mean(right) == metrics[f"eval_{name}"]
 
 
 def test_a_text_that_does_not_fit_its_frames_is_named_or_left_out(run, data, tmp_path):
