@@ -367,6 +367,11 @@ class RecipeTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         assert self.model is not None
         if not is_padding_invariant(self.model, self.processing_class):
+            if self.args.n_gpu > 1:
+                raise ValueError(
+                    f"This encoder or head hears padding, and {self.args.n_gpu} devices in one process share a padded "
+                    "batch. Start a process for each with `accelerate launch`, or show one: CUDA_VISIBLE_DEVICES=0."
+                )
             print("Evaluated one recording at a time: this encoder or head hears the padding of a batch.")
             self.args.per_device_eval_batch_size = 1
 

@@ -48,6 +48,7 @@ from peft_elp.inference import speaker_embeddings
 from peft_elp.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
 
 MOST_PAIRS = 1_000_000
+LEAST_CROP_S = 0.5  # as SpecAugment and the context of an x-vector need
 COHORTS = ("none", "train")
 ONLY_WITH = {
     "trials_folder": ("trials",),
@@ -137,7 +138,13 @@ def read_pairs(args: VerificationArguments, train: Dataset, test: Dataset, confi
                 f"{len(names)} test utterances make over {MOST_PAIRS:,} pairs. Give a list with --trials."
             )
         pairs = combinations(zip(speakers, names, strict=True), 2)
-        return [Trial(int(x == y), file_a, file_b) for (x, file_a), (y, file_b) in pairs], test
+        trials = [Trial(int(x == y), file_a, file_b) for (x, file_a), (y, file_b) in pairs]
+        if not 0 < (same := sum(trial.label for trial in trials)) < len(trials):
+            raise ValueError(
+                f"{len(names)} test utterances make {len(trials) - same} trials of two speakers and {same} of one. "
+                "Error rates need both: take more of them."
+            )
+        return trials, test
     listed = read_trials(args.trials, args.trials_folder)
     trials = [Trial(label, *(str(Path(file).resolve()) for file in files)) for label, *files in listed]
     files = sorted({file for trial in trials for file in trial[1:]})
@@ -162,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     column = data_args.label_column_name
     check_disjoint(train, test, column)
     test = at_most(test, data_args.max_eval_samples, args.seed)
-    if (crop_s := data_args.crop_length_in_seconds) is not None and crop_s < 0.1:
-        raise ValueError(f"--crop_length_in_seconds {crop_s:g} leaves no voice. Take 0.1 or more; 2 to 4 are usual.")
+    if (crop_s := data_args.crop_length_in_seconds) is not None and crop_s < LEAST_CROP_S:
+        raise ValueError(f"--crop_length_in_seconds is {LEAST_CROP_S} or more, got {crop_s:g}. 2 to 4 are usual.")
     if data_args.s_norm_top_k is not None and not 2 <= data_args.s_norm_top_k <= len(train):
         raise ValueError(f"--s_norm_top_k is from 2 to the {len(train)} utterances of training.")
     trials, recordings = read_pairs(data_args, train, test, config)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .saved import SavedAdapter, read_adapter
 
 TAGS = ("elp", "peft-elp")
 OURS = re.compile(r"<!-- peft-elp card ([0-9a-f]{16})\b.*-->\s*$")
-EDITED = ("datasets", "metrics", "model-index", "pipeline_tag", "language")  # metadata from here that people correct
+EDITED = ("datasets", "metrics", "model-index", "pipeline_tag")  # metadata from here that people correct
 TOKENIZER = ("tokenizer_config.json", "vocab.json", "tokenizer.json")
 
 
@@ -98,17 +99,22 @@ def describe(
         language=language,
         license=license,
         datasets=tuple(datasets),
-        metrics=tuple(metrics),
+        metrics=tuple(replace(metric, metric_value=_number(metric.metric_value)) for metric in metrics),
         protocol=protocol,
         seed=seed,
     )
 
 
+def _number(value: Any) -> Any:
+    """A number of NumPy or torch as Python's own, which YAML knows."""
+    return value.item() if hasattr(value, "item") else value
+
+
 def write_card(folder: str | Path, description: Description | None = None) -> bool:
     """Write the card of a saved adapter, unless its folder has one that is not from here, or was edited since.
 
-    An edit is one of the text, or of what the metadata say of data sets, metrics, results, task and language. Other
-    metadata, such as a licence, are kept in a card that is written anew.
+    An edit is one of the text, or of what the metadata say of data sets, metrics, results and task. Other metadata,
+    such as a licence, are kept in a card that is written anew.
 
     Returns:
         Whether it was written.
@@ -116,10 +122,16 @@ def write_card(folder: str | Path, description: Description | None = None) -> bo
     Raises:
         ValueError: The folder holds no ELP-adapter.
     """
-    saved, description = read_adapter(folder), description or Description()
+    saved, described, description = read_adapter(folder), description is not None, description or Description()
     path = saved.folder / "README.md"
     there = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
     if not (is_generated(there) or _is_template(there.text)):
+        if described:
+            warnings.warn(
+                f"{path} is not from here or was edited: it stays as it is, without what `describe` says. To have it "
+                "written anew, remove it.",
+                stacklevel=2,
+            )
         return False
     data = _data(saved, description, there.data.to_dict())
     text = _text(saved, description)

@@ -65,17 +65,20 @@ def _parser() -> argparse.ArgumentParser:
     classify = commands.add_parser("classify", parents=[saved, model, files], help="name the labels of recordings")
     classify.add_argument("--top-k", type=_count, default=1, help="how many labels (default: 1)")
     classify.set_defaults(run=_classify)
-    verify = commands.add_parser(
-        "verify", parents=[saved, model], help="compare the voices of two recordings, or of all in a list of trials"
-    )
-    verify.add_argument("files", nargs="*", metavar="FILE", help="two recordings")
-    verify.add_argument("--trials", help="instead: lines of `label file file`, or a .csv, .tsv or .jsonl table")
-    verify.add_argument("--trials-folder", help="what its paths count from (default: its own folder)")
-    verify.add_argument("--batch-size", type=_count, default=1, help="how many to answer at a time (default: 1)")
+    verify = commands.add_parser("verify", parents=[saved, model], help="compare the voices of two recordings")
+    verify.add_argument("file_a", metavar="FILE_A")
+    verify.add_argument("file_b", metavar="FILE_B")
     verify.add_argument(
         "--threshold", type=float, help="the score from which they are one voice (default: the adapter's)"
     )
-    verify.set_defaults(run=_verify, wrong=verify.error)
+    verify.set_defaults(run=_verify)
+    trials = commands.add_parser(
+        "trials", parents=[saved, model], help="compare the voices of all pairs in a list, and measure the error rates"
+    )
+    trials.add_argument("list", metavar="LIST", help="lines of `label file file`, or a .csv, .tsv or .jsonl table")
+    trials.add_argument("--folder", help="what its paths count from (default: its own folder)")
+    trials.add_argument("--batch-size", type=_count, default=1, help="how many to answer at a time (default: 1)")
+    trials.set_defaults(run=_trials)
     return parser
 
 
@@ -137,13 +140,7 @@ def _classify(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    if len(args.files) != (0 if args.trials else 2):
-        args.wrong(f"two recordings or --trials are needed, got {len(args.files)} and --trials {args.trials}")
-    if args.trials:
-        if args.threshold is not None:
-            args.wrong("--threshold decides about two recordings; --trials measures over all thresholds")
-        return _verify_trials(args)
-    found = _load(args).verify(*args.files, threshold=args.threshold)
+    found = _load(args).verify(args.file_a, args.file_b, threshold=args.threshold)
     if args.json:
         _print_json({"score": found.score, "threshold": found.threshold, "same": found.same})
     elif found.same is None:
@@ -153,12 +150,12 @@ def _verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verify_trials(args: argparse.Namespace) -> int:
+def _trials(args: argparse.Namespace) -> int:
     """Print the score of each trial and the error rates of all; a recording that cannot be read stops it."""
     from .data import read_trials
     from .metrics import cosine_scores, equal_error_rate, min_dcf
 
-    trials = read_trials(args.trials, args.trials_folder)
+    trials = read_trials(args.list, args.folder)
     files = sorted({file for trial in trials for file in trial[1:]})
     voices = _load(args).embed(files, batch_size=args.batch_size)
     scores = cosine_scores(dict(zip(files, voices, strict=True)), [trial[1:] for trial in trials])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import mimetypes
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,8 +160,13 @@ def write_table(dataset: Dataset, path: str | Path) -> None:
             raise ValueError(f"Row {row} is no file. A table names files; save other recordings with to_parquet.")
         files.append(str(Path(entry["path"]).absolute()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = dataset.remove_columns(["audio", *({"file_name"} & {*dataset.column_names})])
-    table.add_column("file_name", files).to_csv(path)  # pyright: ignore[reportCallIssue]
+    columns: dict[str, list[Any]] = {"file_name": files}
+    for name in (name for name in dataset.column_names if name not in ("audio", "file_name")):
+        values, feature = list(dataset[name]), dataset.features[name]
+        if isinstance(feature, ClassLabel):  # by their names, as `read_column` has them
+            values = ["" if value is None or value < 0 else feature.int2str(value) for value in values]
+        columns[name] = values
+    Dataset.from_dict(columns).to_csv(path)
 
 
 def check_audio(
@@ -346,7 +352,8 @@ def _local_rows(place: Path, split: str | None) -> tuple[list[dict[str, Any]], P
 
 def _labelled_files(folder: Path) -> list[Path]:
     """The recordings under `<folder>/<label>/`; any beside them are an error, files that may be some a warning."""
-    inside = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    walked = os.walk(folder, followlinks=True)  # a link that leads nowhere is a file here: `check_audio` names it
+    inside = sorted(Path(place, name) for place, _, names in walked for name in names if not name.startswith("."))
     files = [file for file in inside if file.suffix.lower() in AUDIO_SUFFIXES]
     labelled = [file for file in files if file.parent != folder]
     if loose := [str(file) for file in files if file.parent == folder] if labelled else []:

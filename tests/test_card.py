@@ -1,8 +1,10 @@
 """A saved adapter has a card: what it is, whose it is, what was measured, and code that runs."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from backbones import ELP, build
@@ -170,7 +172,8 @@ def test_a_card_that_was_edited_stays_as_it_is(tmp_path, edit):
     edited.text = edit(edited.text)
     edited.save(tmp_path / "README.md")
     describe(model, metrics=[EER], seed=1)
-    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="stays as it is, without what `describe` says"):
+        model.save_pretrained(tmp_path)
     assert card(tmp_path).text.strip() == edited.text.strip()
     assert read_results(tmp_path) == []
     assert not write_card(tmp_path)
@@ -202,10 +205,11 @@ def test_metadata_that_were_added_stay_when_the_card_is_written_anew(tmp_path):
     model.save_pretrained(tmp_path)
     mine = card(tmp_path)
     mine.data.license = "mit"
+    mine.data.language = "en"
     mine.save(tmp_path / "README.md")
     describe(model, seed=3)
     model.save_pretrained(tmp_path)
-    assert card(tmp_path).data.license == "mit"
+    assert (card(tmp_path).data.license, card(tmp_path).data.language) == ("mit", "en")
     assert "Seed: 3." in card(tmp_path).text
 
 
@@ -225,6 +229,13 @@ def test_trainer_saves_the_card(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     Trainer(model, arguments).save_model()
     assert "Seed: 5." in card(tmp_path).text
+
+
+def test_metrics_may_be_numbers_of_numpy(tmp_path):
+    model = from_the_hub()
+    describe(model, metrics=[replace(EER, metric_value=np.float64(2.63))])
+    model.save_pretrained(tmp_path)
+    assert read_results(tmp_path) == [EER]
 
 
 def test_each_of_several_adapters_has_its_own_card(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import soundfile
+from datasets import ClassLabel
 
 from peft_elp.corpora import fluent_speech_commands, iemocap, librilight, librispeech, voxceleb1
 from peft_elp.data import (
@@ -123,6 +124,11 @@ def test_a_corpus_becomes_a_table_that_is_read_with_its_trials(vox, tmp_path):
     assert train["speaker"][:] == ["id10001", "id10001", "id10002"]
     files = {file for trial in read_trials(vox / "veri_test.txt", vox / "wav") for file in trial[1:]}
     assert files == {entry["path"] for entry in test["audio"]}
+    named = from_rows([{"audio": "a.wav", "label": "yes"}, {"audio": "b.wav", "label": "no"}])
+    write_table(named.cast_column("label", ClassLabel(names=["no", "yes"])), tmp_path / "named.csv")
+    assert read_dataset(tmp_path / "named.csv", None)["label"][:] == ["yes", "no"]
+    write_table(named.select_columns("audio"), tmp_path / "bare.csv")
+    assert read_dataset(tmp_path / "bare.csv", None).column_names == ["audio"]
     with pytest.raises(ValueError, match=r"written to a \.csv file"):
         write_table(train, tmp_path / "voices")
     inside = from_rows([{"audio": "a.wav"}]).map(lambda row: {"audio": {"bytes": b"RIFF", "path": "a.wav"}})

@@ -207,6 +207,13 @@ def test_nothing_in_a_folder_of_labels_or_a_column_of_splits_is_passed_over(tmp_
     (tmp_path / "train/a/2.w64").touch()
     with pytest.warns(UserWarning, match=r"1 files are no recordings, by their names\.\n  .*2\.w64"):
         assert len(read_dataset(tmp_path, "train")) == 2
+    (tmp_path / "train/a/2.w64").unlink()
+    (tmp_path / "train/c").symlink_to(tmp_path / "train/b")
+    (tmp_path / "train/b/2.wav").symlink_to(tmp_path / "nowhere.wav")
+    linked = read_dataset(tmp_path, "train")
+    assert linked["label"][:] == ["a", "b", "b", "c", "c"]
+    with pytest.raises(ValueError, match="2 of 5 recordings cannot be used: 2 missing"):
+        check_audio(linked)
     record(tmp_path / "train/2.wav")
     with pytest.raises(ValueError, match=r"1 recordings are in no folder of a label.*\n  .*2\.wav"):
         read_dataset(tmp_path, "train")

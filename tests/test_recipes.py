@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -202,9 +203,9 @@ def test_recognition_is_scored_by_what_it_wrote_and_writes_it_again(run):
 def test_the_command_gives_the_figures_of_the_recipe(module, run, capsys):
     metrics, folder = run(module, *ELP, *HARDLY, *FOLD.get(module, []))
     (folder,) = {path.parent for path in folder.rglob("adapter_config.json")}
-    verb = {recognition: "transcribe", verification: "verify"}.get(module, "classify")
+    verb = {recognition: "transcribe", verification: "trials"}.get(module, "classify")
     if module is verification:
-        words = ["--trials", folder / "scores.csv"]
+        words = [folder / "scores.csv"]
     else:
         rows = read(folder / "predictions.csv")
         words = [row["file"] for row in rows]
@@ -278,7 +279,7 @@ def test_the_error_rates_are_those_of_the_saved_scores_and_of_the_saved_adapter(
         assert voices.verify(row["file_a"], row["file_b"]).score == pytest.approx(float(row["score"]), abs=1e-4)
 
 
-def test_training_is_on_pieces_of_recordings_and_evaluation_on_all_of_them(run, monkeypatch):
+def test_training_is_on_pieces_of_recordings_and_evaluation_on_all_of_them(run, monkeypatch, tmp_path):
     lengths = {True: set(), False: set()}
     embed = verification.speaker_embeddings
 
@@ -287,8 +288,23 @@ def test_training_is_on_pieces_of_recordings_and_evaluation_on_all_of_them(run, 
         return embed(model, **inputs)
 
     monkeypatch.setattr(verification, "speaker_embeddings", spy)
-    run(verification, *ELP, "--crop_length_in_seconds", "0.11")
-    assert lengths == {True: {1600, 1760}, False: {1600, 1760, 1920, 2080, 2240}}
+    for number in range(8):
+        waveform = np.random.default_rng(number).normal(0, 0.1, [8000, 9600][number % 2])
+        soundfile.write(tmp_path / f"{number}.flac", waveform, RATE_HZ)
+    rows = [{"file_name": f"{n}.flac", "split": SPLITS[n // 4], "speaker_id": n // 2} for n in range(8)]
+    write(tmp_path / "metadata.csv", rows)
+    run(verification, *ELP, "--crop_length_in_seconds", "0.5", dataset=tmp_path)
+    assert lengths == {True: {8000}, False: {8000, 9600}}
+    with pytest.raises(ValueError, match=r"--crop_length_in_seconds is 0\.5 or more"):
+        run(verification, *ELP, "--crop_length_in_seconds", "0.2")
+
+
+SPLITS = ("train", "test")
+
+
+def test_trials_that_are_all_alike_are_refused_before_training(run):
+    with pytest.raises(ValueError, match="make 0 trials of two speakers and 1 of one"):
+        run(verification, *ELP, "--max_eval_samples", "2", "--seed", "3")
 
 
 def test_trials_and_s_norm_are_taken_from_where_they_are_said_to_be(run, data, tmp_path):
@@ -478,7 +494,7 @@ def test_a_recipe_pushes_what_its_card_names(encoder, data, tmp_path):
         card = there(push_intents, str(encoder), str(data), str(tmp_path / "out"))
     assert 'PeftModel.from_pretrained(base, "me/intents")' in card
     assert "Trained for 2 steps of 8 utterances." in card
-    assert "metric" in card
+    assert re.search(r"^\| data\d* \| test \| accuracy \| [01]\.\d+ \|$", card, re.MULTILINE)
 
 
 def push_intents(encoder, data, folder):
@@ -568,6 +584,22 @@ def test_the_commands_of_the_page_run_on_synthesised_speech(tmp_path, monkeypatc
         metrics = module.main([*command[1:], *short])
         assert any(f"eval_{measure}" in metrics for measure in recipe.MEASURES)
         assert next(tmp_path.rglob(f"{command[-1]}/**/adapter_model.safetensors"))
+
+
+def test_every_command_of_the_page_is_understood():
+    page = (Path(recipe.__file__).parent.parent / "docs/how-to/recipes.md").read_text().replace("\\\n", "")
+    kinds = {
+        recognition: recognition.RecognitionArguments,
+        verification: verification.VerificationArguments,
+        emotion: emotion.EmotionArguments,
+        intent: intent.IntentArguments,
+    }
+    by_script = {f"examples/{Path(module.__file__).name}": module for module in kinds}
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("python examples/run_")]
+    assert len(commands) >= 6
+    for _, script, *words in commands:
+        module = by_script[script]
+        recipe.parse(words, kinds[module], getattr(module, "ONLY_WITH", None))
 
 
 SMALL = ["--num_clips", "24", "--num_voices", "6", "--num_pretraining_words", "6", "--pretraining_steps", "1"]
