@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -506,6 +508,38 @@ def push_intents(encoder, data, folder):
         [*words, "--save_strategy", "no", "--push_to_hub", "True", "--hub_model_id", "intents", "--hub_token", TOKEN]
     )
     return Path(hf_hub_download("me/intents", "README.md", token=TOKEN)).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [verification, recognition, intent])
+def test_two_processes_measure_what_one_does(module, run, encoder, data, tmp_path):
+    script = Path(module.__file__)
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    words = ["--model_name_or_path", encoder, "--dataset_name", data, "--output_dir", tmp_path / "two", *ELP, *HARDLY]
+    words += ["--max_steps", 2, "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 3, "--use_cpu"]
+    ran = subprocess.run(
+        [sys.executable, "-m", *launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", script]
+        + [str(word) for word in [*words, "--save_strategy", "no"]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    table = "scores.csv" if module is verification else "predictions.csv"
+    two = json.loads((tmp_path / "two/all_results.json").read_text())
+    one, folder = run(module, *ELP, *HARDLY)
+    ours, theirs = read(folder / table), read(tmp_path / "two" / table)
+    assert [row.get("file", row.get("file_a")) for row in ours] == [
+        row.get("file", row.get("file_a")) for row in theirs
+    ]
+    if module is verification:
+        scores = [[float(row["score"]) for row in rows] for rows in (ours, theirs)]
+        assert scores[0] == pytest.approx(scores[1], abs=0.02)
+    else:
+        same = [row == other for row, other in zip(ours, theirs, strict=True)]
+        assert np.mean(same) >= 0.75
+    assert {key for key in one if key.startswith("eval_")} <= {*two}
 
 
 def test_a_validation_split_chooses_the_checkpoint(run, data, tmp_path):
