@@ -184,6 +184,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config.update({"id2label": dict(enumerate(speakers)), "label2id": {name: i for i, name in enumerate(speakers)}})
     auto = AutoModelForAudioXVector if data_args.head == "xvector" else AutoModelForAudioClassification
     model = auto.from_pretrained(model_args.model_name_or_path, config=config)
+    if data_args.head == "xvector":
+        # As it is made; some versions of Transformers leave memory as it was where a checkpoint has no such weights.
+        torch.nn.init.normal_(model.objective.weight)
     feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path)
     labels = [speakers.index(name) for name in read_column(train, column)]
     trainer = make_trainer(
