@@ -460,7 +460,7 @@ def count_trained(model: Any) -> dict[str, int]:
     }
 
 
-def write_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_rows(trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A .csv file in the output folder."""
     if trainer.is_world_process_zero():
         with Path(trainer.args.output_dir or ".", name).open("w", encoding="utf-8", newline="") as file:

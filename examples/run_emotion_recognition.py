@@ -34,7 +34,7 @@ from recipe import (
     read_split,
     save,
     with_labels,
-    write_table,
+    write_rows,
 )
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, recall_score
 from sklearn.model_selection import KFold
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         answered = [emotions[best] for best in predicted.predictions.argmax(-1)]  # pyright: ignore
         all_right += right
         all_answered += answered
-        write_table(
+        write_rows(
             trainer,
             "predictions.csv",
             ["file", column, "predicted"],

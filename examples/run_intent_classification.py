@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from recipe import DataArguments, load_config, make_trainer, option, parse, read_split, save, with_labels, write_table
+from recipe import DataArguments, load_config, make_trainer, option, parse, read_split, save, with_labels, write_rows
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
 from peft_elp.data import read_column
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     right = answers[id(test)]
     scores = accuracies(right, answered, columns)
     metrics = predicted.metrics | {f"eval_{name}": score for name, score in scores.items()}
-    write_table(
+    write_rows(
         trainer,
         "predictions.csv",
         ["file", *columns, *(f"predicted_{column}" for column in columns)],

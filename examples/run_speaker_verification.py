@@ -37,7 +37,7 @@ from recipe import (
     read_split,
     save,
     with_labels,
-    write_table,
+    write_rows,
 )
 from sklearn.metrics import DetCurveDisplay
 from torch.nn.functional import cross_entropy, linear, normalize, one_hot
@@ -172,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if (crop_s := data_args.crop_length_in_seconds) is not None and crop_s < LEAST_CROP_S:
         raise ValueError(f"--crop_length_in_seconds is {LEAST_CROP_S} or more, got {crop_s:g}. 2 to 4 are usual.")
     if data_args.s_norm_top_k is not None and not 2 <= data_args.s_norm_top_k <= len(train):
-        raise ValueError(f"--s_norm_top_k is from 2 to the {len(train)} utterances of training.")
+        raise ValueError(
+            f"--s_norm_top_k is from 2 to the {len(train)} utterances of training, got {data_args.s_norm_top_k}."
+        )
     trials, recordings = read_pairs(data_args, train, test, config)
     speakers = label_names(train, column=column)
     trial_list = (
@@ -221,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     columns = ["label", "file_a", "file_b", *(f"score{kind}" for kind in scores)]
     rows = ([*trial, *(values[row] for values in scores.values())] for row, trial in enumerate(trials))
-    write_table(trainer, "scores.csv", columns, rows)
+    write_rows(trainer, "scores.csv", columns, rows)
     figure = Figure(figsize=(4.8, 4.8), layout="constrained")
     axes = figure.subplots()
     for kind, values in scores.items():

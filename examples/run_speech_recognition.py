@@ -21,7 +21,7 @@ from typing import Any
 import jiwer
 import numpy as np
 from datasets import Dataset
-from recipe import DataArguments, load_config, make_trainer, option, parse, read_split, save, with_labels, write_table
+from recipe import DataArguments, load_config, make_trainer, option, parse, read_split, save, with_labels, write_rows
 from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, Wav2Vec2CTCTokenizer
 
 from peft_elp.data import read_column
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     predicted = trainer.predict(pieces.dataset, metric_key_prefix="eval")
     rates, found = error_rates(test_texts, pieces, predicted.predictions)
     files = [audio["path"] for audio in test["audio"]]
-    write_table(trainer, "predictions.csv", ["file", "text", "predicted"], zip(files, test_texts, found, strict=True))
+    write_rows(trainer, "predictions.csv", ["file", "text", "predicted"], zip(files, test_texts, found, strict=True))
     metrics = predicted.metrics | {f"eval_{name}": rate for name, rate in rates.items()}
     case = "lower-cased, " if data_args.do_lower_case else ""
     protocol = f"CTC over characters, {data_args.decoder} decoding. Text is {case}without {data_args.chars_to_ignore} "

@@ -143,7 +143,7 @@ def pretrain(
         seed: Of everything random.
         num_words: How many of `OTHER_WORDS` are spoken.
         num_voices: In how many of `TRAINING_VOICES`.
-        words_per_clip: A clip has up to so many words, each its own at least in eight clips.
+        words_per_clip: A clip has up to so many words; each word begins eight clips.
     """
     words = OTHER_WORDS.split()[:num_words]
     rng = random.Random(seed)

@@ -141,7 +141,7 @@ def write_table(dataset: Dataset, path: str | Path) -> None:
 
     Args:
         dataset: As the readers of `peft_elp.corpora` return it.
-        path: Of a `.csv` file; a split of the folder `<path>/..` by its name, `<split>.csv`.
+        path: A `.csv` file. Named `<folder>/<split>.csv`, it is that split of `<folder>`.
 
     Raises:
         ValueError: It is no `.csv` path, or a recording is not a file.

@@ -304,6 +304,19 @@ def test_training_is_on_pieces_of_recordings_and_evaluation_on_all_of_them(run, 
 SPLITS = ("train", "test")
 
 
+def test_an_x_vector_starts_from_finite_weights_whatever_transformers_leaves_there(run, monkeypatch):
+    load = verification.AutoModelForAudioXVector.from_pretrained
+
+    def from_pretrained(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.objective.weight.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(verification.AutoModelForAudioXVector, "from_pretrained", from_pretrained)
+    metrics, _ = run(verification, *ELP, "--head", "xvector")
+    assert 0 <= metrics["eval_eer"] <= 1
+
+
 def test_trials_that_are_all_alike_are_refused_before_training(run):
     with pytest.raises(ValueError, match="make 0 trials of two speakers and 1 of one"):
         run(verification, *ELP, "--max_eval_samples", "2", "--seed", "3")
