@@ -38,9 +38,9 @@ from peft_elp import (
 )
 from peft_elp.audio import decode
 from peft_elp.data import check_audio, read_dataset
-from peft_elp.inference import is_padding_invariant
-from peft_elp.plan import find_parts
 from peft_elp.plots import plot_layer_weights, plot_pseudo_features
+from peft_elp.speakers import is_padding_invariant
+from peft_elp.tuner.find import find_encoder
 
 # Fields of `ELPConfig` that a recipe takes, with their help.
 ELP = {known.name: {"help": known.metadata["help"]} for known in fields(ELPConfig) if known.metadata}
@@ -276,7 +276,7 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     for name in head_modules(model):
         model.get_submodule(name).requires_grad_(True)
     if model_args.method == "full":
-        for layer in find_parts(model).layers:
+        for layer in find_encoder(model).layers:
             layer.requires_grad_(True)
     return model
 

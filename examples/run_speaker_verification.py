@@ -44,8 +44,8 @@ from torch.nn.functional import cross_entropy, linear, normalize, one_hot
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, AutoModelForAudioXVector
 
 from peft_elp.data import Trial, check_audio, check_disjoint, from_rows, label_names, read_column, read_trials
-from peft_elp.inference import speaker_embeddings
 from peft_elp.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
+from peft_elp.speakers import speaker_embeddings
 
 MOST_PAIRS = 1_000_000
 LEAST_CROP_S = 0.5  # as SpecAugment and the context of an x-vector need

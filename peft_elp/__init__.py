@@ -7,15 +7,17 @@ encoder with any of its heads. See Inoue et al. 2024, [arXiv:2407.21066](https:/
 from importlib.metadata import PackageNotFoundError, version
 
 from .backbones import Backbone, register_backbone
-from .card import describe
 from .config import ELPConfig
-from .hotswap import hotswap_adapter
-from .model import ELPModel
+from .moved import keep_old_modules
 from .multitask import MultiTaskModel
 from .optim import create_optimizer, get_epochwise_schedule, parameter_groups
-from .parts import count_parameters
+from .parameters import count_parameters
 from .published import published_factors, published_rates
-from .registry import register
+from .saved.card import describe, write_card
+from .tuner.find import Encoder, find_encoder
+from .tuner.hotswap import hotswap_adapter
+from .tuner.model import ELPModel
+from .tuner.registry import register
 
 try:
     __version__ = version("peft-elp")
@@ -23,20 +25,24 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
     __version__ = "0.0.0"
 
 register(ELPConfig, ELPModel)
+keep_old_modules()
 
 __all__ = [
     "Backbone",
     "ELPConfig",
     "ELPModel",
+    "Encoder",
     "MultiTaskModel",
     "__version__",
     "count_parameters",
     "create_optimizer",
     "describe",
+    "find_encoder",
     "get_epochwise_schedule",
     "hotswap_adapter",
     "parameter_groups",
     "published_factors",
     "published_rates",
     "register_backbone",
+    "write_card",
 ]

@@ -8,22 +8,12 @@ Processing Tasks" ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)), and it
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .shapes import (
-    FrameIndex,
-    FrameMask,
-    HiddenStates,
-    JoinedIndex,
-    JoinedMask,
-    JoinedStates,
-    LayerShares,
-    TapFrames,
-)
+from .pseudo import RealFrames, end_of, row_places
+from .shapes import FrameMask, HiddenStates, JoinedMask, JoinedStates, LayerShares, TapFrames
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -232,35 +222,6 @@ class TapSum:
         return self.total if self.adapter.output is None else self.adapter.output(self.total)
 
 
-@dataclass(frozen=True)
-class RealFrames:
-    """Where the frames of the utterances are among all frames, once pseudo features have joined them.
-
-    Args:
-        joined: Number of frames with the pseudo features.
-        index: The place of each real frame, `(batch, frames)`, where it differs between utterances; else None.
-        start: Place of the first real frame, where `index` is None.
-        frames: Number of real frames.
-    """
-
-    joined: int
-    index: Tensor | None
-    start: int
-    frames: int
-
-    def of(self, x: JoinedStates) -> HiddenStates:
-        """The real frames of `x`: `(batch, joined, width)` to `(batch, frames, width)`."""
-        if self.index is None:
-            return x[:, self.start : self.start + self.frames]
-        return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-    def squeezed(self, factor: int) -> RealFrames:
-        """The same at a rate where `factor` frames count as one."""
-        frames = self.frames // factor
-        index = None if self.index is None else self.index[:, ::factor][:, :frames] // factor
-        return RealFrames(self.joined // factor, index, self.start // factor, frames)
-
-
 class PAdapter(nn.Module):
     """Prompt adapter: learned pseudo features next to the CNN features of every utterance.
 
@@ -312,74 +273,7 @@ class PAdapter(nn.Module):
         if mask is None:
             return joined, None, RealFrames(frames + padding + length, None, 0, frames)
         mask = nn.functional.pad(mask, (0, padding))
-        source, real, _ = places(end_of(mask, squeeze), frames + padding, length, length)
+        source, real, _ = row_places(end_of(mask, squeeze), frames + padding, length, length)
         joined = joined.gather(1, source.unsqueeze(-1).expand_as(joined))
         joined_mask = torch.cat([mask, mask.new_ones(batch, length)], dim=1).gather(1, source)
         return joined, joined_mask, RealFrames(joined.shape[1], real[:, :frames], 0, frames)
-
-
-def join_each(
-    x: HiddenStates,
-    mask: FrameMask | None,
-    rows: Float[Tensor, "batch rows hidden"],
-    counts: Int[Tensor, "batch 1"],
-    before: Bool[Tensor, "batch 1"],
-    squeeze: int = 1,
-) -> tuple[JoinedStates, JoinedMask, RealFrames]:
-    """Join each utterance of a batch with pseudo features of its own, as `PAdapter` joins all with the same.
-
-    Args:
-        x: The frames, `(batch, frames, hidden)`.
-        mask: Which of them are valid, or None.
-        rows: For each utterance, as many pseudo features as the one with the most has.
-        counts: How many of them are its own; the others are masked.
-        before: Whether they come before its first frame, rather than after its last valid one.
-        squeeze: How many frames the encoder takes as one.
-
-    Returns:
-        As `PAdapter` does, always with a mask.
-    """
-    frames = x.shape[1]
-    padding = -frames % squeeze
-    x = nn.functional.pad(x, (0, 0, 0, padding))
-    if mask is None:  # without one, what follows the frames up to the pseudo features counts as frames
-        mask = torch.arange(frames + padding, device=x.device) < torch.where(counts > 0, frames + padding, frames)
-    else:
-        mask = nn.functional.pad(mask, (0, padding))
-    begin = torch.where(before, 0, end_of(mask, squeeze))
-    source, real, _ = places(begin, frames + padding, rows.shape[1], counts)
-    joined = torch.cat([x, rows.to(x.dtype)], dim=1)
-    joined = joined.gather(1, source.unsqueeze(-1).expand_as(joined))
-    own = (torch.arange(rows.shape[1], device=x.device) < counts).to(mask.dtype)
-    joined_mask = torch.cat([mask, own], dim=1).gather(1, source)
-    return joined, joined_mask, RealFrames(joined.shape[1], real[:, :frames], 0, frames)
-
-
-def end_of(mask: FrameMask, squeeze: int = 1) -> Int[Tensor, "batch 1"]:
-    """The first place behind each utterance's last valid frame that is a multiple of `squeeze`."""
-    step = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    valid = torch.where(mask != 0, step, 0).amax(dim=1, keepdim=True)
-    return (valid + squeeze - 1) // squeeze * squeeze
-
-
-def places(
-    begin: Int[Tensor, "batch 1"], frames: int, length: int, counts: Int[Tensor, "batch 1"] | int
-) -> tuple[JoinedIndex, FrameIndex, Int[Tensor, "batch rows"]]:
-    """Indices that move rows from the end of a batch in between each utterance's frames.
-
-    Args:
-        begin: Where the first row of each utterance goes.
-        frames: Number of frames.
-        length: Number of rows at the end of the batch.
-        counts: How many of them move; the others stay.
-
-    Returns:
-        `(batch, frames + length)`: for each place, which of `[frames ; rows]` goes there; `(batch, frames)`: for each
-        frame, its place; `(batch, length)`: for each row, its place.
-    """
-    place = torch.arange(frames + length, device=begin.device)
-    step, row = place[:frames], place[:length]
-    shifted = torch.where(place < frames + counts, place - counts, place)
-    source = torch.where(place < begin, place, torch.where(place < begin + counts, place - begin + frames, shifted))
-    real = torch.where(step < begin, step, step + counts)
-    return source, real, torch.where(row < counts, begin + row, frames + row)

@@ -8,6 +8,7 @@ not in Transformers, through `register_backbone`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -275,15 +276,6 @@ REFUSED: dict[str, str] = {
     "VitsTextEncoder": _SPEAKS,
 }
 
-# The first linear layer of each head that reads the encoder's output frame by frame, by the end of its class name.
-HEAD_INPUTS: dict[str, str] = {
-    "ForCTC": "lm_head",
-    "ForSequenceClassification": "projector",
-    "ForAudioFrameClassification": "classifier",
-    "ForAudioClassification": "projector",
-    "ForXVector": "projector",
-}
-
 
 # Layers between an encoder and the decoder of a model that generates: made new where two pre-trained parts are joined.
 BRIDGES = ("enc_to_dec_proj",)
@@ -316,7 +308,9 @@ def family(cls: type) -> Backbone | None:
     return next((BACKBONES[base.__name__] for base in cls.__mro__ if base.__name__ in BACKBONES), None)
 
 
-def head_input(cls: type) -> str | None:
-    """The name of the first linear layer in a head model of this class, None for a head that is not known."""
-    names = (base.__name__ for base in cls.__mro__)
-    return next((layer for name in names for end, layer in HEAD_INPUTS.items() if name.endswith(end)), None)
+def receptive_field(config: Any) -> int:
+    """Samples that the convolutions over the waveform need for one frame; 400 (25 ms) in wav2vec 2.0."""
+    samples = 1
+    for kernel, stride in reversed(list(zip(config.conv_kernel, config.conv_stride, strict=True))):
+        samples = (samples - 1) * stride + kernel
+    return samples

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from .card import read_results
-from .saved import find_adapter, read_adapter
+from .saved.card import read_results
+from .saved.folder import find_adapter, read_adapter
 
 if TYPE_CHECKING:
     from .inference import SpeechAdapter

@@ -12,9 +12,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 
 from .adapters import ACTIVATIONS
-from .card import Description, write_card
-from .head_config import HEAD_SETTINGS
+from .heads import HEAD_SETTINGS
 from .published import SETTINGS
+from .saved.card import Description, write_card
 
 LETTERS = "ELP"
 E_PLACES = ("feed_forward", "attention")

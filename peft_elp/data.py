@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .audio import RATE_HZ, AudioError, read_audio
-from .guards import receptive_field
+from .backbones import receptive_field
 
 try:
     from datasets import Audio, ClassLabel, Dataset, Features, Value, load_dataset

@@ -7,7 +7,6 @@ timestamps. Needs soundfile and soxr: `pip install 'peft-elp[recipes]'`.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,23 +19,20 @@ import soxr
 import torch
 import transformers
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline
 
 from .audio import AudioError, decode
-from .guards import receptive_field
+from .backbones import receptive_field
+from .heads import head_row
 from .metrics import cosine_scores
-from .saved import SavedAdapter, find_adapter, read_adapter
+from .saved.folder import SavedAdapter, find_adapter, read_adapter
+from .speakers import is_padding_invariant, speaker_embeddings
 
 Recording = str | Path | Mapping[str, Any] | np.ndarray | Tensor
 Answers = list[Any]
 TOKENIZER = ("tokenizer_config.json", "vocab.json", "tokenizer.json")
 EXTRACTOR = ("preprocessor_config.json", "processor_config.json")
-CAN = {
-    "transcribe": ("ForCTC", "ForConditionalGeneration", "ForSpeechSeq2Seq"),
-    "classify": ("ForSequenceClassification", "ForAudioClassification"),
-    "verify": ("ForXVector", "ForSequenceClassification", "ForAudioClassification"),
-}
 
 
 @dataclass(frozen=True)
@@ -55,65 +51,6 @@ class Verification:
     def same(self) -> bool | None:
         """Whether they count as one voice; None without a threshold."""
         return None if self.threshold is None else self.score >= self.threshold
-
-
-def is_padding_invariant(model: nn.Module, feature_extractor: Any) -> bool:
-    """Whether what a model answers for a recording is known not to depend on longer ones in the same batch.
-
-    It is not for convolutions normalised over time, for heads that count frames of padding, as x-vectors do, and where
-    there is no attention mask. Then put recordings of one length into a batch, or one at a time.
-
-    Args:
-        model: Of Transformers, with its head, or a model with adapters around one.
-        feature_extractor: What pads.
-    """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return (
-        getattr(base.config, "feat_extract_norm", None) != "group"
-        and not type(base).__name__.endswith("ForXVector")
-        and (base.config.model_type == "whisper" or hasattr(base, "_get_feature_vector_attention_mask"))
-        and ("input_features" in feature_extractor.model_input_names or feature_extractor.return_attention_mask)
-    )
-
-
-def speaker_embeddings(model: nn.Module, **inputs: Any) -> Tensor:
-    """What a model makes of each utterance before it names the speaker.
-
-    Of an x-vector model, its embeddings. Of a model for sequence classification, what its classifier reads: the mean,
-    over the valid frames, of what the projector makes of them. Gradients flow, so a loss may be computed on them.
-
-    Args:
-        model: A model of either kind, with or without an adapter around it.
-        **inputs: What the model is called with.
-
-    Returns:
-        `(batch, width)`, not normalised.
-
-    Raises:
-        ValueError: The model is of another kind.
-    """
-    if any(type(module).__name__.endswith("ForXVector") for module in model.modules()):
-        return model(**inputs).embeddings
-    classifier = next((module for name, module in model.named_modules() if name.split(".")[-1] == "classifier"), None)
-    read: list[Tensor] = []
-    here = threading.get_ident()
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == here:  # others may be calling the same model
-            read.append(args[0])
-
-    if classifier is not None:
-        hook = classifier.register_forward_pre_hook(keep)
-        try:
-            model(**inputs)
-        finally:
-            hook.remove()
-    if len(read) != 1 or read[0].ndim != 2:
-        raise ValueError(
-            f"{type(model).__name__} has no speaker embeddings: it is neither an x-vector model nor one for sequence "
-            "classification. Load it with AutoModelForAudioXVector or AutoModelForAudioClassification."
-        )
-    return read[0]
 
 
 class SpeechAdapter:
@@ -315,8 +252,9 @@ class SpeechAdapter:
 
     def _check(self, task: str) -> None:
         kind = type(self._base).__name__
-        if not kind.endswith(CAN[task]):
-            able = [name for name, endings in CAN.items() if kind.endswith(endings)]
+        row = head_row(kind)
+        able = row.commands if row else ()
+        if task not in able:
             raise ValueError(
                 f"This adapter cannot {task}: it was trained with the head of {kind}"
                 + (f", which can {' and '.join(able)}." if able else ", for which use its model directly.")

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_pt_utils import get_parameter_names
 
-from .parts import PARTS, parameters_by_part
+from .parameters import PARTS, parameters_by_part
 
 # What Trainer spares from weight decay, besides `nn.LayerNorm`: it asks for these patterns in a method of its own.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]

@@ -6,12 +6,11 @@ Figures are made without `pyplot`: nothing is shown or kept open. Save one with 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .adapters import LAdapter, PAdapter
-from .layer import ELPStack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,8 +89,10 @@ def plot_pseudo_features(adapters: Mapping[str, nn.Module | Points]) -> Figure:
     return _bars(adapters, pseudo_feature_norms, "pseudo feature", "norm")
 
 
-def _stack_with(model: nn.Module, container: str, letter: str, adapter_name: str) -> ELPStack:
-    stacks = [module for module in model.modules() if isinstance(module, ELPStack)]
+def _stack_with(model: nn.Module, container: str, letter: str, adapter_name: str) -> Any:
+    stacks: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, container, None), nn.ModuleDict)
+    ]
     for stack in stacks:
         if adapter_name in getattr(stack, container):
             return stack

@@ -18,7 +18,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
-from peft_elp.layer import TappedLayer
+from peft_elp.tuner.layers import TappedLayer
 
 # Sums over four utterances, added, against sums over eight, in float32.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

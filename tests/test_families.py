@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peft_elp import ELPConfig
 from peft_elp.backbones import BACKBONES
-from peft_elp.layer import ELPLayer, TappedLayer
+from peft_elp.tuner.layers import ELPLayer, TappedLayer
 
 # Of LASR's own convolution.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")

@@ -9,7 +9,7 @@ from backbones import ELP, HEADS, NORMS, build, has, labels_for, result, shaken,
 from peft import get_peft_model
 
 from peft_elp import ELPConfig
-from peft_elp.layer import first
+from peft_elp.tuner.layers import first
 
 LETTERS = ["E", "L", "P", "EL", "EP", "LP", "ELP"]
 # Data2vec's stacked positional convolutions carry values across the end of an utterance: the backbone alone is not

@@ -11,7 +11,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from peft_elp import Backbone, ELPConfig, register_backbone
 from peft_elp.backbones import BACKBONES
-from peft_elp.call import StackCall, current_call
+from peft_elp.call.stack_call import StackCall, current_call
 
 SMALL_TEXT = {
     "hidden_size": 16,

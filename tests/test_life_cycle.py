@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertModel
 
 from peft_elp import ELPConfig, count_parameters
-from peft_elp.layer import ELPLayer, TappedLayer
+from peft_elp.tuner.layers import ELPLayer, TappedLayer
 
 EVERY = [(family, head) for family in ("wav2vec2", "hubert", "wavlm") for head in HEADS if has(family, head)]
 

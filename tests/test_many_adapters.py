@@ -7,7 +7,7 @@ from families import FAMILIES
 from peft import get_peft_model, get_peft_model_state_dict
 
 from peft_elp import ELPConfig, MultiTaskModel
-from peft_elp.layer import ELPStack
+from peft_elp.tuner.stack import ELPStack
 
 
 def adapted(head="ForCTC", family="wavlm", base=None, **adapters):

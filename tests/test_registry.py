@@ -8,7 +8,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_elp
-from peft_elp.registry import register
+from peft_elp.tuner.registry import register
 
 
 def test_peft_knows_the_method():

@@ -11,22 +11,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbones import head_input
-from .heads import original
+from peft_elp.heads import HEAD_SETTINGS, head_input
 
-# The settings that Transformers makes a task's head from. Labels come after their number, which resets them.
-HEAD_SETTINGS = (
-    "num_labels",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "vocab_size",
-    "classifier_proj_size",
-    "tdnn_dim",
-    "tdnn_kernel",
-    "tdnn_dilation",
-    "xvector_output_dim",
-)
+from .head import original
 
 
 def head_config(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any] | None:

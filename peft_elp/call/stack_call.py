@@ -6,93 +6,23 @@ not meet, and nothing outlives the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import RealFrames, TapSum, end_of, places
-from .outputs import first, with_first
-from .routing import Current
-from .sharing import SharedPass
+from peft_elp.adapters import TapSum
+from peft_elp.pseudo import Carried, RealFrames
 
-
-@dataclass(frozen=True)
-class Carried:
-    """Where pseudo features sit that travel through the layers beside the frames of an encoder.
-
-    Args:
-        real: Where the real frames are among all.
-        source: For each place, which of `[frames ; rows]` goes there, `(batch, joined)`; None: as they stand.
-        rows: The place of each pseudo feature, `(batch, rows)`; None: at the end.
-        mask: The attention mask of all of them, `(batch, heads, queries, keys)`, or None.
-    """
-
-    real: RealFrames
-    source: Tensor | None
-    rows: Tensor | None
-    mask: Tensor | None
-
-    @classmethod
-    def beside(cls, x: Tensor, pseudo: Tensor, counts: Tensor | None, mask: Any) -> Carried:
-        """Behind each utterance's last valid frame, which the first frame's row of the attention mask tells.
-
-        Args:
-            x: The frames, `(batch, frames, hidden)`.
-            pseudo: The pseudo features, `(rows, hidden)` or `(batch, rows, hidden)`.
-            counts: How many of them each utterance has, `(batch, 1)`; None: all.
-            mask: The attention mask of the frames, boolean or additive, or None.
-
-        Raises:
-            ValueError: The mask is of a kind that cannot be extended.
-        """
-        (batch, frames, _), length = x.shape, pseudo.shape[-2]
-        if mask is None:
-            if counts is None:
-                return cls(RealFrames(frames + length, None, 0, frames), None, None, None)
-            mask = x.new_zeros(batch, 1, 1, frames)
-        if not isinstance(mask, Tensor) or mask.dim() != 4:
-            raise ValueError(
-                "Pseudo features are carried through the layers of this encoder, and its attention mask is a "
-                f"{type(mask).__name__} that cannot be extended. Use attn_implementation='sdpa' or 'eager', or leave "
-                "P out of adapters."
-            )
-        boolean = mask.dtype == torch.bool
-        seen = mask[:, 0, 0] if boolean else mask[:, 0, 0] == 0
-        source, real, rows = places(
-            end_of(seen.expand(batch, -1)), frames, length, length if counts is None else counts
-        )
-        mask = mask.expand(batch, -1, -1, -1)
-        # All queries see the pseudo features, but those of padding that see nothing at all.
-        sight = mask.any(dim=-1, keepdim=True) if boolean else mask.new_zeros(*mask.shape[:-1], 1)
-        sight = sight.expand(*mask.shape[:-1], length)
-        if counts is not None:
-            other = (torch.arange(length, device=x.device) >= counts)[:, None, None]
-            sight = sight.masked_fill(other, False if boolean else torch.finfo(mask.dtype).min)
-        mask = torch.cat([mask, sight], dim=-1)
-        mask = mask.gather(-1, source[:, None, None].expand(-1, *mask.shape[1:-1], -1))
-        if mask.shape[-2] > 1:
-            mask = torch.cat([mask, mask[:, :, :1].expand(-1, -1, length, -1)], dim=-2)
-            mask = mask.gather(-2, source[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
-        return cls(RealFrames(frames + length, real, 0, frames), source, rows, mask)
-
-    def join(self, x: Tensor, pseudo: Tensor) -> Tensor:
-        """Frames and pseudo features in their places."""
-        pseudo = pseudo.to(x.dtype)
-        joined = torch.cat([x, pseudo if pseudo.dim() == 3 else pseudo.expand(x.shape[0], -1, -1)], dim=1)
-        return joined if self.source is None else joined.gather(1, self.source[:, :, None].expand_as(joined))
-
-    def part(self, joined: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames, and pseudo features."""
-        if self.rows is None:
-            return self.real.of(joined), joined[:, self.real.frames :]
-        return self.real.of(joined), joined.gather(1, self.rows[:, :, None].expand(-1, -1, joined.shape[-1]))
+from .context import Current
+from .outputs import hidden_states_of, with_hidden_states
+from .shared_pass import SharedPass
 
 
 @dataclass
-class Taps:
+class Reader:
     """The running sum of one L-adapter during one call.
 
     Args:
@@ -140,7 +70,7 @@ class StackCall:
         needs_gradient: Whether a layer loses the gradients of what is inside it unless its input requires one.
     """
 
-    taps: tuple[Taps, ...] = ()
+    taps: tuple[Reader, ...] = ()
     shared: SharedPass | None = None
     last_layer: int = 0
     ends_in_layer: bool = False
@@ -191,16 +121,16 @@ class StackCall:
 
     def after_layer(self, layer: int, output: Any) -> Any:
         """What a layer hands on: its output without carried pseudo features, or the sum of taps in its place."""
-        x = first(output)
+        x = hidden_states_of(output)
         self._mark(x)
         if self._carried is not None:
-            x, self.pseudo = self._carried.part(x)
-            output = with_first(output, x)
+            x, self.pseudo = self._carried.split(x)
+            output = with_hidden_states(output, x)
         if layer < self.last_layer:
             for taps in self.taps:
                 taps.read(layer, x, self.copy_taps)
         elif self.ends_in_layer and self._has_ends():
-            output = with_first(output, self._end_taps(x))
+            output = with_hidden_states(output, self._end_taps(x))
         return output
 
     def after_stack(self, x: Tensor) -> Tensor:
@@ -241,38 +171,3 @@ class StackCall:
 
 
 current_call: Current[StackCall] = Current("peft_elp_stack_call")
-
-
-def trim_hidden_states(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of the base encoder: take the pseudo features out of the hidden states that it reports.
-
-    Transformers collects hidden states where the layers return them, with the pseudo features still in. The entries
-    carry the mark of `StackCall`; attentions do not, they keep the pseudo features.
-    """
-    if isinstance(output, dict):
-        for key, value in output.items():
-            if isinstance(value, tuple):
-                output[key] = _trimmed(value)
-        return output
-    if isinstance(output, tuple):
-        return tuple(_trimmed(value) for value in output)
-    return output
-
-
-def _trimmed(states: Any) -> Any:
-    if not isinstance(states, (tuple, list)):
-        return states
-    real = next((x._elp_real_frames for x in states if hasattr(x, "_elp_real_frames")), ())
-    if not real:
-        return states
-    joined = real[-1].joined
-    return tuple(
-        without_pseudo_features(x, real) if isinstance(x, Tensor) and x.shape[1] == joined else x for x in states
-    )
-
-
-def without_pseudo_features(x: Tensor, real: Sequence[RealFrames]) -> Tensor:
-    """The frames of `x` that belong to the utterances."""
-    for frames in reversed(real):
-        x = frames.of(x)
-    return x

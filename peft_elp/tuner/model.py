@@ -16,17 +16,20 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .adapters import EAdapter, LAdapter, PAdapter
+from peft_elp.adapters import EAdapter, LAdapter, PAdapter
+from peft_elp.call.route import BASE, Route, current_route
+from peft_elp.config import ELPConfig
+
 from .averaging import check_combination, combine
-from .config import ELPConfig
+from .fit import misfit_error, misfits, mismatches, with_head
 from .guards import expect_loading, refuse_unloaded
-from .heads import Head, canonical, place_head, remove_head
-from .layer import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPStack, ELPSublayer, Wrapper
-from .loading import misfit_error, misfits, mismatches, with_head
-from .multitask import Task, parts_of, refuse_idle_labels, refuse_reports, run
-from .placing import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
+from .head import Head, place_head, remove_head
+from .layers import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer, Wrapper
+from .one_pass import Task, parts_of, refuse_idle_labels, refuse_reports, run
+from .paths import canonical
+from .place import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
 from .plan import Plan, check_adapter_name, make_plan
-from .routing import BASE, Route, current_route
+from .stack import ELPStack
 
 
 class ELPModel(BaseTuner):

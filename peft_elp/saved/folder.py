@@ -14,19 +14,8 @@ from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .parts import CONTAINERS, PARTS
-
-# By the end of a model's class name: what the Hub calls its task.
-TASKS = {
-    "ForCTC": "automatic-speech-recognition",
-    "ForConditionalGeneration": "automatic-speech-recognition",
-    "ForSpeechSeq2Seq": "automatic-speech-recognition",
-    "ForSequenceClassification": "audio-classification",
-    "ForAudioClassification": "audio-classification",
-    "ForAudioFrameClassification": "audio-classification",
-    "ForXVector": "audio-classification",
-    "Model": "feature-extraction",
-}
+from peft_elp.heads import head_row
+from peft_elp.parameters import CONTAINERS, PARTS
 
 
 @dataclass(frozen=True)
@@ -58,8 +47,8 @@ class SavedAdapter:
     @property
     def task(self) -> str | None:
         """What the Hub calls the adapter's task."""
-        ending = next((ending for ending in TASKS if (self.model_class or "").endswith(ending)), None)
-        return TASKS.get(ending or "")
+        row = head_row(self.model_class)
+        return row.task if row else None
 
     @property
     def labels(self) -> list[str]:

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from yaml import YAMLError
 
-from .saved import SavedAdapter, read_adapter
+from .folder import SavedAdapter, read_adapter
 
 TAGS = ("elp", "peft-elp")
 OURS = re.compile(r"<!-- peft-elp card ([0-9a-f]{16})\b.*-->\s*$")
@@ -214,7 +214,7 @@ def _text(saved: SavedAdapter, description: Description) -> str:
         f"`{saved.model_class or '?'}`. The base is frozen and is not in this repository: these are the adapters with "
         "their head.",
         f"## Use\n\n{_use(saved, description)}",
-        f"## Parts\n\n{_parts(saved)}",
+        f"## Encoder\n\n{_parts(saved)}",
     ]
     if training := _training(description):
         sections.append(f"## Training\n\n{training}")

@@ -10,12 +10,16 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .call import trim_hidden_states
+from peft_elp.call.hidden_states import trim_hidden_states
+
+from .find import Encoder
 from .guards import refuse_short_utterances
+from .head import original, remove_head, remove_head_copies
 from .head_config import remade_head
-from .heads import canonical, join, original, remove_head, remove_head_copies
-from .layer import ELPLayer, ELPNorm, ELPStack, ELPSublayer, FrontEnd, TappedLayer, Wrapper
-from .plan import Parts, Plan
+from .layers import ELPLayer, ELPNorm, ELPSublayer, FrontEnd, TappedLayer, Wrapper
+from .paths import canonical, join
+from .plan import Plan
+from .stack import ELPStack
 
 
 def wrap(layer: nn.Module, part: str, wrapper: Any, active_adapters: list[str]) -> Any:
@@ -31,7 +35,7 @@ def wrap(layer: nn.Module, part: str, wrapper: Any, active_adapters: list[str]) 
     return module
 
 
-def wrap_stack(model: nn.Module, parts: Parts, active_adapters: list[str]) -> ELPStack:
+def wrap_stack(model: nn.Module, parts: Encoder, active_adapters: list[str]) -> ELPStack:
     """The tuner layer around the encoder stack; made if it is not there yet, with what it needs around it."""
     parent_path, _, name = parts.stack_path.rpartition(".")
     parent = model.get_submodule(parent_path)
@@ -67,7 +71,7 @@ def join_head(model: nn.Module, plan: Plan, adapter_name: str) -> None:
     stack._follow_adapters()
 
 
-def wrap_front_end(parts: Parts) -> None:
+def wrap_front_end(parts: Encoder) -> None:
     """Let the convolutions over the waveform run once for all tasks that share a pass."""
     if parts.family.feature_encoder:
         path, _, name = parts.family.feature_encoder.rpartition(".")

@@ -9,15 +9,9 @@ import torch
 import transformers
 from torch import nn
 
-from .heads import canonical
+from peft_elp.backbones import receptive_field
 
-
-def receptive_field(config: Any) -> int:
-    """Samples that the convolutions over the waveform need for one frame; 400 (25 ms) in wav2vec 2.0."""
-    samples = 1
-    for kernel, stride in reversed(list(zip(config.conv_kernel, config.conv_stride, strict=True))):
-        samples = (samples - 1) * stride + kernel
-    return samples
+from .paths import canonical
 
 
 def refuse_short_utterances(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 
-def first(output: Any) -> Tensor:
+def hidden_states_of(output: Any) -> Tensor:
     """The hidden states in what a module returns: a tensor, a tuple that begins with one, or a `ModelOutput`."""
     return output if isinstance(output, Tensor) else output[0]
 
 
-def with_first(output: Any, x: Tensor | None) -> Any:
+def with_hidden_states(output: Any, x: Tensor | None) -> Any:
     """The same output with hidden states `x`."""
     if isinstance(output, Tensor):
         return x
@@ -25,4 +25,4 @@ def with_first(output: Any, x: Tensor | None) -> Any:
 
 def another(output: Any, x: Tensor | None) -> Any:
     """An output like this one with hidden states `x`; this one stays as it is."""
-    return with_first(output if isinstance(output, (Tensor, tuple)) else copy(output), x)
+    return with_hidden_states(output if isinstance(output, (Tensor, tuple)) else copy(output), x)

@@ -9,8 +9,9 @@ import torch
 from peft import PeftConfig, PeftType, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
-from .config import ELPConfig
-from .loading import is_finite
+from peft_elp.config import ELPConfig
+
+from .fit import is_finite
 
 # What an adapter computes does not depend on these, or the names of its tensors tell them already.
 _FREE = {

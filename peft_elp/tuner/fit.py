@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .heads import Head
-from .parts import belongs_to
+from peft_elp.parameters import belongs_to
+
+from .head import Head
 
 SHOWN = 4
 

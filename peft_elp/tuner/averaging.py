@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ELPConfig
-from .parts import parameters_by_part
+from peft_elp.config import ELPConfig
+from peft_elp.parameters import parameters_by_part
 
 # What an adapter computes with its tensors, and which tensors it has.
 MAKE = (

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapters import LAdapter
+from peft_elp.adapters import LAdapter
+
+from .context import Current
 from .outputs import another
-from .routing import Current
 
 
 @dataclass

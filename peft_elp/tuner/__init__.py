@@ -1,0 +1,1 @@
+"""How adapters get into a model and out of it."""
