@@ -66,7 +66,7 @@ class EAdapter(nn.Module):
     Raises:
         ValueError: `bottleneck_size` is below 1, or `activation` is unknown.
 
-    Example:
+    Examples:
         >>> EAdapter(hidden_size=768, bottleneck_size=256)(torch.zeros(2, 49, 768)).shape
         torch.Size([2, 49, 768])
     """
@@ -143,7 +143,7 @@ class LAdapter(nn.Module):
     Raises:
         ValueError: A size is below 1, or `activation` or `output` is unknown.
 
-    Example:
+    Examples:
         >>> adapter = LAdapter(hidden_size=768, num_taps=12)
         >>> adapter([torch.zeros(2, 49, 768)] * 12).shape
         torch.Size([2, 49, 512])
@@ -243,7 +243,7 @@ class PAdapter(nn.Module):
     Raises:
         ValueError: `length` is below 1, or `position` is unknown.
 
-    Example:
+    Examples:
         >>> joined, mask, real = PAdapter(hidden_size=768, length=16)(torch.zeros(2, 49, 768))
         >>> joined.shape, real.of(joined).shape
         (torch.Size([2, 65, 768]), torch.Size([2, 49, 768]))

@@ -39,7 +39,7 @@ class Backbone:
         no_l: Why there is no L-adapter for this family; empty if there is.
         no_p: Why there is no P-adapter for this family; empty if there is.
 
-    Example:
+    Examples:
         >>> Backbone(layers="blocks", feed_forward=("mlp",), norms=("norm1", "norm2"), layerdrop=None).squeeze is None
         True
     """
@@ -291,7 +291,7 @@ def register_backbone(stack_class: str, backbone: Backbone) -> None:
     Raises:
         ValueError: The class is described already, in another way.
 
-    Example:
+    Examples:
         >>> register_backbone("MyEncoder", Backbone(layers="blocks", feed_forward=("mlp",), norms=("norm1", "norm2")))
         >>> del BACKBONES["MyEncoder"]
     """

@@ -62,7 +62,7 @@ class ELPConfig(PeftConfig):
     Raises:
         ValueError: A value is out of its range. The message names value, range and remedy.
 
-    Example:
+    Examples:
         >>> config = ELPConfig(adapters="EL", e_dim=64)
         >>> config.e_after
         ('feed_forward',)
@@ -265,7 +265,7 @@ class ELPConfig(PeftConfig):
         Raises:
             ValueError: The name is unknown, or the value of a field is out of its range.
 
-        Example:
+        Examples:
             >>> ELPConfig.preset("conventional").e_after
             ('feed_forward', 'attention')
         """

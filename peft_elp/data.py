@@ -146,7 +146,7 @@ def write_table(dataset: Dataset, path: str | Path) -> None:
     Raises:
         ValueError: It is no `.csv` path, or a recording is not a file.
 
-    Example:
+    Examples:
         >>> from peft_elp.corpora import voxceleb1  # doctest: +SKIP
         >>> write_table(voxceleb1("VoxCeleb1", "train"), "voices/train.csv")  # doctest: +SKIP
         >>> read_dataset("voices", "train")  # doctest: +SKIP

@@ -68,7 +68,7 @@ class SpeechAdapter:
         feature_extractor: That of the base.
         tokenizer: That of the adapter, where it writes text.
 
-    Example:
+    Examples:
         >>> emotions = SpeechAdapter.from_pretrained("me/emotions")  # doctest: +SKIP
         >>> emotions.classify("call.wav", top_k=1)  # doctest: +SKIP
         [{'label': 'happy', 'score': 0.93}]

@@ -37,7 +37,7 @@ def equal_error_rate(labels: ArrayLike, scores: ArrayLike) -> float:
         ValueError: Lengths differ, a label is neither 0 nor 1 or all are the same, or a score is NaN or infinite.
         ImportError: scikit-learn is not installed.
 
-    Example:
+    Examples:
         >>> equal_error_rate([1, 1, 0, 0], [0.9, 0.4, 0.6, 0.1])
         0.5
     """
@@ -68,7 +68,7 @@ def min_dcf(
             same, or a score is NaN or infinite.
         ImportError: scikit-learn is not installed.
 
-    Example:
+    Examples:
         >>> min_dcf([1, 1, 0, 0], [0.9, 0.4, 0.6, 0.1], p_target=0.5)
         0.5
     """
@@ -96,7 +96,7 @@ def cosine_scores(embeddings: Mapping[Hashable, ArrayLike], trials: Sequence[Tri
         ValueError: There is no trial or one is no pair, an utterance has no embedding, widths differ, or an embedding
             is all zeros or not finite.
 
-    Example:
+    Examples:
         >>> cosine_scores({"a": [1.0, 0.0], "b": [1.0, 1.0]}, [("a", "b")]).round(3)
         array([0.707])
     """

@@ -29,7 +29,7 @@ class MultiTaskModel(nn.Module):
     Raises:
         ValueError: The backbones differ, or a model has no ELP-adapters.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import WavLMConfig, WavLMForCTC, WavLMForSequenceClassification
         >>> from peft_elp import ELPConfig

@@ -108,7 +108,7 @@ def create_optimizer(
         ValueError: `rates` does not fit the adapter; see `parameter_groups`.
         TypeError: `lr` is among `kwargs`.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import WavLMConfig, WavLMForCTC
         >>> from peft_elp import ELPConfig, create_optimizer, published_rates

@@ -67,7 +67,7 @@ def plot_layer_weights(adapters: Mapping[str, nn.Module | Points]) -> Figure:
         ValueError: There is nothing to draw, or a model has no L-adapter.
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> figure = plot_layer_weights({"asr": [(0, 0.2), (1, 0.8)], "asv": [(0, 0.7), (1, 0.3)]})
         >>> figure.axes[0].get_xlabel()
         'layer'

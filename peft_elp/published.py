@@ -81,7 +81,7 @@ def published_rates(setting: str, task: str) -> dict[str, float]:
     Raises:
         ValueError: The setting or the task is unknown.
 
-    Example:
+    Examples:
         >>> published_rates("e+l", "asv")
         {'head': 0.0005, 'L': 0.0001, 'E': 1e-05, 'layer norms': 1e-05}
     """
@@ -107,7 +107,7 @@ def published_factors(setting: str, task: str) -> tuple[float, ...]:
     Raises:
         ValueError: The setting or the task is unknown.
 
-    Example:
+    Examples:
         >>> published_factors("e+l", "asv")
         (0.3, 0.5, 0.7, 1.0, 0.2, 0.1)
     """

@@ -1,10 +1,11 @@
 """What version 0.1 saved still loads and gives the same answers.
 
-`data/saved_by_0_1` was written by version 0.1 with PyTorch 2.13 on a CPU: tiny bases, adapters with random weights, inputs and
-the logits that version 0.1 computed from them.
+Version 0.1 wrote `data/saved_by_0_1` with PyTorch 2.13 on a CPU: tiny bases, adapters with random weights, inputs, and
+the logits that it computed from them.
 """
 
 import pickle
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,9 @@ def test_models_pickled_by_version_0_1_give_the_same_logits():
 )
 def test_names_of_version_0_1_are_still_found(path):
     module, name = path.split(".")
-    pytest.importorskip("soxr") if module == "inference" else None
-    assert getattr(__import__(f"peft_elp.{module}", fromlist=[name]), name).__name__
+    assert getattr(import_module(f"peft_elp.{module}"), name).__name__ in (name, "find_encoder")
 
 
 def test_an_unknown_name_in_a_module_of_version_0_1_is_an_attribute_error():
     with pytest.raises(AttributeError, match=r"peft_elp\.layer' has no attribute 'Nothing'"):
-        peft_elp.layer.Nothing
+        getattr(peft_elp.layer, "Nothing")  # noqa: B009

@@ -71,7 +71,7 @@ def describe(
         ValueError: The model has no adapter of that name.
         TypeError: `datasets` is no list, or a metric no `huggingface_hub.EvalResult`.
 
-    Example:
+    Examples:
         >>> from huggingface_hub import EvalResult
         >>> wer = EvalResult(
         ...     task_type="automatic-speech-recognition",

@@ -46,7 +46,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
         ValueError: The model has no such adapter, or the saved one does not fit into its place: it is no ELP-adapter,
             computes otherwise, or its tensors have other names or shapes. Nothing is changed then.
 
-    Example:
+    Examples:
         >>> from tempfile import mkdtemp
         >>> import peft_elp
         >>> from peft import get_peft_model

@@ -42,7 +42,7 @@ class ELPModel(BaseTuner):
         ValueError: The model has no supported encoder or several, or the configuration does not fit it. The model is
             then as it was.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import WavLMConfig, WavLMForCTC
         >>> import peft_elp
