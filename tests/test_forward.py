@@ -9,7 +9,7 @@ from backbones import ELP, HEADS, NORMS, build, has, labels_for, result, shaken,
 from peft import get_peft_model
 
 from peft_elp import ELPConfig
-from peft_elp.tuner.layers import first
+from peft_elp.call.outputs import hidden_states_of
 
 LETTERS = ["E", "L", "P", "EL", "EP", "LP", "ELP"]
 # Data2vec's stacked positional convolutions carry values across the end of an utterance: the backbone alone is not
@@ -201,7 +201,7 @@ def test_nothing_below_the_taps_is_recorded_for_l_alone():
     model = adapted("wav2vec2", "ForCTC", False, adapters="L", train_layer_norms=False).train()
     seen = []
     for layer in model.get_base_model().wav2vec2.encoder.encoder_layers:
-        layer.register_forward_hook(lambda module, args, output: seen.append(first(output).requires_grad))
+        layer.register_forward_hook(lambda module, args, output: seen.append(hidden_states_of(output).requires_grad))
     model(waveforms()[0])
     assert seen == [False] * 3
 
