@@ -52,7 +52,7 @@ class MultiTaskModel(nn.Module):
         for task, (other, _) in others:
             share_tensors(parts, other, first, task)
         self.models = nn.ModuleDict(models)
-        self._parts = {task: (parts.encoder, stack) for task, (parts, stack) in found.items()}  # registered already
+        self._parts = {task: (parts.backbone, stack) for task, (parts, stack) in found.items()}  # registered already
 
     def forward(
         self, *args: Any, tasks: Iterable[str] | None = None, labels: Mapping[str, Any] | None = None, **kwargs: Any
@@ -101,7 +101,7 @@ def share_tensors(parts: Encoder, other: Encoder, first: str, task: str) -> None
     Raises:
         ValueError: The backbones are of different make, or have different weights.
     """
-    tensors, others = _tensors(parts.encoder), _tensors(other.encoder)
+    tensors, others = _tensors(parts.backbone), _tensors(other.backbone)
     differ = sorted(tensors.keys() ^ others.keys()) or [
         name
         for name, (_, _, tensor) in tensors.items()

@@ -223,7 +223,7 @@ def test_generation_hears_the_adapters_and_no_pseudo_features(name, beams):
         ("whisper", {"p_position": "prepend"}, "p_position='prepend' has no meaning for WhisperEncoder"),
         ("sew", {"p_length": 3}, r"SEWEncoder takes 2 frames as one.*multiple of 2, got 3. Write p_length=2"),
         ("sew", {"l_output": "head"}, "l_output='head' needs.*pools or up-samples"),
-        ("whisper", {"target": "decoder"}, r"target='decoder' names no speech.*model.encoder \(WhisperEncoder\)"),
+        ("whisper", {"target": "decoder"}, r"target='decoder' does not name.*model.encoder \(WhisperEncoder\)"),
     ],
 )  # fmt: skip
 def test_what_has_no_sound_place_is_refused_with_the_reason(name, options, message):

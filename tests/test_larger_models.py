@@ -215,7 +215,7 @@ def test_an_unknown_encoder_is_described_and_adapted():
 
 def test_a_description_that_does_not_fit_is_named(monkeypatch):
     monkeypatch.setitem(BACKBONES, "OwnEncoder", Backbone(layers="layers", norms=("norm1",)))
-    with pytest.raises(ValueError, match=r"OwnEncoder is described as keeping its layers in 'layers'.*does not fit"):
+    with pytest.raises(ValueError, match=r"description of OwnEncoder does not fit.*layers='layers'"):
         get_peft_model(Own(), ELPConfig())
     row = Backbone(layers="blocks", feed_forward=("ffn",), norms=("norm1",), layerdrop=None, feature_encoder=None)
     monkeypatch.setitem(BACKBONES, "OwnEncoder", row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_elp.backbones import BACKBONES, REFUSED, Backbone, family
+from peft_elp.wording import shortened
 
 from .head import original
 from .layers import Wrapper
@@ -18,20 +20,20 @@ from .paths import canonical, join
 
 @dataclass
 class Encoder:
-    """The parts of one model that ELP works on.
+    """The speech encoder of one model: where it is and what it consists of.
 
     Args:
-        encoder: The base encoder: the nearest Transformers model around the stack, which may be the stack itself.
-        encoder_path: Where it is in the model.
-        stack: The encoder stack, as the backbone has it.
-        stack_path: Where it is in the model.
+        backbone: The encoder as a whole: the nearest Transformers model around the stack, or the stack itself.
+        backbone_path: Path of `backbone` in the model.
+        stack: The encoder stack, without ELP's wrapper.
+        stack_path: Path of the stack in the model.
         family: The stack's row in the table of backbones.
-        layers: The encoder layers, as the backbone has them.
+        layers: The encoder layers, without ELP's wrappers.
         hidden_size: Width of the hidden states.
     """
 
-    encoder: nn.Module
-    encoder_path: str
+    backbone: nn.Module
+    backbone_path: str
     stack: nn.Module
     stack_path: str
     family: Backbone
@@ -39,7 +41,7 @@ class Encoder:
     hidden_size: int
 
     def layer_path(self, layer: int, part: str = "") -> str:
-        """Where a layer, or a part of it, is in the model."""
+        """The path of an encoder layer in the model, or of a module inside that layer."""
         return join(self.stack_path, self.family.layers, str(layer), part)
 
 
@@ -48,76 +50,118 @@ def find_encoder(model: nn.Module, target: str | None = None) -> Encoder:
 
     Args:
         model: The whole model.
-        target: Path or class of the encoder stack, where there are several.
+        target: Path or class name of the encoder stack. Needed only if the model contains several.
 
     Raises:
-        ValueError: There is none that ELP knows, or several without a choice.
+        ValueError: The model contains no encoder that ELP knows, or several and `target` names none of them.
+
+    Examples:
+        >>> from transformers import WavLMConfig, WavLMForCTC
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=8)
+        >>> find_encoder(WavLMForCTC(WavLMConfig(**size))).stack_path
+        'wavlm.encoder'
     """
-    modules = {canonical(name): module for name, module in model.named_modules()}
-    stacks = {path: (module, row) for path, module in modules.items() if (row := family(type(module))) is not None}
-    stacks = {path: (stack, row) for path, (stack, row) in stacks.items() if _is_fed_speech(modules, path, row)}
+    modules = _modules(model)
+    rows = {path: family(type(module)) for path, module in modules.items()}
+    stacks = {path: row for path, row in rows.items() if row is not None and _is_fed_speech(modules, path, row)}
     if target is not None:
-        named = {path: found for path, found in stacks.items() if target in (path, type(found[0]).__name__)}
+        named = {path: row for path, row in stacks.items() if target in (path, type(modules[path]).__name__)}
         if not named:
             raise ValueError(
-                f"target={target!r} names no speech encoder in {type(model).__name__}, which has "
-                f"{_named(stacks) or 'none'}. Name one of them by its path or class."
+                f"target={target!r} does not name a speech encoder of {type(model).__name__}, which has "
+                f"{_named(modules, stacks) or 'none'}. Use the path or class of one of them."
             )
         stacks = named
     if not stacks:
         raise ValueError(f"{type(model).__name__} contains no speech encoder that ELP can adapt{_why_none(model)}")
     if len(stacks) > 1:
         raise ValueError(
-            f"{type(model).__name__} contains several speech encoders: {_named(stacks)}. ELP adapts one: name it with "
-            "ELPConfig(target=<path or class>)."
+            f"{type(model).__name__} contains several speech encoders: {_named(modules, stacks)}. ELP adapts one of "
+            "them: choose it with ELPConfig(target=<its path>)."
         )
-    ((stack_path, (stack, row)),) = stacks.items()
+    (path,) = stacks
+    return _described(model, modules, path)
+
+
+def encoder_of(model: nn.Module, stack: nn.Module) -> Encoder:
+    """The encoder with a given stack, however many encoders of the same class the model contains.
+
+    Args:
+        model: The whole model.
+        stack: The encoder stack, with or without ELP's wrapper.
+
+    Raises:
+        ValueError: The stack is not a part of the model, or not an encoder stack that ELP knows.
+    """
+    path = next((canonical(name) for name, module in model.named_modules() if module is stack), None)
+    modules = _modules(model)
+    if path is None or family(type(modules[path])) is None:
+        raise ValueError(f"{type(stack).__name__} is not an encoder stack of this {type(model).__name__}.")
+    return _described(model, modules, path)
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the path that they have without wrappers; a wrapped module stands for its wrapper."""
+    return {canonical(name): module for name, module in model.named_modules()}
+
+
+def _described(model: nn.Module, modules: dict[str, nn.Module], stack_path: str) -> Encoder:
+    """The encoder whose stack is at a path.
+
+    Raises:
+        ValueError: ELP cannot adapt it, or the table of backbones does not describe it correctly.
+    """
+    stack = modules[stack_path]
+    row = family(type(stack))
+    assert row is not None
     for path, module in modules.items():
-        if type(module).__name__ in REFUSED and (not path or f"{stack_path}.".startswith(f"{path}.")):
-            raise ValueError(
-                f"ELP cannot adapt {type(module).__name__}: {REFUSED[type(module).__name__]}. Adapt the plain encoder."
-            )
-    encoder, encoder_path = model, ""
-    here, path = model, ""
-    for step in stack_path.split(".") if stack_path else ():
-        if isinstance(here, PreTrainedModel):
-            encoder, encoder_path = here, path
-        here, path = original(getattr(here, step)), join(path, step)
-    if row.front_end_inside:
-        encoder, encoder_path = stack, stack_path
+        reason = REFUSED.get(type(module).__name__)
+        if reason and (not path or f"{stack_path}.".startswith(f"{path}.")):
+            raise ValueError(f"ELP cannot adapt {type(module).__name__}: {reason}. Adapt the plain encoder.")
+    backbone, backbone_path = (stack, stack_path) if row.front_end_inside else _backbone(model, stack_path)
     try:
         layers = stack.get_submodule(row.layers)
         if not isinstance(layers, nn.ModuleList):
-            raise TypeError(f"{row.layers!r} is a {type(layers).__name__}, no list of layers")
+            raise TypeError(f"{row.layers!r} is a {type(layers).__name__}, not a list of layers")
         plain = [layer.base_layer if isinstance(layer, Wrapper) else layer for layer in layers]
-        for holder, attribute in ((stack, row.layerdrop), (encoder, row.feature_encoder)):
+        for holder, attribute in ((stack, row.layerdrop), (backbone, row.feature_encoder)):
             if attribute:
                 attrgetter(attribute)(holder)
         width = next(plain[0].get_submodule(row.norms[0]).parameters())
     except (AttributeError, TypeError, IndexError, StopIteration) as error:
         raise ValueError(
-            f"{type(stack).__name__} is described as keeping its layers in {row.layers!r} with norms {row.norms} and "
-            f"layerdrop={row.layerdrop!r}, and {type(encoder).__name__} as having feature_encoder="
-            f"{row.feature_encoder!r}; that does not fit this model ({error}). Update transformers, or correct what "
-            "register_backbone was told."
+            f"The description of {type(stack).__name__} does not fit this model: {error}. It says layers="
+            f"{row.layers!r}, norms={row.norms}, layerdrop={row.layerdrop!r}, "
+            f"feature_encoder={row.feature_encoder!r}. Update transformers, or correct the register_backbone call."
         ) from error
     if width.numel() == 0:
         raise ValueError(
-            f"The weights of {type(model).__name__} are in parts on several processes already (DeepSpeed ZeRO-3), and "
-            "adapters are built to the shapes of whole ones. Set zero3_init_flag to false in Accelerate's "
-            "configuration, or place the adapters before the model is partitioned."
+            f"The weights of {type(model).__name__} are already partitioned among processes (DeepSpeed ZeRO-3). Set "
+            "zero3_init_flag to false in Accelerate's configuration, or place the adapters before the model is "
+            "partitioned."
         )
-    return Encoder(encoder, encoder_path, stack, stack_path, row, plain, width.shape[0])
+    return Encoder(backbone, backbone_path, stack, stack_path, row, plain, width.shape[0])
+
+
+def _backbone(model: nn.Module, stack_path: str) -> tuple[nn.Module, str]:
+    """The nearest Transformers model around the stack, and its path."""
+    backbone, backbone_path = model, ""
+    here, path = model, ""
+    for step in stack_path.split(".") if stack_path else ():
+        if isinstance(here, PreTrainedModel):
+            backbone, backbone_path = here, path
+        here, path = original(getattr(here, step)), join(path, step)
+    return backbone, backbone_path
 
 
 def _is_fed_speech(modules: dict[str, nn.Module], path: str, row: Backbone) -> bool:
-    """Whether the stack at `path` hears speech, where its class alone does not tell."""
+    """Whether the stack at `path` encodes speech, if its class alone does not tell."""
     caller = modules.get(path.rpartition(".")[0]) if path else None
     return row.inside is None or type(caller).__name__ == row.inside
 
 
-def _named(stacks: dict[str, tuple[nn.Module, Backbone]]) -> str:
-    return ", ".join(f"{path or 'the model itself'} ({type(stack).__name__})" for path, (stack, _) in stacks.items())
+def _named(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:
+    return shortened(f"{path or 'the model itself'} ({type(modules[path]).__name__})" for path in paths)
 
 
 def _why_none(model: nn.Module) -> str:
@@ -133,7 +177,7 @@ def _why_none(model: nn.Module) -> str:
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(layer) for layer in module}) == 1
     ]
     if not lists:
-        return f"{known}. Load the model of such a family, as with AutoModelForCTC.from_pretrained(...)."
+        return f"{known}. Load a model of such a family, for example with AutoModelForCTC.from_pretrained(...)."
     name, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     stack_path, _, layers_name = name.rpartition(".")
     children = [child for child, _ in layers[0].named_children()]
@@ -141,7 +185,7 @@ def _why_none(model: nn.Module) -> str:
     norms = [child for child in children if "norm" in child.lower()]
     stack_class = type(model.get_submodule(stack_path)).__name__
     return (
-        f"{known}. If {stack_class} hears speech, describe it first; this is a guess at how:\n"
+        f"{known}. If {stack_class} encodes speech, describe it first; this is a guess at how:\n"
         f"    peft_elp.register_backbone({stack_class!r}, peft_elp.Backbone(layers={layers_name!r}, "
         f"feed_forward={tuple(forward) or ('?',)}, norms={tuple(norms) or ('?',)}, layerdrop=None, "
         "feature_encoder=None))"

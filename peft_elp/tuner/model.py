@@ -313,7 +313,7 @@ class ELPModel(BaseTuner):
         for name in adapter_names:
             own = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
             tasks[name] = Task(
-                parts.encoder, stack, name, partial(self._as, name, stack, *args, **own), Route.only(name)
+                parts.backbone, stack, name, partial(self._as, name, stack, *args, **own), Route.only(name)
             )
             if not tasks[name].leaves_backbone_alone():
                 config: Any = self.peft_config[name]

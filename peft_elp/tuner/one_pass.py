@@ -13,7 +13,7 @@ from torch import nn
 from peft_elp.call.route import Route, current_route
 from peft_elp.call.shared_pass import SharedPass, current_pass
 
-from .find import Encoder, find_encoder
+from .find import Encoder, encoder_of
 from .layers import ELPNorm, ELPSublayer
 from .place import wrap_front_end
 from .stack import ELPStack
@@ -87,7 +87,7 @@ def parts_of(model: nn.Module) -> tuple[Encoder, ELPStack]:
             f"{type(model).__name__} has {len(stacks)} encoders with ELP-adapters, and tasks share one. Place "
             "adapters with get_peft_model(model, ELPConfig()) first."
         )
-    parts = find_encoder(model, type(stacks[0].base_layer).__name__)
+    parts = encoder_of(model, stacks[0])
     wrap_front_end(parts)
     return parts, stacks[0]
 

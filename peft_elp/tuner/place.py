@@ -47,12 +47,12 @@ def wrap_stack(model: nn.Module, parts: Encoder, active_adapters: list[str]) -> 
         setattr(parent, name, stack)
     for index, layer in enumerate(stack.encoder_layers):
         stack.encoder_layers[index] = TappedLayer(layer, index, active_adapters)
-    cnn: Any = attrgetter(parts.family.feature_encoder)(parts.encoder) if parts.family.feature_encoder else None
+    cnn: Any = attrgetter(parts.family.feature_encoder)(parts.backbone) if parts.family.feature_encoder else None
     if hasattr(cnn, "_requires_grad"):
         # Else the CNN, though frozen, would be recorded for a backward pass in every training step.
         cnn._elp_requires_grad, cnn._requires_grad = cnn._requires_grad, False
-        parts.encoder.register_forward_pre_hook(refuse_short_utterances, with_kwargs=True)
-    parts.encoder.register_forward_hook(trim_hidden_states)
+        parts.backbone.register_forward_pre_hook(refuse_short_utterances, with_kwargs=True)
+    parts.backbone.register_forward_hook(trim_hidden_states)
     return stack
 
 
@@ -75,7 +75,7 @@ def wrap_front_end(parts: Encoder) -> None:
     """Let the convolutions over the waveform run once for all tasks that share a pass."""
     if parts.family.feature_encoder:
         path, _, name = parts.family.feature_encoder.rpartition(".")
-        holder = attrgetter(path)(parts.encoder) if path else parts.encoder
+        holder = attrgetter(path)(parts.backbone) if path else parts.backbone
         if not isinstance(getattr(holder, name), FrontEnd):
             setattr(holder, name, FrontEnd(getattr(holder, name)))
 

@@ -94,7 +94,7 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
             )
     _check_family(plan)
     if "L" in config.adapters:
-        configs = [getattr(module, "config", None) for module in (model, parts.encoder)]
+        configs = [getattr(module, "config", None) for module in (model, parts.backbone)]
         if any(getattr(known, "use_weighted_layer_sum", False) for known in configs):
             raise ValueError(
                 f"use_weighted_layer_sum=True makes {name}'s head read the backbone's hidden states, past the "
@@ -132,8 +132,8 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
         config.modules_to_save = (
             [name for name in BRIDGES if hasattr(model, name)] if generates else _head(model, parts)
         )
-        if getattr(getattr(parts.encoder, "config", None), "add_adapter", False):
-            convolutions = join(parts.encoder_path, "adapter")
+        if getattr(getattr(parts.backbone, "config", None), "add_adapter", False):
+            convolutions = join(parts.backbone_path, "adapter")
             warnings.warn(
                 f"config.add_adapter=True: the backbone's convolutions after the encoder, {convolutions!r}, stay "
                 "frozen. If they are not pre-trained, train them too: modules_to_save="
@@ -167,7 +167,7 @@ def _refuse_quantised(model: nn.Module, head: list[str]) -> None:
 
 
 def _head(model: nn.Module, parts: Encoder) -> list[str]:
-    return find_head(model, parts.encoder_path, lambda module: family(type(module)) is not None)
+    return find_head(model, parts.backbone_path, lambda module: family(type(module)) is not None)
 
 
 def _has(layer: nn.Module, part: str) -> bool:
@@ -203,7 +203,7 @@ def _check_family(plan: Plan) -> None:
         )
     if row.squeeze:
         _, _, name = row.squeeze.rpartition(".")
-        factor = getattr(plan.parts.encoder.config, name)
+        factor = getattr(plan.parts.backbone.config, name)
         if config.p_length % factor:
             raise ValueError(
                 f"{stack} takes {factor} frames as one, so that p_length has to be a multiple of {factor}, got "
@@ -250,18 +250,18 @@ def _resolve_l_output(model: nn.Module, plan: Plan) -> None:
 def _head_input_path(model: nn.Module, plan: Plan) -> tuple[str | None, str]:
     """The head's first linear layer, if it reads the encoder and is trained; else why it does not count."""
     parts = plan.parts
-    if not parts.encoder_path:
+    if not parts.backbone_path:
         return None, f"{type(model).__name__} is a bare encoder"
     if parts.family.taps_end != "stack":
         return None, f"{type(parts.stack).__name__} pools or up-samples between its layers and the head"
-    parent_path = parts.encoder_path.rpartition(".")[0]
+    parent_path = parts.backbone_path.rpartition(".")[0]
     parent = model.get_submodule(parent_path)
     name = head_input(type(parent))
     if name is None or not hasattr(parent, name):
         return None, f"{type(parent).__name__} is none that ELP knows"
     path = join(parent_path, name)
     linear = original(model.get_submodule(path))
-    if getattr(parts.encoder.config, "add_adapter", False):
+    if getattr(parts.backbone.config, "add_adapter", False):
         return None, f"config.add_adapter puts the backbone's own convolutions between the encoder and {path!r}"
     if not isinstance(linear, nn.Linear) or linear.in_features != parts.hidden_size:
         return None, f"{path!r} is no linear layer of {parts.hidden_size} features"

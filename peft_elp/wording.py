@@ -1,0 +1,37 @@
+"""Phrases that several error messages share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def shortened(items: Iterable[object], shown: int = 6) -> str:
+    """A list in words, cut after the first items.
+
+    Examples:
+        >>> shortened(["a", "b", "c"])
+        'a, b, c'
+        >>> shortened(range(100), shown=2)
+        '0, 1 and 98 more'
+    """
+    words = [str(item) for item in items]
+    rest = len(words) - shown
+    return f"{', '.join(words[:shown])} and {rest} more" if rest > 0 else ", ".join(words)
+
+
+def unknown_adapter(unknown: str | Iterable[str], known: Iterable[str]) -> str:
+    """The sentence about adapter names that a model does not have.
+
+    Args:
+        unknown: The unknown name, or several.
+        known: The names that the model has.
+
+    Examples:
+        >>> unknown_adapter("emotion", ["asr", "speaker"])
+        "There is no adapter 'emotion'; the model has 'asr', 'speaker'."
+    """
+    unknown = [unknown] if isinstance(unknown, str) else sorted(unknown)
+    return (
+        f"There is no adapter {shortened(map(repr, unknown))}; the model has "
+        f"{shortened(map(repr, sorted(known))) or 'none'}."
+    )
