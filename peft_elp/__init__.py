@@ -14,6 +14,7 @@ from .optim import create_optimizer, get_epochwise_schedule, parameter_groups
 from .parameters import count_parameters
 from .published import published_factors, published_rates
 from .saved.card import describe, write_card
+from .saved.save import protect_saving
 from .tuner.find import Encoder, find_encoder
 from .tuner.hotswap import hotswap_adapter
 from .tuner.model import ELPModel
@@ -25,6 +26,7 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
     __version__ = "0.0.0"
 
 register(ELPConfig, ELPModel)
+protect_saving()
 keep_old_modules()
 
 __all__ = [

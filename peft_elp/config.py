@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 
 from .adapters import ACTIVATIONS
 from .heads import HEAD_SETTINGS
 from .published import SETTINGS
-from .saved.card import Description, write_card
 
 LETTERS = "ELP"
 E_PLACES = ("feed_forward", "attention")
@@ -167,7 +168,7 @@ class ELPConfig(PeftConfig):
             "that tells speakers apart. It changes nothing in the model. None: nobody has said."
         },
     )
-    description: ClassVar[Description | None] = None  # for the card alone; `describe` sets it on one configuration
+    description: ClassVar[Any] = None  # for the card alone; `describe` sets it on one configuration
     # Whether this was read from beside weights, which are loaded next. No field: it is not saved.
     weights_follow: ClassVar[bool] = False
 
@@ -202,19 +203,16 @@ class ELPConfig(PeftConfig):
             self.head_config = _head_config(self.head_config)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration; and where a `PeftModel` saves an adapter, the adapter's card as well.
-
-        A card that was edited stays as it is; `describe` says what else the card shall tell.
+        """Save the configuration. If that fails, the configuration that was in the folder stays there.
 
         Args:
             save_directory: The folder.
             **kwargs: What PEFT adds.
         """
-        # A PeftModel names the class of its base, and has saved the weights by now. Transformers does neither.
-        last = kwargs.get("auto_mapping_dict") is not None
-        super().save_pretrained(save_directory, **kwargs)
-        if last:
-            write_card(save_directory, self.description)
+        os.makedirs(save_directory, exist_ok=True)
+        with TemporaryDirectory(prefix=".saving-", dir=save_directory) as beside:
+            super().save_pretrained(beside, **kwargs)
+            os.replace(Path(beside, CONFIG_NAME), Path(save_directory, CONFIG_NAME))
 
     @classmethod
     def from_pretrained(

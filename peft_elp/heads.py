@@ -7,6 +7,9 @@ which settings of the model's configuration the head is made from.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Output = Literal["hidden_states", "labels", "frame_labels", "frame_tokens", "generated_tokens", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,8 @@ class HeadRow:
 
     Args:
         task: The name of the task on the Hub.
+        output: What the model returns for a recording: labels for the whole of it or for each frame, tokens of a text
+            for each frame or generated one after the other, an embedding of the voice, or hidden states.
         input_layer: The first linear layer of the head, if it reads the encoder's output frame by frame.
         commands: What `SpeechAdapter` and `peft-elp` can do with the head: "transcribe", "classify" or "verify".
         settings: The settings of the model's configuration that Transformers makes the head from.
@@ -25,6 +30,7 @@ class HeadRow:
     """
 
     task: str
+    output: Output
     input_layer: str | None = None
     commands: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
@@ -35,22 +41,23 @@ _LABELS = ("num_labels", "id2label", "label2id", "problem_type")  # setting num_
 
 HEADS: dict[str, HeadRow] = {
     "ForSequenceClassification": HeadRow(
-        _CLASSIFICATION, "projector", ("classify", "verify"), (*_LABELS, "classifier_proj_size")
+        _CLASSIFICATION, "labels", "projector", ("classify", "verify"), (*_LABELS, "classifier_proj_size")
     ),
     "ForAudioClassification": HeadRow(
-        _CLASSIFICATION, "projector", ("classify", "verify"), (*_LABELS, "classifier_proj_size")
+        _CLASSIFICATION, "labels", "projector", ("classify", "verify"), (*_LABELS, "classifier_proj_size")
     ),
-    "ForAudioFrameClassification": HeadRow(_CLASSIFICATION, "classifier", (), _LABELS),
-    "ForCTC": HeadRow(_RECOGNITION, "lm_head", ("transcribe",), ("vocab_size",)),
-    "ForConditionalGeneration": HeadRow(_RECOGNITION, None, ("transcribe",)),
-    "ForSpeechSeq2Seq": HeadRow(_RECOGNITION, None, ("transcribe",)),
+    "ForAudioFrameClassification": HeadRow(_CLASSIFICATION, "frame_labels", "classifier", (), _LABELS),
+    "ForCTC": HeadRow(_RECOGNITION, "frame_tokens", "lm_head", ("transcribe",), ("vocab_size",)),
+    "ForConditionalGeneration": HeadRow(_RECOGNITION, "generated_tokens", None, ("transcribe",)),
+    "ForSpeechSeq2Seq": HeadRow(_RECOGNITION, "generated_tokens", None, ("transcribe",)),
     "ForXVector": HeadRow(
         _CLASSIFICATION,
+        "embedding",
         "projector",
         ("verify",),
         (*_LABELS, "tdnn_dim", "tdnn_kernel", "tdnn_dilation", "xvector_output_dim"),
     ),
-    "Model": HeadRow("feature-extraction"),
+    "Model": HeadRow("feature-extraction", "hidden_states"),
 }
 
 HEAD_SETTINGS: tuple[str, ...] = tuple(dict.fromkeys(setting for row in HEADS.values() for setting in row.settings))

@@ -1,6 +1,8 @@
 """A saved adapter has a card: what it is, whose it is, what was measured, and code that runs."""
 
+import ast
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from peft_elp.plots import layer_weights
 from peft_elp.saved.card import is_generated, read_results, write_card
 
 # PEFT asks the Hub, where these tests cannot reach it, whether a base has another vocabulary.
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in microsoft/wavlm-base-plus:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in :UserWarning")
 HUB_BASE = "microsoft/wavlm-base-plus"
 EER = EvalResult(
     task_type="audio-classification",
@@ -264,12 +266,53 @@ def test_a_card_that_cannot_be_read_gives_no_results(tmp_path, text):
     assert read_results(tmp_path) == []
 
 
+HOSTILE = "a|b\n| c | <script>x</script> [d](javascript:alert(1)) `e` &lt; $f$"
+
+
+def test_names_and_results_of_strangers_stay_within_their_cells(tmp_path):
+    model = from_the_hub()
+    metric = replace(
+        EER,
+        dataset_name=HOSTILE,
+        dataset_split=HOSTILE,
+        metric_name=HOSTILE,
+        metric_value=HOSTILE,
+        metric_config=HOSTILE,
+    )
+    describe(model, datasets=[HOSTILE], metrics=[metric])
+    model.save_pretrained(tmp_path)
+    text = card(tmp_path).text
+    assert "<script>" not in text
+    assert not re.search(r"(?<!\\)\]\(javascript", text)
+    (row,) = [line for line in text.splitlines() if line.startswith(r"| a\|")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5
+    assert row.count("&lt;script&gt;x&lt;/script&gt; \\[d\\](javascript:alert(1)) \\`e\\` &amp;lt; \\$f\\$") == 4
+    assert card(tmp_path).data.datasets == [HOSTILE]
+    assert read_results(tmp_path)[0].dataset_name == HOSTILE
+
+
+@pytest.mark.parametrize("base", ['x"); import os; os.abort() #', "x'\n```\nimport os", "a`b", "C:\\models\\base"])
+def test_a_base_with_any_name_is_a_string_in_the_code(tmp_path, base):
+    model = from_the_hub()
+    model.peft_config["default"].base_model_name_or_path = base
+    describe(model, repo_id='me/"voices" $(x)')
+    model.save_pretrained(tmp_path)
+    calls = [node for node in ast.walk(ast.parse(code(tmp_path))) if isinstance(node, ast.Call)]
+    loaded = [call for call in calls if getattr(call.func, "attr", "") == "from_pretrained"]
+    loaded.sort(key=lambda call: call.lineno)
+    assert [ast.literal_eval(call.args[-1]) for call in loaded] == [base, 'me/"voices" $(x)', base]
+    (command,) = re.findall(r"^peft-elp .*$", card(tmp_path).text, re.MULTILINE)
+    assert shlex.split(command) == ["peft-elp", "classify", 'me/"voices" $(x)', "a.wav", "b.wav"]
+    code_spans = re.findall(r"(?<!`)(`+)(?!`) ?(.*?) ?(?<!`)\1(?!`)", card(tmp_path).text.split("## Use")[0])
+    assert code_spans[0][1] == " ".join(base.split())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"adapter_name": "other"}, ValueError, r"No adapter named 'other'; the model has \['default'\]"),
+        ({"adapter_name": "other"}, ValueError, r"no adapter 'other'; the model has 'default'"),
         ({"datasets": "a/b"}, TypeError, r"Write datasets=\['a/b'\]"),
-        ({"metrics": [{"eer": 2}]}, TypeError, r"huggingface_hub.EvalResult\(...\) makes them, got \{'eer': 2\}"),
+        ({"metrics": [{"eer": 2}]}, TypeError, r"huggingface_hub.EvalResult\(...\) objects, got \{'eer': 2\}"),
     ],
 )
 def test_a_description_that_makes_no_sense_is_refused(options, error, message):

@@ -23,8 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "pseudo": {"shapes"},
     "adapters": {"shapes", "pseudo"},
     "call": {"shapes", "pseudo", "adapters"},
-    "saved": FACTS,
-    "config": {"adapters", "saved", *FACTS},
+    "config": {"adapters", *FACTS},
+    "saved": {"config", *FACTS},
     "tuner": {"shapes", "pseudo", "adapters", "call", "config", *FACTS},
     "multitask": {"call", "tuner", *FACTS},
     **{

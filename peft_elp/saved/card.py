@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined, Template
 from torch import nn
-from yaml import YAMLError
 
-from .folder import SavedAdapter, read_adapter
+from peft_elp.wording import unknown_adapter
 
+from .folder import SavedAdapter, first_line, read_adapter
+
+CARD_NAME = "README.md"
+LARGEST_CARD = 1_000_000  # bytes: larger ones are nobody's card, and YAML takes its time
 TAGS = ("elp", "peft-elp")
 OURS = re.compile(r"<!-- peft-elp card ([0-9a-f]{16})\b.*-->\s*$")
-EDITED = ("datasets", "metrics", "model-index", "pipeline_tag")  # metadata from here that people correct
+EDITED = ("datasets", "metrics", "model-index", "pipeline_tag")  # metadata written here that people correct
 TOKENIZER = ("tokenizer_config.json", "vocab.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class Description:
-    """What only whoever trained an adapter knows of it; see `describe`."""
+    """What a card cannot find out about its adapter; see `describe`."""
 
     repo_id: str | None = None
     subfolder: str | None = None
@@ -51,25 +59,26 @@ def describe(
     protocol: str | None = None,
     seed: int | None = None,
 ) -> None:
-    """Say what the card of an adapter cannot find out by itself; `save_pretrained` then writes it.
+    """Describe an adapter for its card, which `save_pretrained` writes.
 
-    It describes the adapter as it is now: describe it again after further training. It is not loaded with an adapter.
+    The description belongs to the adapter in memory, as it is now: describe it again after further training. It is
+    not loaded with a saved adapter.
 
     Args:
         model: A model with ELP-adapters.
         adapter_name: The adapter.
         repo_id: Its name on the Hub, for the card's code. Default: the name of the folder that it is saved to.
-        task: What the Hub calls its task. Default: by the model's head.
+        task: Its task, as the Hub names it. Default: the task of the model's head.
         language: Code of the language, such as "en", or several.
-        license: What the Hub calls its licence, such as "apache-2.0".
+        license: Its licence, as the Hub names it, such as "apache-2.0".
         datasets: Hub ids of the training data.
-        metrics: What was measured, on what.
-        protocol: How it was trained and measured, in Markdown.
-        seed: That of the training.
+        metrics: Results, each with the data that it was measured on.
+        protocol: How it was trained and measured, in Markdown. It is copied into the card as it is.
+        seed: The seed of the training.
 
     Raises:
         ValueError: The model has no adapter of that name.
-        TypeError: `datasets` is no list, or a metric no `huggingface_hub.EvalResult`.
+        TypeError: `datasets` is a string, or a metric is not a `huggingface_hub.EvalResult`.
 
     Examples:
         >>> from huggingface_hub import EvalResult
@@ -86,12 +95,12 @@ def describe(
     """
     peft_config: Any = getattr(model, "peft_config", {})
     if adapter_name not in peft_config:
-        raise ValueError(f"No adapter named {adapter_name!r}; the model has {sorted(peft_config) or 'none'}.")
+        raise ValueError(unknown_adapter(adapter_name, peft_config))
     if isinstance(datasets, str):
         raise TypeError(f"datasets is a list of Hub ids, got the string {datasets!r}. Write datasets=[{datasets!r}].")
     for metric in metrics:
         if not isinstance(metric, EvalResult):
-            raise TypeError(f"metrics holds results as huggingface_hub.EvalResult(...) makes them, got {metric!r}.")
+            raise TypeError(f"metrics holds huggingface_hub.EvalResult(...) objects, got {metric!r}.")
     peft_config[adapter_name].description = Description(
         repo_id=repo_id,
         subfolder=None if adapter_name == "default" else adapter_name,
@@ -106,67 +115,87 @@ def describe(
 
 
 def _number(value: Any) -> Any:
-    """A number of NumPy or torch as Python's own, which YAML knows."""
+    """A number of NumPy or torch as a number of Python, for YAML."""
     return value.item() if hasattr(value, "item") else value
 
 
 def write_card(folder: str | Path, description: Description | None = None) -> bool:
-    """Write the card of a saved adapter, unless its folder has one that is not from here, or was edited since.
+    """Write the card of a saved adapter, unless its folder has a card that was not generated here, or was edited.
 
-    An edit is one of the text, or of what the metadata say of data sets, metrics, results and task. Other metadata,
-    such as a licence, are kept in a card that is written anew.
+    A card counts as edited if its text was changed, or the data sets, metrics, results or task in its metadata. Other
+    metadata, such as a licence, are kept when a card is written anew. A card that cannot be read is left alone.
+
+    Args:
+        folder: The folder of the adapter.
+        description: What `describe` recorded, for `save_pretrained`.
 
     Returns:
-        Whether it was written.
+        Whether the card was written.
 
     Raises:
         ValueError: The folder holds no ELP-adapter.
+
+    Examples:
+        >>> write_card("english")  # doctest: +SKIP
+        True
     """
-    saved, described, description = read_adapter(folder), description is not None, description or Description()
-    path = saved.folder / "README.md"
-    there = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
+    saved = read_adapter(folder)
+    path = saved.folder / CARD_NAME
+    try:
+        there = ModelCard.load(path) if os.path.lexists(path) else ModelCard.from_template(ModelCardData())
+    except Exception as error:  # Somebody else wrote it, and anything may be wrong with it.
+        warnings.warn(
+            f"{path} cannot be read as a card ({first_line(error)}). It stays as it is. To have a card written, "
+            "remove it.",
+            stacklevel=2,
+        )
+        return False
     if not (is_generated(there) or _is_template(there.text)):
-        if described:
+        if description is not None:
             warnings.warn(
-                f"{path} is not from here or was edited: it stays as it is, without what `describe` says. To have it "
-                "written anew, remove it.",
+                f"{path} was edited or was not generated by peft_elp: it stays as it is, without what `describe` "
+                "says. To have it written anew, remove it.",
                 stacklevel=2,
             )
         return False
+    description = description or Description()
     data = _data(saved, description, there.data.to_dict())
     text = _text(saved, description)
     content = f"---\n{data.to_yaml()}\n---\n\n{text}"
     read_back = ModelCard(content, ignore_metadata_errors=True).data.to_dict()
     content += f"\n<!-- peft-elp card {_fingerprint(text, read_back)}: saving writes it anew until it is edited -->\n"
-    ModelCard(content, ignore_metadata_errors=True).save(path)
+    with TemporaryDirectory(prefix=".saving-", dir=saved.folder) as beside:
+        ModelCard(content, ignore_metadata_errors=True).save(Path(beside, CARD_NAME))
+        os.replace(Path(beside, CARD_NAME), path)
     return True
 
 
 def read_results(folder: str | Path) -> list[EvalResult]:
-    """What the card in a folder says was measured; nothing without a card, or where its metadata cannot be read."""
-    path = Path(folder, "README.md")
-    if not path.is_file():
-        return []
+    """The results in the metadata of a folder's card; empty without a card, or if its metadata cannot be read."""
+    path = Path(folder, CARD_NAME)
     try:
+        if not path.is_file() or path.stat().st_size > LARGEST_CARD:
+            return []
         data: Any = ModelCard.load(path, ignore_metadata_errors=True).data
-    except (ValueError, YAMLError):
+        results = data.eval_results or []
+    except Exception:  # Somebody else may have written it, and anything may be wrong with it.
         return []
-    return data.eval_results or []
+    return [result for result in results if isinstance(result.metric_value, (int, float, str))]
 
 
 def is_generated(card: ModelCard) -> bool:
-    """Whether a card is from here and was not edited since; see `write_card`."""
+    """Whether a card was generated here and not edited since; see `write_card`."""
     mark = OURS.search(card.text)
     return mark is not None and mark[1] == _fingerprint(card.text[: mark.start()], card.data.to_dict())
 
 
 def _is_template(text: str) -> bool:
-    """Whether it is the card that PEFT has just made."""
+    """Whether a card is the one that PEFT has just made from its template."""
     return _fingerprint(text) == _fingerprint(ModelCard.from_template(ModelCardData()).text)
 
 
 def _fingerprint(text: str, data: Mapping[str, Any] | None = None) -> str:
-    # PEFT adds its version to every card, behind whatever comes last.
+    # PEFT adds its version at the end of every card.
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and line != "### Framework versions" and not line.startswith("- PEFT ")]
     lines.append(json.dumps([(data or {}).get(name) or None for name in EDITED], sort_keys=True, default=str))
@@ -177,7 +206,7 @@ def _data(saved: SavedAdapter, description: Description, there: dict[str, Any]) 
     for name in ("model-index", "base_model", "datasets", "metrics", "pipeline_tag"):
         there.pop(name, None)
     base = saved.base if _on_hub(saved.base) else None
-    tags = [tag for tag in there.pop("tags", None) or () if base or not tag.startswith("base_model:")]
+    tags = [tag for tag in map(str, there.pop("tags", None) or ()) if base or not tag.startswith("base_model:")]
     own = {
         "base_model": base,
         "pipeline_tag": description.task or saved.task,
@@ -198,7 +227,7 @@ def _plain(value: str | Sequence[str] | None) -> Any:
 
 
 def _on_hub(name: str | None) -> bool:
-    return name is not None and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists()
+    return name is not None and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not os.path.exists(name)
 
 
 def _name(saved: SavedAdapter, description: Description) -> str:
@@ -206,122 +235,85 @@ def _name(saved: SavedAdapter, description: Description) -> str:
 
 
 def _text(saved: SavedAdapter, description: Description) -> str:
-    base = saved.base or "?"
-    link = f"[{base}](https://huggingface.co/{base})" if _on_hub(saved.base) else f"`{base}`"
-    sections = [
-        f"# {_name(saved, description).rpartition('/')[2]}\n\n"
-        f"ELP-adapters ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)) for {link}, of class "
-        f"`{saved.model_class or '?'}`. The base is frozen and is not in this repository: these are the adapters with "
-        "their head.",
-        f"## Use\n\n{_use(saved, description)}",
-        f"## Encoder\n\n{_parts(saved)}",
-    ]
-    if training := _training(description):
-        sections.append(f"## Training\n\n{training}")
-    if description.metrics:
-        sections.append(f"## Results\n\n{_results(description.metrics)}")
-    if saved.layer_weights:
-        sections.append(f"## Layer weights\n\n{_layer_weights(saved)}")
-    if saved.counts["P"] and (pictures := _pictures(saved, "pseudo_feature_norms")):
-        sections.append("## Norms of the pseudo features\n\n" + "\n\n".join(pictures))
-    sections.append(f"### Framework versions\n\n- PEFT {saved.config.get('peft_version')}\n")
-    return "\n\n".join(sections)
-
-
-def _use(saved: SavedAdapter, description: Description) -> str:
+    """The card without its metadata."""
+    where, head = _name(saved, description), saved.head
+    has_tokenizer = saved.task == "automatic-speech-recognition" and saved.holds(*TOKENIZER)
     model_class = saved.model_class or "AutoModel"
-    where = f'"{_name(saved, description)}"'
-    if description.repo_id and description.subfolder:
-        where += f', subfolder="{description.subfolder}"'
-    reads_text = saved.task == "automatic-speech-recognition"
-    with_tokenizer = reads_text and saved.holds(*TOKENIZER)
-    auto = ["AutoFeatureExtractor", *(["AutoTokenizer"] if with_tokenizer else []), model_class]
-    extractor = where if saved.holds("preprocessor_config.json") else f'"{saved.base}"'
-    lines = [
-        "import peft_elp  # first: it makes PEFT know the method",
-        "import torch",
-        "from peft import PeftModel",
-        f"from transformers import {', '.join(auto)}",
-        "",
-        f'base = {model_class}.from_pretrained("{saved.base}")',
-        f"model = PeftModel.from_pretrained(base, {where}).eval()",
-        f"extractor = AutoFeatureExtractor.from_pretrained({extractor})",
-        "waveform = torch.zeros(extractor.sampling_rate)  # one second of silence: put yours, mono, at this rate",
-        'inputs = extractor(waveform.numpy(), sampling_rate=extractor.sampling_rate, return_tensors="pt")',
-        "with torch.no_grad():",
-        *_answer(model_class, where, reads_text, with_tokenizer),
-    ]
-    code = "\n".join(lines)
-    note = "" if description.repo_id else f"{where} is the adapter's folder; from the Hub, write its name there.\n\n"
-    return (
-        f"{note}```bash\npip install 'peft-elp[recipes]'\n```\n\n```python\n{code}\n```{_command(saved, description)}"
+    subfolder = description.subfolder if description.repo_id else None
+    return _template().render(
+        arguments=quoted(where) + (f", subfolder={quoted(subfolder)}" if subfolder else ""),
+        base=saved.base or "?",
+        base_on_hub=_on_hub(saved.base),
+        command=_command(saved, where, subfolder),
+        counts=saved.counts,
+        datasets=description.datasets,
+        extractor=quoted(where if saved.holds("preprocessor_config.json") else saved.base or "?"),
+        has_tokenizer=has_tokenizer,
+        importable_class=model_class,
+        imports=["AutoFeatureExtractor", *(["AutoTokenizer"] if has_tokenizer else []), model_class],
+        layer_weights=saved.layer_weights,
+        metrics=description.metrics,
+        model_class=saved.model_class or "?",
+        output=head.output if head else "hidden_states",
+        peft_version=saved.config["peft_version"],
+        pictures=lambda stem: _pictures(saved, stem),
+        protocol=description.protocol,
+        repo_id=description.repo_id,
+        seed=description.seed,
+        sizes=saved.sizes(),
+        title=where.rpartition("/")[2],
+        where=where,
     )
 
 
-def _answer(model_class: str, where: str, reads_text: bool, with_tokenizer: bool) -> list[str]:
-    """The end of the code: what a model of the class gives."""
-    if reads_text and model_class.endswith("ForCTC"):
-        lines = ["    tokens = model(**inputs).logits.argmax(-1)"]
-    elif reads_text:
-        lines = ["    tokens = model.generate(**inputs)"]
-    elif model_class.endswith("ForXVector"):
-        return ["    voice = model(**inputs).embeddings", "print(voice.shape)"]
-    elif model_class.endswith("Classification"):
-        frames = model_class.endswith("FrameClassification")
-        label = "model.config.id2label[int(logits[0].argmax())]"
-        return ["    logits = model(**inputs).logits", f"print({'logits.shape' if frames else label})"]
-    else:
-        return ["    output = model(**inputs)", "print(output[0].shape)"]
-    if with_tokenizer:
-        return [*lines, f"print(AutoTokenizer.from_pretrained({where}).batch_decode(tokens)[0])"]
-    return [*lines, "print(tokens)  # no tokenizer was saved with the adapter: numbers, not text"]
+def _template() -> Template:
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(cell=cell, code=code, quoted=quoted)
+    return environment.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
 
 
-def _command(saved: SavedAdapter, description: Description) -> str:
-    verb = {"automatic-speech-recognition": "transcribe", "audio-classification": "classify"}.get(saved.task or "")
-    if verb is None or (saved.model_class or "").endswith("FrameClassification"):
+def cell(value: Any) -> str:
+    r"""Plain text in Markdown: one line, in which nothing is a link, HTML or the end of a table's cell.
+
+    Examples:
+        >>> print(cell("a|b <i>c</i> [d](e)"))
+        a\|b &lt;i&gt;c&lt;/i&gt; \[d\](e)
+    """
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~#!$])", r"\\\1", text)
+
+
+def code(value: Any) -> str:
+    """Code within a line of Markdown, whatever backticks it holds.
+
+    Examples:
+        >>> code("a`b")
+        '``a`b``'
+    """
+    text = " ".join(str(value).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def quoted(text: str) -> str:
+    r"""Text as a string of Python, in double quotes. It does not close the block of code that it stands in.
+
+    Examples:
+        >>> print(quoted('a"b'))
+        "a\"b"
+    """
+    return json.dumps(text, ensure_ascii=False).replace("```", r"\x60" * 3)
+
+
+def _command(saved: SavedAdapter, where: str, subfolder: str | None) -> str:
+    """The command for recordings; empty where the head is not for the command line."""
+    commands = saved.head.commands if saved.head else ()
+    if not commands:
         return ""
-    files = "a.wav b.wav"
-    if (saved.model_class or "").endswith("ForXVector"):
-        verb = "verify"
-    where = _name(saved, description)
-    if description.repo_id and description.subfolder:
-        where += f" --subfolder {description.subfolder}"
-    return f"\n\nWith files, on the command line:\n\n```bash\npeft-elp {verb} {where} {files}\n```"
-
-
-def _parts(saved: SavedAdapter) -> str:
-    rows = [f"| {part} | {saved.counts[part]:,} | {what} |" for part, what in saved.sizes().items()]
-    rows.append(f"| all | {sum(saved.counts.values()):,} | |")
-    return "\n".join(["| part | parameters | |", "|---|--:|---|", *rows])
-
-
-def _training(description: Description) -> str:
-    said = []
-    if description.datasets:
-        said.append(f"Data: {', '.join(description.datasets)}.")
-    if description.protocol:
-        said.append(description.protocol)
-    if description.seed is not None:
-        said.append(f"Seed: {description.seed}.")
-    return "\n\n".join(said)
-
-
-def _results(metrics: Sequence[EvalResult]) -> str:
-    rows = [
-        f"| {metric.dataset_name} | {metric.dataset_split or ''} | {metric.metric_name or metric.metric_type} | "
-        f"{metric.metric_value} |"
-        for metric in metrics
-    ]
-    return "\n".join(["| data | split | metric | value |", "|---|---|---|--:|", *rows])
-
-
-def _layer_weights(saved: SavedAdapter) -> str:
-    layers = " | ".join(str(layer) for layer, _ in saved.layer_weights)
-    shares = " | ".join(f"{share:.3f}" for _, share in saved.layer_weights)
-    table = f"| layer | {layers} |\n|---|{'--:|' * len(saved.layer_weights)}\n| weight | {shares} |"
-    return "\n\n".join([*_pictures(saved, "layer_weights"), table])
+    words = ["peft-elp", commands[0], where, *(["--subfolder", subfolder] if subfolder else []), "a.wav", "b.wav"]
+    return shlex.join(words)
 
 
 def _pictures(saved: SavedAdapter, stem: str) -> list[str]:
-    return [f"![{path.stem}]({path.name})" for path in sorted(saved.folder.glob(f"{stem}*.png"))]
+    return [f"![{cell(path.stem)}]({quote(path.name)})" for path in sorted(saved.folder.glob(f"{stem}*.png"))]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -10,12 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from peft_elp.heads import head_row
+from peft_elp.config import ELPConfig
+from peft_elp.heads import HeadRow, head_row
 from peft_elp.parameters import CONTAINERS, PARTS
+from peft_elp.wording import shortened
+
+LARGEST_CONFIG = 10_000_000  # bytes; the names of 100,000 labels take about 3,000,000
+KINDS = {  # fields of PEFT's that are read here and that PEFT does not check; ELPConfig checks its own
+    "base_model_name_or_path": str,
+    "revision": str,
+    "auto_mapping": dict,
+    "peft_version": str,
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,7 @@ class SavedAdapter:
 
     Args:
         folder: Where it is.
-        config: What is in its `adapter_config.json`.
+        config: The fields of its `adapter_config.json`, checked.
         counts: Numbers of parameters under "E", "L" (with its layer weights), "P", "layer norms" and "head".
         layer_weights: For each layer that an L-adapter taps its number, from 0, and its share.
     """
@@ -45,18 +59,27 @@ class SavedAdapter:
         return (self.config.get("auto_mapping") or {}).get("base_model_class")
 
     @property
+    def head(self) -> HeadRow | None:
+        """What the head of that class has in common with others; None for a class without a known head."""
+        return head_row(self.model_class)
+
+    @property
     def task(self) -> str | None:
-        """What the Hub calls the adapter's task."""
-        row = head_row(self.model_class)
-        return row.task if row else None
+        """The adapter's task, as the Hub names it."""
+        return self.head.task if self.head else None
+
+    @property
+    def num_labels(self) -> int | None:
+        """How many labels the adapter's head has; None without a head for labels."""
+        if self.task != "audio-classification":
+            return None
+        return (self.config.get("head_config") or {}).get("num_labels")
 
     @property
     def labels(self) -> list[str]:
-        """The names of the labels, or as many numbers where nobody has named them; none without a head for labels."""
-        head = self.config.get("head_config") or {}
-        names = {int(number): name for number, name in (head.get("id2label") or {}).items()}
-        count = head.get("num_labels", 0) if self.task == "audio-classification" else 0
-        return [names.get(number, f"LABEL_{number}") for number in range(count)]
+        """The names of the labels, by their number; none where the folder names none."""
+        names = (self.config.get("head_config") or {}).get("id2label") if self.num_labels else None
+        return [names[number] for number in sorted(names)] if names else []
 
     def sizes(self) -> dict[str, str]:
         """What each part that the adapter has consists of, in words."""
@@ -66,7 +89,7 @@ class SavedAdapter:
             "E": f"bottleneck of {get('e_dim')} after {places}, layers {_ranges(get('e_layers'))}",
             "L": f"taps of {get('l_dim')}, layers {_ranges(get('l_layers'))}, to: {get('l_output')}",
             "P": f"{get('p_length')} pseudo features, {get('p_position')}ed",
-            "layer norms": "in the place of the base's",
+            "layer norms": "copies that replace those of the base",
             "head": ", ".join(get("modules_to_save") or ()),
         }
         return {part: words[part] for part, count in self.counts.items() if count}
@@ -79,15 +102,26 @@ class SavedAdapter:
 def find_adapter(
     adapter: str | Path, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The folder of an adapter: the one named, or a copy of what has that name on the Hub.
+    """The folder of an adapter: the one named, or a copy of a repository on the Hub.
+
+    Args:
+        adapter: A folder, or a name on the Hub.
+        subfolder: The folder inside of it.
+        revision: A branch or a commit on the Hub.
+        token: For private repositories.
 
     Raises:
-        ValueError: There is no such folder, and nothing of that name could be fetched.
+        ValueError: There is no such folder, and no repository of that name could be fetched.
     """
-    folder = Path(adapter).expanduser()
-    if not folder.is_dir():
-        name = str(adapter)
-        if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2:
+    name = os.fspath(adapter)
+    folder = Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):
+        try:
+            validate_repo_id(name)
+            is_path = os.path.lexists(folder) or folder.is_absolute() or name.startswith((".", "~"))
+        except HFValidationError:
+            is_path = True
+        if is_path:
             raise ValueError(f"There is no folder {name!r}. Give the folder of an adapter, or its name on the Hub.")
         wanted = [f"{subfolder}/*" if subfolder else "*"]
         try:
@@ -96,44 +130,91 @@ def find_adapter(
                     name, revision=revision, token=token, allow_patterns=wanted, ignore_patterns=["checkpoint-*"]
                 )
             )
-        except (OSError, ValueError) as error:  # the Hub's own errors are of these kinds
+        except (OSError, ValueError) as error:  # The errors of the Hub are of these kinds.
             raise ValueError(
                 f"There is no folder {name!r}, and no adapter of that name could be fetched from the Hub: "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                f"{type(error).__name__}: {first_line(error)}"
             ) from error
     return folder / (subfolder or "")
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
-    """Read a folder in which an ELP-adapter was saved.
+    """Read a folder in which an ELP-adapter was saved. The types of all that it says are checked here, once.
 
     Raises:
-        ValueError: There is none, or it is of another method, or its weights are broken.
+        ValueError: The folder holds no adapter or one of another method, its configuration is not valid, or its
+            weights are broken.
     """
     folder = Path(folder)
-    if not (folder / CONFIG_NAME).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-        raise ValueError(
-            f"{str(folder)!r} holds no adapter: there is no {CONFIG_NAME} in it. "
-            + (f"The folders {', '.join(inside)} inside of it do." if inside else "model.save_pretrained writes one.")
-        )
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{CONFIG_NAME} in {str(folder)!r} is broken: {error}.") from error
-    if config.get("peft_type") != "ELP":
-        raise ValueError(
-            f"{str(folder)!r} holds an adapter of the method {config.get('peft_type')!r}, not of ELP. PEFT loads it "
-            "without this package."
-        )
-    shapes, weights = _read_weights(folder)
+    config = _read_config(folder)
+    shapes, logits = _read_weights(folder)
     counts = dict.fromkeys(PARTS, 0)
     for name, shape in shapes.items():
         counts[_part(name)] += prod(shape)
-    shares = np.exp(weights - weights.max(initial=0.0))
-    layers = config.get("l_layers") or range(len(shares))
+    layers = config["l_layers"] or range(len(logits))
+    if len(logits) and len(layers) != len(logits):
+        raise ValueError(
+            f"{CONFIG_NAME} in {str(folder)!r} names {len(layers)} layers that the L-adapter taps, and its weights "
+            f"have {len(logits)}. The two files are not of one save: save the adapter again."
+        )
+    shares = np.exp(logits - logits.max(initial=0.0))
     layer_weights = list(zip(layers, (shares / shares.sum()).tolist(), strict=True)) if len(shares) else []
     return SavedAdapter(folder, config, counts, layer_weights)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The checked fields of an adapter's configuration."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} holds no adapter: there is no {CONFIG_NAME} in it. {_what_else(folder)}")
+    where = f"{CONFIG_NAME} in {str(folder)!r}"
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise ValueError(f"{where} is larger than {LARGEST_CONFIG:,} bytes, which no adapter needs. It is not read.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is broken: {first_line(error)}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} holds {reprlib.repr(fields)}, where an object with the adapter's fields belongs.")
+    if fields.get("peft_type") != "ELP":
+        raise ValueError(
+            f"{str(folder)!r} holds an adapter of the method {reprlib.repr(fields.get('peft_type'))}, not of ELP. "
+            "PEFT loads it without this package."
+        )
+    for name, kind in KINDS.items():
+        _check(where, name, fields.get(name), kind)
+    model_class = (fields.get("auto_mapping") or {}).get("base_model_class")
+    _check(where, "base_model_class", model_class, str)
+    if model_class is not None and not model_class.isidentifier():
+        raise ValueError(f"{where} names the class {reprlib.repr(model_class)}, which is not the name of a class.")
+    try:
+        return ELPConfig.from_peft_type(**fields).to_dict()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except Exception as error:  # A value of a kind that nothing was written for, in a file by a stranger.
+        raise ValueError(f"{where} has a field of the wrong kind: {first_line(error)}.") from error
+
+
+def _check(where: str, name: str, value: Any, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{where} has {reprlib.repr(value)} in the field {name}, where a {kind.__name__} belongs.")
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without a configuration holds, and what to do."""
+    if unfinished := sorted(path.parent.name for path in folder.glob(".saving-*/old")):
+        return (
+            f"A save was cut off: {unfinished[0]}/old holds the files of before, and {unfinished[0]}/new the others."
+        )
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if inside:
+        return f"These folders inside of it do: {shortened(inside)}."
+    return "model.save_pretrained(folder) saves one."
 
 
 def _ranges(numbers: Sequence[int] | None) -> str:
@@ -152,21 +233,26 @@ def _part(name: str) -> str:
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
-    """The shape of each tensor, and the layer weights before their softmax."""
+    """The shape of each tensor, and the logits of the layer weights."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:  # of NumPy there is no bfloat16
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                weights = [file.get_tensor(name) for name in shapes if name.endswith(".elp_l.layer_weights")]
-        except SafetensorError as error:
-            raise ValueError(f"The weights in {str(folder)!r} are broken or cut short ({error}).") from error
-    elif (folder / WEIGHTS_NAME).is_file():
-        import torch
-
-        tensors = torch.load(folder / WEIGHTS_NAME, map_location="cpu", weights_only=True)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        weights = [tensor for name, tensor in tensors.items() if name.endswith(".elp_l.layer_weights")]
-    else:
+    if not path.is_file() and not (folder / WEIGHTS_NAME).is_file():
         raise ValueError(f"{str(folder)!r} holds {CONFIG_NAME} but no weights: {SAFETENSORS_WEIGHTS_NAME} is missing.")
-    return shapes, weights[0].double().numpy() if weights else np.zeros(0)
+    try:
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:  # NumPy has no bfloat16.
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                logits = [file.get_tensor(name) for name in shapes if name.endswith(".elp_l.layer_weights")]
+        else:
+            tensors = torch.load(folder / WEIGHTS_NAME, map_location="cpu", weights_only=True)
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            logits = [tensor for name, tensor in tensors.items() if name.endswith(".elp_l.layer_weights")]
+    except Exception as error:  # Whatever is wrong with a file by a stranger.
+        raise ValueError(f"The weights in {str(folder)!r} are broken or cut short ({first_line(error)}).") from error
+    if not logits:
+        return shapes, np.zeros(0)
+    if len(logits) > 1 or logits[0].ndim != 1 or not logits[0].is_floating_point():
+        raise ValueError(f"The layer weights in {str(folder)!r} are not one number for each layer: they are broken.")
+    values = logits[0].double().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError(f"The layer weights in {str(folder)!r} have values that are not finite: they are broken.")
+    return shapes, values
