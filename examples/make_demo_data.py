@@ -116,7 +116,7 @@ def write_split(folder: Path, rows: Sequence[Row]) -> None:
         table = csv.DictWriter(file, ["file_name", *(column for column in rows[0] if column != "say")])
         table.writeheader()
         for number, row in enumerate(rows):
-            name = f"{row['speaker_id']}-{number:04}.flac"
+            name = f"{row['say']['voice'].partition('+')[2]}-{number:04}.flac"
             soundfile.write(folder / name, synthesizer().say(**row["say"]).waveform, RATE_HZ)
             table.writerow({"file_name": name, **{column: row[column] for column in row if column != "say"}})
 

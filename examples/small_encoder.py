@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from synthesize import RATE_HZ, Speech, synthesizer
-from torch.nn.utils.rnn import pad_sequence
+from synthesize import Speech, synthesizer
 from transformers import (
     ProgressCallback,
     Trainer,
@@ -23,6 +22,8 @@ from transformers import (
     Wav2Vec2ForAudioFrameClassification,
     set_seed,
 )
+
+from peft_elp.recipes import Collator
 
 FRAME_S = 0.02  # as in wav2vec 2.0
 # An accent of English and a speaker; no speaker is in both.
@@ -59,11 +60,15 @@ write yard year yellow young zero
 """
 
 
-def speak(words: Sequence[str], voices: Sequence[str], voices_per_word: int, takes: int) -> list[tuple[str, Speech]]:
-    """Each word in some of the voices, at a pitch and speaking rate that change from take to take."""
+def vary(words: Sequence[str], voices: Sequence[str], voices_per_word: int, takes: int) -> list[dict[str, Any]]:
+    """Each word in some of the voices, at a pitch and speaking rate that change from take to take.
+
+    Returns:
+        The arguments of `Synthesizer.say`.
+    """
     rng = random.Random(0)
     return [
-        (word, synthesizer().say(word, voice, pitch=rng.randint(30, 70), words_per_minute=rng.randint(130, 200)))
+        {"text": word, "voice": voice, "pitch": rng.randint(30, 70), "words_per_minute": rng.randint(130, 200)}
         for word in words
         for voice in rng.sample(voices, min(voices_per_word, len(voices)))
         for _ in range(takes)
@@ -88,17 +93,10 @@ def fit(
     batch_size: int,
     seed: int,
 ) -> Trainer:
-    """Train whatever of the model is not frozen, with a progress bar; a clip has "audio" and "labels"."""
+    """Train everything in the model that is not frozen, with a progress bar.
 
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = feature_extractor(
-            [clip["audio"] for clip in batch], sampling_rate=RATE_HZ, padding=True, return_tensors="pt"
-        )
-        labels = [
-            torch.as_tensor(clip["labels"]).reshape(-1) for clip in batch
-        ]  # one for a clip, or one for each frame
-        return {**inputs, "labels": pad_sequence(labels, batch_first=True, padding_value=-100).squeeze(1)}
-
+    A clip has `audio` and `labels`: one label, or one for each frame.
+    """
     settings = TrainingArguments(
         output_dir=str(output_dir),
         learning_rate=learning_rate,
@@ -116,7 +114,7 @@ def fit(
         save_strategy="no",
         report_to="none",
     )
-    trainer = Trainer(model, settings, collate, clips, compute_loss_func=cross_entropy)
+    trainer = Trainer(model, settings, Collator(feature_extractor), clips, compute_loss_func=cross_entropy)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressWithLoss)
     trainer.train()
@@ -148,7 +146,8 @@ def pretrain(
     words = OTHER_WORDS.split()[:num_words]
     rng = random.Random(seed)
     texts = [" ".join([word, *rng.choices(words, k=rng.randrange(words_per_clip))]) for word in words]
-    spoken = [speech for _, speech in speak(texts, TRAINING_VOICES.split()[:num_voices], voices_per_word=8, takes=1)]
+    voices = TRAINING_VOICES.split()[:num_voices]
+    spoken = [synthesizer().say(**say) for say in vary(texts, voices, voices_per_word=8, takes=1)]
     phonemes = sorted({phoneme for speech in spoken for _, phoneme in speech.phonemes} | {""})
     config: Any = Wav2Vec2Config(
         hidden_size=192,

@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 import transformers
 from backbones import build
+from datasets import Dataset
 from hub import TOKEN, client, serving
 from safetensors.torch import load_file
 from transformers import Wav2Vec2FeatureExtractor
+from transformers.modeling_outputs import CausalLMOutput
 
 pytest.importorskip("datasets")
 pytest.importorskip("jiwer")
@@ -26,16 +29,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import compare_methods
 import jiwer
-import recipe
 import run_emotion_recognition as emotion
 import run_intent_classification as intent
 import run_speaker_verification as verification
 import run_speech_recognition as recognition
 
-from peft_elp import cli, published_rates
-from peft_elp.data import check_disjoint, leave_one_group_out, read_trials
+from peft_elp import cli, published_rates, recipes
+from peft_elp.data import check_audio, check_disjoint, leave_one_group_out, read_dataset, read_trials
 from peft_elp.inference import SpeechAdapter
 from peft_elp.metrics import equal_error_rate, min_dcf
+from peft_elp.recipes import ctc
+from peft_elp.recipes import verification as training
+from peft_elp.recipes.saving import CARD_METRICS
 
 RATE_HZ = 16_000
 ELP = ["--e_dim", "8", "--l_dim", "10", "--p_length", "3"]
@@ -252,17 +257,32 @@ def test_long_recordings_are_refused_or_recognised_in_pieces(run, tmp_path):
     assert any(pieces)
 
 
-def test_pieces_cover_each_frame_of_a_recording_once(encoder):
+def test_pieces_cover_each_frame_of_a_recording_once(monkeypatch, tmp_path):
+    """A model that writes the number of each frame, and not what it hears, writes the same in pieces."""
     model = build("wav2vec2", "ForCTC")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokenizer = recipes.make_tokenizer([letters], tmp_path)
+    hop = model.config.inputs_to_logits_ratio
+
+    def forward(input_values, attention_mask=None):
+        assert input_values.shape[1] <= 960
+        count = recipes.num_frames(model, input_values.shape[1])
+        frames = input_values[0, : count * hop : hop].round().long() // hop % len(letters) + 3
+        return CausalLMOutput(logits=torch.nn.functional.one_hot(frames, len(tokenizer)).float()[None])
+
+    monkeypatch.setattr(model, "forward", forward)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
     for total in range(1000, 3200, 37):
-        rows = [{"audio": None, "duration_s": total / RATE_HZ}]
-        dataset = recipe.Dataset.from_list(rows)
-        pieces = recognition.Pieces(dataset, 0.06, RATE_HZ, model)
-        whole = recognition.frames(model, total)
-        # Instead of logits, the number of each frame in the whole recording.
-        numbers = [np.arange(start // 20, start // 20 + whole + 50)[:, None] for _, start, _, _ in pieces.rows]
-        (joined,) = pieces.join(numbers)
-        assert joined[:, 0].tolist() == list(range(whole))
+        clock = np.arange(total, dtype=np.float32)  # each sample tells its time
+        monkeypatch.setattr(ctc, "decode", lambda audio, rate_hz, clock=clock: clock)
+        dataset = Dataset.from_list([{"audio": None}])
+        (found,) = recipes.transcribe_long(model, extractor, tokenizer, dataset, chunk_s=0.06)
+        assert found == "".join(letters[i % len(letters)] for i in range(recipes.num_frames(model, total)))
+
+
+def test_pieces_too_short_to_overlap_are_refused(run):
+    with pytest.raises(ValueError, match=r"--chunk_length_in_seconds 0\.005 is too short to overlap"):
+        run(recognition, *METHODS["head"], *CHUNKS, "0.005")
 
 
 @pytest.mark.parametrize(
@@ -283,13 +303,13 @@ def test_the_error_rates_are_those_of_the_saved_scores_and_of_the_saved_adapter(
 
 def test_training_is_on_pieces_of_recordings_and_evaluation_on_all_of_them(run, monkeypatch, tmp_path):
     lengths = {True: set(), False: set()}
-    embed = verification.speaker_embeddings
+    embed = training.speaker_embeddings
 
     def spy(model, **inputs):
         lengths[model.training] |= {*inputs["attention_mask"].sum(-1).tolist()}
         return embed(model, **inputs)
 
-    monkeypatch.setattr(verification, "speaker_embeddings", spy)
+    monkeypatch.setattr(training, "speaker_embeddings", spy)
     for number in range(8):
         waveform = np.random.default_rng(number).normal(0, 0.1, [8000, 9600][number % 2])
         soundfile.write(tmp_path / f"{number}.flac", waveform, RATE_HZ)
@@ -370,17 +390,17 @@ def test_unweighted_accuracy_is_the_mean_recall_of_the_classes_that_are_there():
 
 
 def test_folds_of_shuffled_utterances_warn_that_speakers_leak(run):
-    with pytest.warns(UserWarning, match="those of test are in training as well"):
+    with pytest.warns(UserWarning, match="test speakers are in training as well"):
         metrics, _ = run(emotion, *METHODS["head"], "--reference_split", "3", "--folds", "1")
-    assert "speakers of test are in training" in metrics["eval_protocol"]
+    assert "test speakers are in training" in metrics["eval_protocol"]
 
 
 def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
     def rates(task, *words):
         names = ["--model_name_or_path", str(encoder), "--dataset_name", str(data)]
-        model_args, _, args = recipe.parse([*names, *words], recipe.DataArguments)
-        model = recipe.adapt(build("wav2vec2", "ForCTC"), model_args)
-        return recipe.learning_rates(model, model_args, args, task)
+        model_args, _, args = recipes.parse_arguments([*names, *words], recipes.DataArguments)
+        model = recipes.adapt(build("wav2vec2", "ForCTC"), model_args)
+        return recipes.learning_rates(model, model_args, args, task)
 
     assert rates("asr", "--adapters", "EL") == published_rates("e+l", "asr")
     assert rates("asv") == published_rates("e+l+p", "asv")
@@ -400,23 +420,23 @@ def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--do_train", "False"], "A recipe trains"),
-        (["--dataloader_drop_last", "True"], "out of what is measured"),
-        (["--language_model", "english.arpa"], "--language_model means something only with --decoder beam"),
+        (["--do_train", "False"], "not used by the HfArgumentParser.*do_train"),
+        (["--dataloader_drop_last", "True"], "not used by the HfArgumentParser.*drop_last"),
+        (["--language_model", "english.arpa"], "--language_model is used only with --decoder beam"),
         (["--validation_split_name", "test"], "only with --eval_strategy steps or --eval_strategy epoch"),
-        (["--lora_r", "4"], "--lora_r means something only with --method lora, and --method is elp"),
+        (["--lora_r", "4"], "--lora_r is used only with --method lora, and --method is elp"),
         (
             ["--chars_to_ignore", "", "--tokenizer_name_or_path", "UPPER"],
-            "lacks characters .* a g n o. Is it in upper",
+            "lacks characters .* a g n o. If it is in upper",
         ),
-        (["--head", "mean", "--loss", "softmax", "--margin", "0.1"], "--margin means something only with --loss"),
-        (["--head", "mean", "--s_norm_top_k", "5"], "--s_norm_top_k means something only with --s_norm_cohort"),
+        (["--head", "mean", "--loss", "softmax", "--margin", "0.1"], "--margin is used only with --loss"),
+        (["--head", "mean", "--s_norm_top_k", "5"], "--s_norm_top_k is used only with --s_norm_cohort"),
         (["--head", "mean", "--s_norm_cohort", "train", "--s_norm_top_k", "17"], "from 2 to the 16 utterances"),
-        (["--head", "mean", "--trials_folder", "x"], "--trials_folder means something only with --trials, and"),
+        (["--head", "mean", "--trials_folder", "x"], "--trials_folder is used only with --trials, and"),
         (["--head", "mean", "--trials", "x", "--max_eval_samples", "2"], "only with no --trials, and --trials is x"),
-        (["--folds", "2", "--eval_split_name", "test"], "--folds means something only with no --eval_split_name"),
-        (["--eval_strategy", "steps"], "by which nothing may be chosen"),
-        (["--method", "lora", "--e_dim", "8"], "--e_dim means something only with --method elp"),
+        (["--folds", "2", "--eval_split_name", "test"], "--folds is used only with no --eval_split_name"),
+        (["--eval_strategy", "steps"], "the test split must not choose anything"),
+        (["--method", "lora", "--e_dim", "8"], "--e_dim is used only with --method elp"),
         (["--method", "lora", "--head", "xvector"], "LoRA would train both"),
         (["--decoder", "beam"], "needs pyctcdecode"),
     ],
@@ -424,7 +444,7 @@ def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
 def test_what_cannot_be_meant_is_refused(words, message, run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyctcdecode", None)
     if "UPPER" in words:
-        recognition.make_tokenizer(["GO ON", "A NOON"], tmp_path / "UPPER").save_pretrained(tmp_path / "UPPER")
+        recipes.make_tokenizer(["GO ON", "A NOON"], tmp_path / "UPPER").save_pretrained(tmp_path / "UPPER")
         words = [*words[:-1], tmp_path / "UPPER"]
     module = verification if "--head" in words else emotion if "--folds" in words else recognition
     with pytest.raises((ValueError, ImportError), match=message):
@@ -434,7 +454,7 @@ def test_what_cannot_be_meant_is_refused(words, message, run, monkeypatch, tmp_p
 def test_the_best_checkpoint_is_that_of_the_least_error(encoder, data):
     def greater(*words):
         names = ["--model_name_or_path", str(encoder), "--dataset_name", str(data)]
-        return recipe.parse([*names, *words], recipe.DataArguments)[2].greater_is_better
+        return recipes.parse_arguments([*names, *words], recipes.DataArguments)[2].greater_is_better
 
     assert greater("--metric_for_best_model", "wer") is False
     assert greater("--metric_for_best_model", "eval_eer") is False
@@ -481,7 +501,7 @@ def test_recordings_inside_of_a_data_set_may_share_the_names_of_their_files(run,
         rows[row["split"]].append({"audio": {"bytes": content, "path": "0001.flac"}, "speaker_id": row["speaker_id"]})
     (tmp_path / "voices/data").mkdir(parents=True)
     for split, found in rows.items():
-        recipe.Dataset.from_list(found).to_parquet(tmp_path / f"voices/data/{split}-00000-of-00001.parquet")
+        Dataset.from_list(found).to_parquet(tmp_path / f"voices/data/{split}-00000-of-00001.parquet")
     options = ["--s_norm_cohort", "train", *HARDLY]
     files, _ = run(verification, *ELP, *options)
     inside, folder = run(verification, *ELP, *options, dataset=tmp_path / "voices", folder=tmp_path / "inside")
@@ -498,7 +518,7 @@ def test_what_was_trained_is_saved_before_it_is_measured_and_metrics_are_reporte
     def fail(*args, **kwargs):
         raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr(recipe.RecipeTrainer, "predict", fail)
+    monkeypatch.setattr(recipes.RecipeTrainer, "predict", fail)
     with pytest.raises(RuntimeError, match="the disk is full"):
         run(intent, *ELP, folder=tmp_path / "unmeasured")
     assert SpeechAdapter.from_pretrained(tmp_path / "unmeasured").saved.labels == ["loud", "quiet"]
@@ -618,7 +638,7 @@ def test_the_commands_of_the_page_run_on_synthesised_speech(tmp_path, monkeypatc
     pytest.importorskip("espeakng_loader")
     import make_demo_data
 
-    page = (Path(recipe.__file__).parent.parent / "docs/how-to/recipes.md").read_text()
+    page = (Path(__file__).parent.parent / "docs/how-to/recipes.md").read_text()
     block = page.split("```sh\n")[1].split("```")[0].replace("\\\n", "")
     commands = [shlex.split(line)[1:] for line in block.splitlines()]
     modules = [recognition, verification, emotion, intent]
@@ -629,12 +649,12 @@ def test_the_commands_of_the_page_run_on_synthesised_speech(tmp_path, monkeypatc
     for module, command in zip(modules, commands[1:], strict=True):
         short = ["--max_steps", "2", "--save_strategy", "no", "--use_cpu", "--per_device_train_batch_size", "4", *ELP]
         metrics = module.main([*command[1:], *short])
-        assert any(f"eval_{measure}" in metrics for measure in recipe.MEASURES)
+        assert any(f"eval_{measure}" in metrics for measure in CARD_METRICS)
         assert next(tmp_path.rglob(f"{command[-1]}/**/adapter_model.safetensors"))
 
 
 def test_every_command_of_the_page_is_understood():
-    page = (Path(recipe.__file__).parent.parent / "docs/how-to/recipes.md").read_text().replace("\\\n", "")
+    page = (Path(__file__).parent.parent / "docs/how-to/recipes.md").read_text().replace("\\\n", "")
     kinds = {
         recognition: recognition.RecognitionArguments,
         verification: verification.VerificationArguments,
@@ -646,7 +666,7 @@ def test_every_command_of_the_page_is_understood():
     assert len(commands) >= 6
     for _, script, *words in commands:
         module = by_script[script]
-        recipe.parse(words, kinds[module], getattr(module, "ONLY_WITH", None))
+        recipes.parse_arguments(words, kinds[module])
 
 
 SMALL = ["--num_clips", "24", "--num_voices", "6", "--num_pretraining_words", "6", "--pretraining_steps", "1"]
@@ -661,15 +681,12 @@ def test_demo_data_are_what_the_recipes_take_and_are_made_once(tmp_path, capsys)
     words += ["--num_pretraining_words", "6", "--pretraining_steps", "1"]
     make_demo_data.main(words)
     for name in ("sentences", "speakers", "intents"):
-        train, test = (recipe.read_dataset(tmp_path / name, split) for split in ("train", "test"))
-        recipe.check_audio(train)
+        train, test = (read_dataset(tmp_path / name, split) for split in ("train", "test"))
+        check_audio(train)
         check_disjoint(train, test, "speaker_id")
     trials = read_trials(tmp_path / "speakers" / "trials.csv")
     assert {trial.label for trial in trials} == {0, 1}
-    folds = [
-        held_out
-        for held_out, *_ in leave_one_group_out(recipe.read_dataset(tmp_path / "emotions", None), "speaker_id")
-    ]
+    folds = [held_out for held_out, *_ in leave_one_group_out(read_dataset(tmp_path / "emotions", None), "speaker_id")]
     assert len(folds) == 6
     transformers.AutoModelForCTC.from_pretrained(tmp_path / "encoder")
     capsys.readouterr()

@@ -1,0 +1,60 @@
+"""Batches of recordings, decoded when they are needed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from peft_elp.audio import decode
+
+
+class Collator:
+    """Decode the recordings of a batch, extract their features and pad them together.
+
+    Args:
+        feature_extractor: The feature extractor of the encoder.
+        crop_s: Length in seconds. A random piece of this length is taken from each longer recording. None: the whole
+            recording.
+
+    Shape:
+        Rows with `audio` (a path, an entry of a `datasets.Audio(decode=False)` column, or a waveform `(samples,)` at
+        the rate of the feature extractor) and optional `labels` become a dictionary of tensors with `batch` as the
+        first axis. Labels of different lengths are padded with -100.
+
+    Raises:
+        AudioError: A recording cannot be read.
+
+    Examples:
+        >>> import numpy as np
+        >>> from transformers import Wav2Vec2FeatureExtractor
+        >>> collate = Collator(Wav2Vec2FeatureExtractor(return_attention_mask=True), crop_s=0.5)
+        >>> waveforms = [np.zeros(16_000, np.float32), np.zeros(4_000, np.float32)]
+        >>> batch = collate([{"audio": waveform, "labels": 1} for waveform in waveforms])
+        >>> batch["input_values"].shape, batch["labels"]
+        (torch.Size([2, 8000]), tensor([1, 1]))
+    """
+
+    def __init__(self, feature_extractor: Any, crop_s: float | None = None) -> None:
+        self.feature_extractor = feature_extractor
+        self.crop_s = crop_s
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        waveforms = [self._read(row["audio"]) for row in rows]
+        rate_hz = self.feature_extractor.sampling_rate
+        batch = self.feature_extractor(waveforms, sampling_rate=rate_hz, padding=True, return_tensors="pt")
+        if "labels" in rows[0]:
+            labels = [torch.as_tensor(row["labels"]) for row in rows]
+            batch["labels"] = (
+                pad_sequence(labels, batch_first=True, padding_value=-100) if labels[0].dim() else torch.stack(labels)
+            )
+        return dict(batch)
+
+    def _read(self, audio: Any) -> np.ndarray:
+        rate_hz = self.feature_extractor.sampling_rate
+        waveform = audio if isinstance(audio, np.ndarray) else decode(audio, rate_hz)
+        if self.crop_s is None or len(waveform) <= (length := int(self.crop_s * rate_hz)):
+            return waveform
+        start = int(torch.randint(len(waveform) - length + 1, ()))
+        return waveform[start : start + length]

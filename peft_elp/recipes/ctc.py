@@ -1,0 +1,150 @@
+"""Speech recognition with CTC: the vocabulary, texts that fit their frames, and decoding."""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import Wav2Vec2CTCTokenizer, pipeline
+
+from peft_elp.audio import decode
+
+from .methods import unwrap
+
+SHOWN = 5  # lines of a list in an error
+
+
+def make_tokenizer(texts: Sequence[str], folder: str | Path) -> Wav2Vec2CTCTokenizer:
+    """A tokenizer for the characters of the texts; "|" separates words, and "[PAD]" is the blank of CTC.
+
+    Args:
+        texts: The training texts.
+        folder: Folder for `vocab.json`.
+    """
+    characters = sorted({character for text in texts for character in text} - {" ", "|"})
+    vocabulary = {token: number for number, token in enumerate(["[PAD]", "[UNK]", "|", *characters])}
+    file = Path(folder, "vocab.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    special = {"bos_token": None, "eos_token": None, "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    return Wav2Vec2CTCTokenizer(str(file), word_delimiter_token="|", **special)
+
+
+def check_characters(tokenizer: Any, texts: Sequence[str], test_texts: Sequence[str]) -> None:
+    """Check that the tokenizer knows the characters of the texts; a character that only the test lacks is a warning.
+
+    Raises:
+        ValueError: The tokenizer lacks characters of the training texts.
+    """
+
+    def unknown(texts: Sequence[str]) -> str:
+        characters = sorted({*"".join(texts)} - {" "})
+        return " ".join(one for one in characters if tokenizer.unk_token_id in tokenizer(one).input_ids)
+
+    if lacking := unknown(texts):
+        raise ValueError(
+            f"The vocabulary lacks characters of the training text: {lacking}. If it is in upper case, keep the case "
+            "of the text with --do_lower_case False. --chars_to_ignore removes characters."
+        )
+    if lacking := unknown(test_texts):
+        warnings.warn(f"The vocabulary lacks characters of the test text: {lacking}", stacklevel=2)
+
+
+def num_frames(model: Any, num_samples: int) -> int:
+    """The number of frames that the encoder makes of a recording."""
+    return int(model._get_feat_extract_output_lengths(num_samples))
+
+
+def keep_alignable(
+    dataset: Dataset, labels: Sequence[Sequence[int]], model: Any, rate_hz: int, on_long_text: str = "error"
+) -> list[int]:
+    """The rows whose text CTC can align with the frames of the recording.
+
+    CTC needs one frame for each character, and a blank between two equal ones.
+
+    Args:
+        dataset: Recordings with `audio` and `duration_s`.
+        labels: The text of each recording as token numbers.
+        model: A CTC model of the wav2vec 2.0 kind.
+        rate_hz: The sampling rate of the encoder.
+        on_long_text: "error" refuses longer texts, "skip" leaves them out with a warning.
+
+    Raises:
+        ValueError: A text is too long and `on_long_text` is "error".
+    """
+    too_long = {}
+    for row, (audio, duration_s, label) in enumerate(
+        zip(dataset["audio"], dataset["duration_s"], labels, strict=True)
+    ):
+        there = num_frames(model, round(duration_s * rate_hz))
+        needed = len(label) + sum(first == second for first, second in pairwise(label))
+        if there < needed:
+            too_long[row] = f"{audio['path']}: {needed} frames needed, {there} there"
+    if too_long:
+        shown = "".join(f"\n  {line}" for line in [*too_long.values()][:SHOWN])
+        message = f"{len(too_long)} of {len(labels)} texts are too long for the frames of their recordings.{shown}"
+        if on_long_text == "error":
+            raise ValueError(f"{message}\nCorrect them, or leave them out with --on_long_text skip.")
+        warnings.warn(f"{message}\nThey are left out.", stacklevel=2)
+    return [row for row in range(len(labels)) if row not in too_long]
+
+
+def make_decoder(
+    tokenizer: Any, kind: str = "greedy", beam_width: int = 100, language_model: str | None = None
+) -> Callable[[np.ndarray], str]:
+    """A function that turns the logits `(frames, vocabulary)` of one recording into text.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        kind: "greedy", or "beam" for a beam search by pyctcdecode.
+        beam_width: Width of the beam.
+        language_model: A KenLM file for the beam search.
+
+    Raises:
+        ImportError: `kind` is "beam" and pyctcdecode is not installed.
+    """
+    if kind == "greedy":
+        return lambda logits: tokenizer.decode(logits.argmax(-1))
+    try:
+        from pyctcdecode import build_ctcdecoder  # pyright: ignore[reportMissingImports]  # optional
+    except ImportError as error:
+        raise ImportError(
+            f"--decoder beam needs pyctcdecode ({error}): pip install pyctcdecode, and kenlm for --language_model."
+        ) from error
+    by_number = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    names = {tokenizer.pad_token: "", tokenizer.word_delimiter_token: " ", tokenizer.unk_token: "⁇"}
+    beams = build_ctcdecoder([names.get(token, token) for token in by_number], language_model)
+    return lambda logits: beams.decode(
+        logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True), beam_width=beam_width
+    )
+
+
+def transcribe_long(model: Any, feature_extractor: Any, tokenizer: Any, dataset: Dataset, chunk_s: float) -> list[str]:
+    """Recognise recordings of any length in overlapping pieces, by Transformers' own pipeline.
+
+    Args:
+        model: A CTC model, with or without an adapter.
+        feature_extractor: The feature extractor of the model.
+        tokenizer: The tokenizer of the model.
+        dataset: Recordings with `audio`.
+        chunk_s: Length of a piece in seconds. A sixth of it on each side is context only.
+
+    Raises:
+        ValueError: The pieces are too short to overlap.
+    """
+    base, rate_hz = unwrap(model).eval(), feature_extractor.sampling_rate
+    if chunk_s * rate_hz / 6 < base.config.inputs_to_logits_ratio:
+        raise ValueError(f"--chunk_length_in_seconds {chunk_s:g} is too short to overlap. Use 5 or more.")
+    recognise: Any = pipeline(
+        "automatic-speech-recognition",
+        model=base,
+        feature_extractor=feature_extractor,
+        tokenizer=tokenizer,
+        device=base.device,
+    )
+    recordings = ({"raw": decode(audio, rate_hz), "sampling_rate": rate_hz} for audio in dataset["audio"])
+    return [recognise(recording, chunk_length_s=chunk_s)["text"] for recording in recordings]

@@ -1,0 +1,97 @@
+"""What a recipe leaves behind: adapter, metrics, tables, figures and a card."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+from transformers import Trainer
+
+from peft_elp.saved.card import describe
+from peft_elp.plots import plot_layer_weights, plot_pseudo_features
+
+from .arguments import ModelArguments
+from .methods import count_trained, has_elp
+
+# The metrics that a card lists.
+CARD_METRICS = ("wer", "cer", "eer", "min_dcf", "unweighted_accuracy", "weighted_accuracy", "accuracy")
+
+
+def write_rows(trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a `.csv` file into the output folder, once where there are several processes.
+
+    Args:
+        trainer: The trainer, whose output folder is used.
+        name: Name of the file.
+        columns: The header.
+        rows: One sequence of values per line.
+    """
+    if trainer.is_world_process_zero():
+        with Path(trainer.args.output_dir or ".", name).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+
+
+def save_results(
+    trainer: Any, metrics: dict[str, Any], model_args: ModelArguments, data_args: Any, task: str, protocol: str
+) -> dict[str, Any]:
+    """Save everything that is needed to use the trained adapter, with its metrics, figures and card.
+
+    Args:
+        trainer: The trainer, after training.
+        metrics: The metrics, whose names begin with `eval_`.
+        model_args: The model arguments.
+        data_args: The data arguments.
+        task: "asr", "asv", "er" or "ic".
+        protocol: How the metrics were measured, for the card.
+
+    Returns:
+        The metrics, with method, seed, steps and numbers of trained parameters.
+    """
+    folder, model, args = Path(trainer.args.output_dir or "."), trainer.model, trainer.args
+    metrics |= {"method": model_args.method, "seed": args.seed, **count_trained(model)}
+    metrics["train_steps"] = trainer.state.global_step
+    trainer.log({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if has_elp(model) and trainer.is_world_process_zero():
+        adapters = model.peft_config["default"].adapters
+        if "L" in adapters:
+            plot_layer_weights({task: model}).savefig(folder / "layer_weights.png")
+        if "P" in adapters:
+            plot_pseudo_features({task: model}).savefig(folder / "pseudo_feature_norms.png")
+        trainer.processing_class.save_pretrained(folder)  # before the card, which looks for it
+        _describe(trainer, metrics, data_args, task, protocol)
+    trainer.save_model()
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return metrics
+
+
+def _describe(trainer: Any, metrics: dict[str, Any], data_args: Any, task: str, protocol: str) -> None:
+    """Tell the adapter what its card says about data, metrics and training."""
+    args = trainer.args
+    is_local = Path(data_args.dataset_name).exists()
+    name = Path(data_args.dataset_name).name if is_local else data_args.dataset_name
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    describe(
+        trainer.model,
+        # The trainer's id includes the name of the user.
+        repo_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
+        datasets=[] if is_local else [name],
+        metrics=[
+            EvalResult(
+                task_type="automatic-speech-recognition" if task == "asr" else "audio-classification",
+                dataset_type=name,
+                dataset_name=name,
+                dataset_split=data_args.eval_split_name,
+                metric_type=metric,
+                metric_value=round(metrics[f"eval_{metric}"], 4),
+            )
+            for metric in CARD_METRICS
+            if f"eval_{metric}" in metrics
+        ],
+        protocol=f"{protocol} Trained for {metrics['train_steps']} steps of {batch_size} utterances.",
+        seed=args.seed,
+    )

@@ -1,0 +1,128 @@
+"""Transformers' `Trainer` with a learning rate for each part."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer
+
+from peft_elp.speakers import is_padding_invariant
+from peft_elp.optim import create_optimizer, get_epochwise_schedule
+
+from .arguments import ModelArguments
+from .collator import Collator
+from .methods import adapt, count_trained, has_elp, trained_parameters
+from .rates import learning_rates, schedule_factors
+
+
+class RecipeTrainer(Trainer):
+    """A `Trainer` with a learning rate for each part, whose predictions keep the order of the rows.
+
+    Where the encoder or the head reads the padding of a batch, recordings are evaluated one at a time, as
+    `SpeechAdapter` does.
+
+    Args:
+        args: Arguments of `Trainer`.
+        rates: The learning rate of each part, as `learning_rates` returns it.
+        factors: Factors of the rates over the training, for `get_epochwise_schedule`. None: `lr_scheduler_type` of
+            the training arguments.
+        kwargs: Arguments of `Trainer`; `processing_class` is the feature extractor.
+
+    Raises:
+        ValueError: Several devices in one process would share a padded batch that the encoder must not see.
+    """
+
+    def __init__(
+        self, *args: Any, rates: Mapping[str, float], factors: Sequence[float] | None = None, **kwargs: Any
+    ) -> None:
+        self.rates, self.factors = rates, factors
+        super().__init__(*args, **kwargs)
+        # Trainer concludes from the models' **kwargs that they divide the loss by the size of the whole step. They do
+        # not, and the gradients of accumulated batches would be too large.
+        self.model_accepts_loss_kwargs = False
+        assert self.model is not None
+        if not is_padding_invariant(self.model, self.processing_class):
+            if self.args.n_gpu > 1:
+                raise ValueError(
+                    f"This encoder or head reads the padding of a batch, which {self.args.n_gpu} devices in one "
+                    "process share. Start one process per device with `accelerate launch`, or use one device."
+                )
+            print("Evaluated one recording at a time: the encoder or head reads the padding of a batch.")  # noqa: T201
+            self.args.per_device_eval_batch_size = 1
+
+    def fit(self) -> None:
+        """Train, and save the result before it is evaluated."""
+        fitted = self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        self.save_metrics("train", fitted.metrics)
+        self.save_model()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None:
+            model: Any = self.model
+            weight_decay = self.args.weight_decay
+            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # --optim
+            options.pop("lr")
+            if has_elp(model):
+                self.optimizer = create_optimizer(
+                    model, optimizer_cls, rates=self.rates, weight_decay=weight_decay, **options
+                )
+            else:
+                decayed = set(self.get_decay_parameter_names(model))
+                groups = [
+                    {"params": held, "lr": self.rates[part], "weight_decay": weight_decay * decay}
+                    for part, named in trained_parameters(model).items()
+                    for decay in (1, 0)
+                    if (held := [p for name, p in named.items() if (name in decayed) == bool(decay)])
+                ]
+                self.optimizer = optimizer_cls(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.factors is not None and self.lr_scheduler is None:
+            self.lr_scheduler = get_epochwise_schedule(optimizer or self.optimizer, self.factors, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if not has_elp(self.model):  # ELPConfig writes a card of its own.
+            super().create_model_card(*args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # Trainer would group the rows of evaluation by length, as it does in training.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    model_args: ModelArguments,
+    args: Any,
+    task: str,
+    feature_extractor: Any,
+    trainer_cls: type[RecipeTrainer] = RecipeTrainer,
+    **options: Any,
+) -> Any:
+    """Adapt a model by `--method` and make its trainer; prints the trained parameters and their rates.
+
+    Args:
+        model: A pretrained model with the head of the task.
+        model_args: The model arguments.
+        args: The training arguments.
+        task: "asr", "asv", "er" or "ic", as in `peft_elp.published_rates`.
+        feature_extractor: The feature extractor, which is saved with the adapter.
+        trainer_cls: `RecipeTrainer` or a subclass.
+        options: Further arguments of the trainer, such as `train_dataset`.
+
+    Returns:
+        The trainer; call `fit()` next.
+    """
+    adapted = adapt(model, model_args)
+    rates = learning_rates(adapted, model_args, args, task)
+    print(f"Trained: {count_trained(adapted)}, at rates {rates}")  # noqa: T201
+    return trainer_cls(
+        adapted,
+        args,
+        data_collator=Collator(feature_extractor),
+        processing_class=feature_extractor,
+        rates=rates,
+        factors=schedule_factors(adapted, task) if model_args.published_schedule else None,
+        **options,
+    )
