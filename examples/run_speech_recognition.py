@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return [to_text(padded[:count]) for padded, count in zip(logits, frames, strict=True)]
 
     def compute_metrics(predicted: Any) -> dict[str, float]:
+        assert validation is not None
         return error_rates(validation_texts, texts_of(validation, predicted.predictions))
 
     # Train

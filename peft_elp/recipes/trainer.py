@@ -6,8 +6,8 @@ from typing import Any
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
-from peft_elp.speakers import is_padding_invariant
 from peft_elp.optim import create_optimizer, get_epochwise_schedule
+from peft_elp.speakers import is_padding_invariant
 
 from .arguments import ModelArguments
 from .collator import Collator
