@@ -94,27 +94,41 @@ class EAdapter(nn.Module):
 class Tap(nn.Module):
     """What an L-adapter makes of one layer: `A_l = norm(dropout(activation(down(x))))`.
 
+    With `input_norm`, `x` is normalised first, frame by frame and without parameters.
+
     Args:
         hidden_size: Width of the backbone's hidden states.
         tap_size: Width of the tap.
         activation: A name from `ACTIVATIONS`.
         dropout: Probability, in training, that an element is dropped before the norm.
         init_std: Standard deviation of the linear weights, biases being 0; None keeps PyTorch's initialisation.
+        input_norm: Whether the input is normalised.
 
     Shape:
         `(batch, frames, hidden)` to `(batch, frames, tap)`.
     """
 
+    input_norm: bool = False  # here as well, for taps that version 0.1 pickled
+
     def __init__(
-        self, hidden_size: int, tap_size: int, activation: str, dropout: float, init_std: float | None
+        self,
+        hidden_size: int,
+        tap_size: int,
+        activation: str,
+        dropout: float,
+        init_std: float | None,
+        input_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.input_norm = input_norm
         self.down = _linear(hidden_size, tap_size, init_std)
         self.activation = _activation(activation)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(tap_size)
 
     def forward(self, x: HiddenStates) -> TapFrames:
+        if self.input_norm:
+            x = nn.functional.layer_norm(x, x.shape[-1:])
         return self.norm(self.dropout(self.activation(self.down(x))))
 
 
@@ -135,6 +149,8 @@ class LAdapter(nn.Module):
         output: "taps" gives `Y` as it is; "project" adds one linear layer from `tap_size` to `hidden_size` (PyTorch's
             initialisation: it stands in for the encoder's output, so it must not start near zero); "residual" adds one
             that starts at zero, for a sum with the encoder's own output.
+        input_norm: Whether each tap normalises its input, frame by frame and without parameters: for layers whose
+            outputs are not normalised.
 
     Shape:
         `num_taps` tensors `(batch, frames, hidden)` to `(batch, frames, tap)`, or `(batch, frames, hidden)` with an
@@ -158,13 +174,16 @@ class LAdapter(nn.Module):
         dropout: float = 0.0,
         init_std: float | None = 1e-3,
         output: str = "taps",
+        input_norm: bool = False,
     ) -> None:
         super().__init__()
         _at_least_one(num_taps, "num_taps", "L-adapter")
         _at_least_one(tap_size, "tap_size", "L-adapter")
         if output not in ("taps", "project", "residual"):
             raise ValueError(f"An L-adapter's output is 'taps', 'project' or 'residual', got {output!r}.")
-        self.taps = nn.ModuleList(Tap(hidden_size, tap_size, activation, dropout, init_std) for _ in range(num_taps))
+        self.taps = nn.ModuleList(
+            Tap(hidden_size, tap_size, activation, dropout, init_std, input_norm) for _ in range(num_taps)
+        )
         self.layer_weights = nn.Parameter(torch.full((num_taps,), 1 / num_taps))
         self.output = None if output == "taps" else nn.Linear(tap_size, hidden_size)
         self.residual = output == "residual"

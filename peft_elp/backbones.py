@@ -36,6 +36,8 @@ class Backbone:
         attention_chunk: Attribute of the stack that holds the number of frames that attention sees, or None.
         inside: Class that the stack has to be called by, where other callers feed it something else than speech.
         tap_in_place: Whether the stack writes into the output of a layer, so that a tap has to copy it.
+        pre_norm: Whether a layer ends in its residual sum, so that what it returns is not normalised; False where it
+            ends in a norm, as in post-norm layers and conformers.
         no_l: Why there is no L-adapter for this family; empty if there is.
         no_p: Why there is no P-adapter for this family; empty if there is.
 
@@ -59,11 +61,13 @@ class Backbone:
     attention_chunk: str | None = None
     inside: str | None = None
     tap_in_place: bool = False
+    pre_norm: bool = False
     no_l: str = ""
     no_p: str = ""
 
 
 _WAV2VEC2 = Backbone()
+_WAV2VEC2_STABLE = replace(_WAV2VEC2, pre_norm=True)
 # A layer returns position_bias, which the next one takes by keyword: its graph is walked again in every recomputation.
 _WAVLM = replace(_WAV2VEC2, reentrant_checkpointing=False)
 _CONFORMER = Backbone(
@@ -79,6 +83,7 @@ _WHISPER = Backbone(
     layerdrop="layerdrop",
     feature_encoder=None,
     front_end_inside=True,
+    pre_norm=True,
 )
 # These pool after their layers: the sum of taps has to take its place before.
 _WHISPER_POOLED = replace(_WHISPER, taps_end="last layer")
@@ -89,6 +94,7 @@ _PRE_NORM = Backbone(
     layerdrop=None,
     feature_encoder=None,
     front_end_inside=True,
+    pre_norm=True,
 )
 _MOONSHINE = replace(_PRE_NORM, rotary="rotary_emb")
 _MACARON = Backbone(
@@ -119,16 +125,16 @@ _GRANITE = Backbone(
 
 BACKBONES: dict[str, Backbone] = {
     "Wav2Vec2Encoder": _WAV2VEC2,
-    "Wav2Vec2EncoderStableLayerNorm": _WAV2VEC2,
+    "Wav2Vec2EncoderStableLayerNorm": _WAV2VEC2_STABLE,
     "HubertEncoder": _WAV2VEC2,
-    "HubertEncoderStableLayerNorm": _WAV2VEC2,
+    "HubertEncoderStableLayerNorm": _WAV2VEC2_STABLE,
     "UniSpeechEncoder": _WAV2VEC2,
-    "UniSpeechEncoderStableLayerNorm": _WAV2VEC2,
+    "UniSpeechEncoderStableLayerNorm": _WAV2VEC2_STABLE,
     "UniSpeechSatEncoder": _WAV2VEC2,
-    "UniSpeechSatEncoderStableLayerNorm": _WAV2VEC2,
+    "UniSpeechSatEncoderStableLayerNorm": _WAV2VEC2_STABLE,
     "Data2VecAudioEncoder": _WAV2VEC2,
     "WavLMEncoder": _WAVLM,
-    "WavLMEncoderStableLayerNorm": _WAVLM,
+    "WavLMEncoderStableLayerNorm": replace(_WAVLM, pre_norm=True),
     "Wav2Vec2ConformerEncoder": _CONFORMER,
     "Wav2Vec2BertEncoder": replace(_CONFORMER, feature_encoder=None),
     "SeamlessM4TConformerEncoder": _SEAMLESS,
@@ -164,6 +170,7 @@ BACKBONES: dict[str, Backbone] = {
         feature_encoder=None,
         front_end_inside=True,
         taps_end="last layer",
+        pre_norm=True,
     ),
     "ParakeetEncoder": _PARAKEET,
     "LasrEncoder": replace(_MACARON, rotary="rotary_emb"),

@@ -21,6 +21,7 @@ LETTERS = "ELP"
 E_PLACES = ("feed_forward", "attention")
 L_OUTPUTS = ("head", "project", "residual")
 P_POSITIONS = ("append", "prepend")
+FORMAT = 2  # of adapter_config.json; version 0.1 wrote no number
 
 
 @dataclass
@@ -41,6 +42,8 @@ class ELPConfig(PeftConfig):
         l_activation: Activation of the L-adapter.
         l_dropout: Dropout in the L-adapter's taps, in [0, 1).
         l_layers: 0-based layers that the L-adapter taps. None: all.
+        l_input_norm: Whether each tap normalises its input, frame by frame and without parameters. None: where the
+            encoder is pre-norm, so that its layers return what is not normalised.
         l_output: "head", "project" or "residual". None: "head" where a known, trained head reads the encoder, else
             "project".
         p_length: Number of pseudo features of the P-adapter.
@@ -95,6 +98,13 @@ class ELPConfig(PeftConfig):
     l_dropout: float = field(default=0.0, metadata={"help": "Dropout in the L-adapter's taps, in [0, 1)."})
     l_layers: list[int] | None = field(
         default=None, metadata={"help": "0-based layers that the L-adapter taps. None: all."}
+    )
+    l_input_norm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Normalise the input of each tap, frame by frame and without parameters. None: in pre-norm "
+            "encoders, whose layers return the bare residual sum; not in post-norm ones (the paper's)."
+        },
     )
     l_output: str | None = field(
         default=None,
@@ -168,14 +178,22 @@ class ELPConfig(PeftConfig):
             "that tells speakers apart. It changes nothing in the model. None: nobody has said."
         },
     )
+    config_format: int | None = field(
+        default=None, metadata={"help": "Format of the saved configuration; leave empty to auto-fill."}
+    )
     description: ClassVar[Any] = None  # for the card alone; `describe` sets it on one configuration
     # Whether this was read from beside weights, which are loaded next. No field: it is not saved.
     weights_follow: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        # PEFT fills peft_version in: a configuration that comes with it was saved, by version 0.1 if without a format.
+        of_version_0_1 = self.config_format is None and self.peft_version is not None
         super().__post_init__()
         self.peft_type = PeftType("ELP")
         self.adapters = _letters(self.adapters)
+        if of_version_0_1:
+            self._complete_version_0_1()
+        self.config_format = self.config_format or FORMAT
         self.e_after = _places(self.e_after)
         self.e_layers = _layers("e_layers", self.e_layers)
         self.l_layers = _layers("l_layers", self.l_layers)
@@ -187,6 +205,7 @@ class ELPConfig(PeftConfig):
             _number(name, getattr(self, name), 0.0, 1.0)
         for name in ("p_init_std", "init_std"):
             _number(name, getattr(self, name), 0.0, float("inf"))
+        _one_of("l_input_norm", self.l_input_norm, (None, False, True))
         if self.l_output is not None:
             _one_of("l_output", self.l_output, L_OUTPUTS)
         _one_of("p_position", self.p_position, P_POSITIONS)
@@ -201,6 +220,17 @@ class ELPConfig(PeftConfig):
             self.exclude_modules = sorted(self.exclude_modules)
         if self.head_config is not None:
             self.head_config = _head_config(self.head_config)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "config_format" not in state:  # pickled by version 0.1
+            self._complete_version_0_1()
+            self.config_format = FORMAT
+
+    def _complete_version_0_1(self) -> None:
+        """What version 0.1 did where it had no choice yet: its adapters compute as they did."""
+        if "L" in self.adapters and self.l_input_norm is None:
+            self.l_input_norm = False
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration. If that fails, the configuration that was in the folder stays there.
@@ -337,6 +367,6 @@ def _number(name: str, value: Any, least: float, below: float) -> None:
         raise ValueError(f"{name} is at least {least:g} and {upper}, got {value!r}. Write for example {name}=0.1.")
 
 
-def _one_of(name: str, value: Any, known: Sequence[str]) -> None:
+def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
     if value not in known:
         raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}. Choose one of them.")

@@ -42,6 +42,17 @@ def test_l_adapter_is_its_formula_and_starts_uniform():
     torch.testing.assert_close(adapter(layers), expected)
 
 
+def test_a_tap_with_input_norm_reads_what_a_layer_norm_without_parameters_gives():
+    torch.manual_seed(0)
+    plain, normed = (LAdapter(hidden_size=6, num_taps=2, tap_size=4, input_norm=on) for on in (False, True))
+    normed.load_state_dict(plain.state_dict())  # no tensor more
+    layers = [torch.randn(2, 5, 6) * 9 + 100 for _ in range(2)]
+    centred = [x - x.mean(-1, keepdim=True) for x in layers]
+    inputs = [x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() for x in centred]
+    torch.testing.assert_close(normed(layers), plain(inputs), rtol=1e-4, atol=1e-5)
+    assert (normed(layers) - plain(layers)).abs().max() > 1e-3
+
+
 def test_a_missing_tap_is_noticed():
     adapter = LAdapter(hidden_size=6, num_taps=3, tap_size=4)
     taps = TapSum(adapter)

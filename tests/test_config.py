@@ -47,6 +47,7 @@ def test_every_field_has_a_help_text():
         ({"l_dropout": -0.1}, "l_dropout is at least 0 and less than 1, got -0.1"),
         ({"p_init_std": -1}, "p_init_std is at least 0"),
         ({"l_output": "sum"}, "l_output is one of 'head', 'project', 'residual', got 'sum'"),
+        ({"l_input_norm": "yes"}, "l_input_norm is one of None, False, True, got 'yes'"),
         ({"e_after": "ffn"}, "e_after takes 'feed_forward', 'attention' or both.*got 'ffn'"),
         ({"e_after": []}, "e_after takes"),
         ({"e_after": 3}, "e_after takes.*got 3"),

@@ -74,6 +74,8 @@ def reference(base, tensors, waveform):
         taps.append(x)
     if stable:
         taps[-1] = encoder.layer_norm(x)
+    if stable:
+        taps = [nn.functional.layer_norm(tap, tap.shape[-1:]) for tap in taps]
     share = at["elp_l.layer_weights"].exp() / at["elp_l.layer_weights"].exp().sum()
     y = sum(
         share[i] * norm(nn.functional.gelu(linear(tap, at, f"elp_l.taps.{i}.down")), at, f"elp_l.taps.{i}.norm")

@@ -323,9 +323,10 @@ def test_every_open_choice_is_written_down(tmp_path):
     assert saved["e_layers"] == [0, 1]
     assert saved["l_layers"] == [0, 1, 2]
     assert saved["l_output"] == "head"
+    assert saved["l_input_norm"] is False
     assert saved["modules_to_save"] == ["lm_head"]
     assert saved["peft_type"] == "ELP"
-    assert config.e_layers is config.l_output is None  # the user's own config can serve a second model
+    assert config.e_layers is config.l_output is config.l_input_norm is None  # it can serve a second model
 
 
 def test_auto_peft_model_finds_the_base(tmp_path):

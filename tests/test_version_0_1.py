@@ -4,6 +4,7 @@ Version 0.1 wrote `data/saved_by_0_1` with PyTorch 2.13 on a CPU: tiny bases, ad
 the logits that it computed from them.
 """
 
+import json
 import pickle
 from importlib import import_module
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from backbones import ELP, build, shaken, waveforms
 from packaging.version import Version
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import peft_elp
@@ -37,6 +39,23 @@ def test_configurations_pickled_by_version_0_1_load():
     assert type(config) is peft_elp.ELPConfig
     assert config.adapters == "ELP"
     assert config.l_output == "head"
+    assert config.l_input_norm is False
+
+
+def test_a_tap_of_version_0_1_reads_a_pre_norm_layer_as_it_did(tmp_path):
+    base = build("wavlm", "ForCTC", do_stable_layer_norm=True)
+    model = shaken(get_peft_model(base, peft_elp.ELPConfig(adapters="EL", l_input_norm=False, **ELP))).eval()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    del saved["l_input_norm"], saved["config_format"]
+    file.write_text(json.dumps(saved))
+    waveform, mask = waveforms()
+    with torch.inference_mode():
+        logits = model(waveform, attention_mask=mask).logits
+        loaded = PeftModel.from_pretrained(build("wavlm", "ForCTC", do_stable_layer_norm=True), str(tmp_path)).eval()
+        assert torch.equal(loaded(waveform, attention_mask=mask).logits, logits)
+    assert PeftConfig.from_pretrained(str(tmp_path)).l_input_norm is False
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="pickled with Transformers 5.23")

@@ -21,6 +21,7 @@ MAKE = (
     "l_dim",
     "l_activation",
     "l_layers",
+    "l_input_norm",
     "l_output",
     "p_length",
     "p_position",

@@ -16,6 +16,7 @@ from .fit import is_finite
 # What an adapter computes does not depend on these, or the names of its tensors tell them already.
 _FREE = {
     *(field.name for field in fields(PeftConfig)),
+    "config_format",
     "e_dropout",
     "l_dropout",
     "init_weights",

@@ -175,6 +175,7 @@ class ELPModel(BaseTuner):
         if "L" in config.adapters:
             assert config.l_layers is not None
             assert config.l_output is not None
+            assert config.l_input_norm is not None
             stack.tapped_layers[adapter_name] = config.l_layers
             if stack.layerdrop > 0:
                 warnings.warn(
@@ -190,6 +191,7 @@ class ELPModel(BaseTuner):
                 config.l_dropout,
                 init_std,
                 output="taps" if config.l_output == "head" else config.l_output,
+                input_norm=config.l_input_norm,
             )
             stack.place("elp_l", adapter_name, adapter, frozen)
         if "P" in config.adapters:

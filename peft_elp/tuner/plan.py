@@ -102,6 +102,7 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
                 "model (the L-adapter learns such a sum itself), or leave L out of adapters."
             )
         config.l_layers = list(range(depth)) if config.l_layers is None else config.l_layers
+        config.l_input_norm = parts.family.pre_norm if config.l_input_norm is None else config.l_input_norm
     if "E" in config.adapters:
         if config.e_layers is None:
             config.e_layers = list(range(depth - 1 if "L" in config.adapters else depth))
