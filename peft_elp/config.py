@@ -44,8 +44,8 @@ class ELPConfig(PeftConfig):
         l_layers: 0-based layers that the L-adapter taps. None: all.
         l_input_norm: Whether each tap normalises its input, frame by frame and without parameters. None: where the
             encoder is pre-norm, so that its layers return what is not normalised.
-        l_output: "head", "project" or "residual". None: "head" where a known, trained head reads the encoder, else
-            "project".
+        l_output: "head", "project" or "residual". None: "head" where a known head that is trained and newly
+            initialised reads the encoder, else "residual", which leaves the output of a fresh adapter as it was.
         p_length: Number of pseudo features of the P-adapter.
         p_position: "append" puts them after each utterance's last valid frame, "prepend" before its first.
         p_init_std: Standard deviation of the pseudo features at the start.
@@ -111,8 +111,8 @@ class ELPConfig(PeftConfig):
         metadata={
             "help": "Where the L-adapter's sum goes. 'head': to the head, whose first linear layer is re-made at "
             "width l_dim (the paper). 'project': through one linear layer back to the encoder's width. 'residual': as "
-            "'project', zero-initialised and added to the encoder's own output. None: 'head' where a known, trained "
-            "head reads the encoder, else 'project'."
+            "'project', zero-initialised and added to the encoder's own output. None: 'head' where a known head that "
+            "is trained and newly initialised reads the encoder, else 'residual'."
         },
     )
     p_length: int = field(default=16, metadata={"help": "Number of pseudo features of the P-adapter, at least 1."})

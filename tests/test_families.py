@@ -65,7 +65,7 @@ def test_every_adapter_gets_a_gradient_and_nothing_else_does(name, attention):
     if attention == "sdpa" and not supported:
         pytest.skip("eager only, in Transformers")
     for adapters in subsets(name):
-        model = adapted(name, adapters, attention).train()
+        model = shaken(adapted(name, adapters, attention), std=0.05).train()
         found = gradients(model, family.inputs)
         for parameter, gradient in found.items():
             assert gradient is not None, (adapters, parameter)

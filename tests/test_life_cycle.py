@@ -121,7 +121,7 @@ def test_the_backbones_own_convolutions_after_the_encoder_are_named_when_they_st
         UserWarning, match=r"'wav2vec2.adapter', stay frozen.*modules_to_save=\['lm_head', 'wav2vec2.adapter'\]"
     ):
         model = get_peft_model(build("wav2vec2", "ForCTC", **options), ELPConfig(**ELP))
-    assert model.peft_config["default"].l_output == "project"
+    assert model.peft_config["default"].l_output == "residual"
 
 
 def test_a_backbone_whose_weights_are_elsewhere_is_refused():
@@ -231,7 +231,7 @@ def test_the_head_is_everything_outside_the_base_encoder(head, expected):
     assert model.peft_config["default"].modules_to_save == expected
     trained = {name for name, p in model.get_base_model().named_parameters() if p.requires_grad and "elp_" not in name}
     assert {name.partition(".modules_to_save")[0] for name in trained} == set(expected)
-    assert model.peft_config["default"].l_output == ("project" if head == "Model" else "head")
+    assert model.peft_config["default"].l_output == ("residual" if head == "Model" else "head")
 
 
 def test_a_list_is_exactly_that_by_full_path_or_ending():
@@ -240,7 +240,7 @@ def test_a_list_is_exactly_that_by_full_path_or_ending():
     )
     config = model.peft_config["default"]
     assert config.modules_to_save == ["tdnn.0", "tdnn.1", "tdnn.2", "feature_extractor"]
-    assert config.l_output == "project"
+    assert config.l_output == "residual"
     cnn = model.get_base_model().wavlm.feature_extractor
     assert not any(p.requires_grad for p in cnn.parameters())
     model = get_peft_model(

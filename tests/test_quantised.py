@@ -190,7 +190,7 @@ def test_a_quantised_head_is_refused_with_the_way_out(way):
         ValueError, match=r"'projector.weight' is quantised.*llm_int8_skip_modules=\['projector', 'classifier'\]"
     ):
         get_peft_model(model, ELPConfig(**ELP))
-    assert get_peft_model(model, ELPConfig(modules_to_save=[], **ELP)).peft_config["default"].l_output == "project"
+    assert get_peft_model(model, ELPConfig(modules_to_save=[], **ELP)).peft_config["default"].l_output == "residual"
 
 
 def test_adapters_train_on_a_backbone_that_lora_was_merged_into(tmp_path):

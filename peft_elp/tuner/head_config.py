@@ -59,23 +59,11 @@ def _plain(value: Any) -> Any:
 
 
 def remade_head(model: nn.Module, paths: Sequence[str], settings: dict[str, Any] | None) -> dict[str, nn.Module]:
-    """Those of a head's modules that come out otherwise under the given settings, by path; newly initialised.
-
-    They are taken from a second model of the class, of which nothing else is ever given memory.
-    """
-    if not settings or not isinstance(model, PreTrainedModel):
-        return {}
-    config = _own_config(model)
-    if settings.items() <= _settings(config).items():
-        return {}
-    config.update(settings)
-    with torch.device("meta"):
-        other = type(model)(config)
+    """Those of a head's modules that come out otherwise under the given settings, by path; newly initialised."""
     fresh: dict[str, nn.Module] = {}
-    for path in paths:
-        old, new = original(model.get_submodule(path)), other.get_submodule(path)
-        if _make(old) == _make(new):
-            continue
+    for path, new in other_modules(model, paths, settings).items():
+        assert isinstance(model, PreTrainedModel)
+        old = original(model.get_submodule(path))
         like = next(old.parameters())
         new = new.to_empty(device=like.device).to(like.dtype)
         with torch.no_grad():
@@ -85,6 +73,23 @@ def remade_head(model: nn.Module, paths: Sequence[str], settings: dict[str, Any]
                 buffer.copy_(old.get_buffer(name))
             fresh[path] = new.apply(model._init_weights)
     return fresh
+
+
+def other_modules(model: nn.Module, paths: Sequence[str], settings: dict[str, Any] | None) -> dict[str, nn.Module]:
+    """Those of a head's modules that come out otherwise under the given settings, by path; without memory.
+
+    They are taken from a second model of the class, of which nothing is given memory.
+    """
+    if not settings or not isinstance(model, PreTrainedModel):
+        return {}
+    config = _own_config(model)
+    if settings.items() <= _settings(config).items():
+        return {}
+    config.update(settings)
+    with torch.device("meta"):
+        other = type(model)(config)
+    found = {path: (original(model.get_submodule(path)), other.get_submodule(path)) for path in paths}
+    return {path: new for path, (old, new) in found.items() if _make(old) != _make(new)}
 
 
 def _make(module: nn.Module) -> list[Any]:

@@ -16,7 +16,7 @@ from peft_elp.heads import head_input
 
 from .find import Encoder, find_encoder
 from .head import find_head, original, resolve
-from .head_config import head_config
+from .head_config import head_config, other_modules
 from .layers import Wrapper
 from .paths import canonical, join
 
@@ -242,10 +242,23 @@ def _resolve_l_output(model: nn.Module, plan: Plan) -> None:
     if path is None and config.l_output == "head":
         raise ValueError(
             f"l_output='head' needs a known, trained head that reads the encoder, and {reason}. Write "
-            "l_output='project', or None to let ELP choose."
+            "l_output='residual', or None to let ELP choose."
         )
-    config.l_output = "head" if path else "project"
-    plan.new_head_input = path
+    if config.l_output is None:
+        config.l_output = "head" if path and _is_new(model, path, config) else "residual"
+    plan.new_head_input = path if config.l_output == "head" else None
+
+
+def _is_new(model: nn.Module, path: str, config: ELPConfig) -> bool:
+    """Whether the head's layer at `path` is newly initialised, so that nothing is lost if it is re-made."""
+    if other_modules(model, [path], config.head_config):
+        return True
+    # Transformers marks each parameter that it loads; the marks survive a change of dtype or device, but no deepcopy.
+    layer = original(model.get_submodule(path))
+    loaded = {id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)}
+    if loaded:
+        return not any(id(parameter) in loaded for parameter in layer.parameters())
+    return not getattr(getattr(model, "config", None), "name_or_path", "")
 
 
 def _head_input_path(model: nn.Module, plan: Plan) -> tuple[str | None, str]:
