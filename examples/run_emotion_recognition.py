@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         # Model
         labels = {"id2label": dict(enumerate(emotions)), "label2id": {name: i for i, name in enumerate(emotions)}}
         config.update(labels)
-        model = AutoModelForAudioClassification.from_pretrained(model_args.model_name_or_path, config=config)
+        model = recipes.load_model(AutoModelForAudioClassification, model_args, config)
 
         # Train
         rows = recipes.training_columns(train, [emotions.index(name) for name in read_column(train, column)])

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # Model
     config.update({"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}})
-    model = AutoModelForAudioClassification.from_pretrained(model_args.model_name_or_path, config=config)
+    model = recipes.load_model(AutoModelForAudioClassification, model_args, config)
 
     # Metric
     def answers_to(logits: np.ndarray) -> list[Answer]:

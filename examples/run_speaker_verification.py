@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # Model
     config.update({"id2label": dict(enumerate(speakers)), "label2id": {name: i for i, name in enumerate(speakers)}})
     auto = AutoModelForAudioXVector if data_args.head == "xvector" else AutoModelForAudioClassification
-    model = auto.from_pretrained(model_args.model_name_or_path, config=config)
+    model = recipes.load_model(auto, model_args, config)
     if data_args.head == "xvector":
         # Some versions of Transformers leave these weights uninitialised where a checkpoint lacks them.
         torch.nn.init.normal_(model.objective.weight)

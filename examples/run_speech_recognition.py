@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # Model
     config.update({"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
     config.ctc_loss_reduction = "mean"  # A sum would give long utterances most of the weight.
-    model: Any = AutoModelForCTC.from_pretrained(model_args.model_name_or_path, config=config)
+    model: Any = recipes.load_model(AutoModelForCTC, model_args, config)
     if not hasattr(model, "_get_feat_extract_output_lengths"):
         raise ValueError(f"{type(model).__name__} does not tell its number of frames. Use a relative of wav2vec 2.0.")
 

@@ -19,6 +19,7 @@ class Backbone:
         layers: The list of encoder layers.
         feed_forward: In a layer, the modules whose output the residual sum takes; they get E-adapters. Where a layer
             calls its linear layers itself, the last of them.
+        feed_forward_before: In a layer that calls the linear layers of its feed-forward itself, the earlier ones.
         attention: In a layer, the attention modules whose output the residual sum takes.
         norms: In a layer, its layer norms, the first one as wide as the hidden states.
         layerdrop: Attribute of the stack that holds the probability of skipping a layer in training, or None.
@@ -35,6 +36,8 @@ class Backbone:
         squeeze: Attribute of the stack that holds how many frames the layers take as one, or None.
         attention_chunk: Attribute of the stack that holds the number of frames that attention sees, or None.
         inside: Class that the stack has to be called by, where other callers feed it something else than speech.
+        window: In a stack that takes audio features of one fixed length, to which the feature extractor pads: the
+            embedding with the positions of the frames. None where the length may vary.
         tap_in_place: Whether the stack writes into the output of a layer, so that a tap has to copy it.
         pre_norm: Whether a layer ends in its residual sum, so that what it returns is not normalised; False where it
             ends in a norm, as in post-norm layers and conformers.
@@ -48,6 +51,7 @@ class Backbone:
 
     layers: str = "layers"
     feed_forward: tuple[str, ...] = ("feed_forward",)
+    feed_forward_before: tuple[str, ...] = ()
     attention: tuple[str, ...] = ("attention",)
     norms: tuple[str, ...] = ("layer_norm", "final_layer_norm")
     layerdrop: str | None = "config.layerdrop"
@@ -60,6 +64,7 @@ class Backbone:
     squeeze: str | None = None
     attention_chunk: str | None = None
     inside: str | None = None
+    window: str | None = None
     tap_in_place: bool = False
     pre_norm: bool = False
     no_l: str = ""
@@ -76,8 +81,9 @@ _CONFORMER = Backbone(
     norms=("ffn1_layer_norm", "self_attn_layer_norm", "ffn2_layer_norm", "final_layer_norm"),
 )
 _SEAMLESS = replace(_CONFORMER, layerdrop="config.speech_encoder_layerdrop", feature_encoder=None)
-_WHISPER = Backbone(
+_FC = Backbone(
     feed_forward=("fc2",),
+    feed_forward_before=("fc1",),
     attention=("self_attn",),
     norms=("self_attn_layer_norm", "final_layer_norm"),
     layerdrop="layerdrop",
@@ -86,6 +92,7 @@ _WHISPER = Backbone(
     pre_norm=True,
 )
 # These pool after their layers: the sum of taps has to take its place before.
+_WHISPER = replace(_FC, window="embed_positions")
 _WHISPER_POOLED = replace(_WHISPER, taps_end="last layer")
 _PRE_NORM = Backbone(
     feed_forward=("mlp",),
@@ -110,7 +117,7 @@ _SLIDING = "its attention sees a sliding window of frames, so that most would ne
 _CAUSAL = "its attention is causal, so that no frame would see the pseudo features behind it"
 _BLOCKS = "its attention works in blocks of frames, so that only the last block would see the pseudo features"
 _PACKED = "it packs all utterances into one sequence without a batch axis"
-_PACKED_WHISPER = replace(_WHISPER, layerdrop=None, no_p=_PACKED)
+_PACKED_WHISPER = replace(_FC, layerdrop=None, no_p=_PACKED)
 # The norms before its feed-forward and attention modules are inside of them.
 _GRANITE = Backbone(
     feed_forward=("ff1", "ff2"),
@@ -150,6 +157,7 @@ BACKBONES: dict[str, Backbone] = {
         _WAV2VEC2,
         layers="encoder.layer",
         feed_forward=("output.dense",),
+        feed_forward_before=("intermediate.dense",),
         attention=("attention.output.dense",),
         norms=("attention.output.LayerNorm", "output.LayerNorm"),
         layerdrop=None,
@@ -157,7 +165,7 @@ BACKBONES: dict[str, Backbone] = {
         squeeze="config.squeeze_factor",
     ),
     "WhisperEncoder": _WHISPER,
-    "Speech2TextEncoder": _WHISPER,
+    "Speech2TextEncoder": _FC,
     "MossTranscribeDiarizeAudioModel": replace(_WHISPER, layerdrop=None),
     "VoxtralEncoder": _WHISPER,
     "Qwen2AudioEncoder": _WHISPER_POOLED,
@@ -224,6 +232,7 @@ BACKBONES: dict[str, Backbone] = {
     "Gemma3nAudioEncoder": Backbone(
         layers="conformer",
         feed_forward=("ffw_layer_start.ffw_layer_2", "ffw_layer_end.ffw_layer_2"),
+        feed_forward_before=("ffw_layer_start.ffw_layer_1", "ffw_layer_end.ffw_layer_1"),
         attention=("attention.post",),
         norms=(
             "norm",
@@ -242,6 +251,7 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "Gemma4AudioModel": Backbone(
         feed_forward=("feed_forward1.ffw_layer_2", "feed_forward2.ffw_layer_2"),
+        feed_forward_before=("feed_forward1.ffw_layer_1", "feed_forward2.ffw_layer_1"),
         attention=("self_attn",),
         norms=(
             "norm_out",
@@ -321,3 +331,15 @@ def receptive_field(config: Any) -> int:
     for kernel, stride in reversed(list(zip(config.conv_kernel, config.conv_stride, strict=True))):
         samples = (samples - 1) * stride + kernel
     return samples
+
+
+def has_fixed_window(model: Any) -> bool:
+    """Whether the encoder of a model takes audio features of one fixed length, as Whisper's does.
+
+    Its feature extractor then pads to that length by default; padding to the longest recording of a batch fails.
+
+    Args:
+        model: A model, with or without adapters.
+    """
+    rows = (family(type(module)) for module in model.modules())
+    return any(row is not None and row.window is not None for row in rows)

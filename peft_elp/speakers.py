@@ -8,6 +8,8 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
+from peft_elp.backbones import has_fixed_window
+
 
 def is_padding_invariant(model: nn.Module, feature_extractor: Any) -> bool:
     """Whether what a model answers for a recording is known not to depend on longer ones in the same batch.
@@ -23,7 +25,7 @@ def is_padding_invariant(model: nn.Module, feature_extractor: Any) -> bool:
     return (
         getattr(base.config, "feat_extract_norm", None) != "group"
         and not type(base).__name__.endswith("ForXVector")
-        and (base.config.model_type == "whisper" or hasattr(base, "_get_feature_vector_attention_mask"))
+        and (has_fixed_window(base) or hasattr(base, "_get_feature_vector_attention_mask"))
         and ("input_features" in feature_extractor.model_input_names or feature_extractor.return_attention_mask)
     )
 

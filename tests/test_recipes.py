@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ import run_emotion_recognition as emotion
 import run_intent_classification as intent
 import run_speaker_verification as verification
 import run_speech_recognition as recognition
+import run_speech_recognition_seq2seq as generation
 
 from peft_elp import cli, published_rates, recipes
 from peft_elp.data import check_audio, check_disjoint, leave_one_group_out, read_dataset, read_trials
@@ -692,3 +694,177 @@ def test_demo_data_are_what_the_recipes_take_and_are_made_once(tmp_path, capsys)
     capsys.readouterr()
     make_demo_data.main(words)
     assert capsys.readouterr().out.count(" is there") == 5
+
+
+# Whisper and other families ------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "whisper": ("WhisperForAudioClassification", "WhisperConfig", {"d_model": 16, "encoder_ffn_dim": 32}),
+    "wav2vec2": ("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", {"hidden_size": 16, "intermediate_size": 32}),
+    "w2v-bert": (
+        "Wav2Vec2BertForSequenceClassification",
+        "Wav2Vec2BertConfig",
+        {"hidden_size": 16, "intermediate_size": 32},
+    ),
+}
+FEED_FORWARD = {"whisper": ("fc1", "fc2"), "wav2vec2": ("feed_forward",), "w2v-bert": ("ffn1", "ffn2")}
+
+
+def classifier(family):
+    model_class, config_class, sizes = FAMILIES[family]
+    depth = {"encoder_layers": 2, "num_hidden_layers": 2, "encoder_attention_heads": 2, "num_attention_heads": 2}
+    depth = depth if family == "whisper" else {key: depth[key] for key in ("num_hidden_layers", "num_attention_heads")}
+    config = getattr(transformers, config_class)(**sizes, **depth, layerdrop=0.0, classifier_proj_size=12)
+    return getattr(transformers, model_class)(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_the_same_places_in_every_family(method, family):
+    words = ["--model_name_or_path", "x", "--dataset_name", "x", "--use_cpu", *METHODS[method]]
+    model_args, *_ = recipes.parse_arguments(words, recipes.DataArguments)
+    model = recipes.adapt(classifier(family), model_args)
+    trained = recipes.trained_parameters(model)
+    heads = {"projector", "classifier"}
+    assert {name.removeprefix("base_model.model.").split(".")[0] for name in trained["head"]} == heads
+    encoder = [name.removeprefix("base_model.model.") for name in trained["encoder"]]
+    if method == "head":
+        assert not encoder
+    elif method == "full":
+        layers = f"{model.base_model_prefix}.layers." if family == "whisper" else ".encoder.layers."
+        every = [name for name, _ in model.named_parameters() if ".layers." in name and "decoder" not in name]
+        assert sorted(encoder) == sorted(every)
+        assert layers or every
+    elif method == "lora":
+        linear = [name for name, module in classifier(family).named_modules() if isinstance(module, torch.nn.Linear)]
+        expected = {name for name in linear if any(f".{part}" in name for part in FEED_FORWARD[family])}
+        assert {name.split(".lora_")[0] for name in encoder} == expected
+    else:
+        assert {part for name in encoder for part in ("elp_e", "elp_l", "elp_p", "elp_norm") if part in name} == {
+            "elp_e", "elp_l", "elp_p", "elp_norm"
+        }  # fmt: skip
+        assert all("elp_" in name for name in encoder)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    """A checkpoint in float16, as published ones are, for windows of one second, with a tokenizer of letters."""
+    folder = tmp_path_factory.mktemp("whisper")
+    sizes = {"d_model": 16, "vocab_size": 15, "num_mel_bins": 8, "max_source_positions": 50, "init_std": 0.4}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
+    tokens = {"pad_token_id": 12, "eos_token_id": 12, "bos_token_id": 14, "decoder_start_token_id": 14}
+    torch.manual_seed(0)
+    model = transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**sizes, **tokens, suppress_tokens=None, begin_suppress_tokens=None)
+    )
+    model.generation_config.update(max_new_tokens=12)
+    model.half().save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    symbols = [*"abdegilmno", "\u0120", "t", "<|endoftext|>", "<|notimestamps|>", "<|startoftranscript|>"]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    special = {"bos_token": symbols[-1], "eos_token": symbols[12], "pad_token": symbols[12], "unk_token": symbols[12]}
+    transformers.WhisperTokenizer(vocab=vocabulary, merges=[], **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("module", [verification, emotion, intent])
+def test_a_checkpoint_in_half_precision_with_a_fixed_window_is_trained_in_float32(module, run, whisper):
+    words = [*ELP, "--model_name_or_path", whisper, *FOLD.get(module, [])]
+    metrics, folder = run(module, *words)
+    assert metrics["trained_parameters_encoder"] > 0
+    (saved,) = folder.rglob("adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in load_file(saved).values()} == {"torch.float32"}
+    history = json.loads((saved.parent / "trainer_state.json").read_text())["log_history"]
+    assert all(np.isfinite(entry["train_loss"]) for entry in history if "train_loss" in entry)
+
+
+def test_a_model_may_be_trained_in_its_own_data_type(run, whisper):
+    metrics, _ = run(intent, *ELP, "--model_name_or_path", whisper, "--dtype", "bfloat16")
+    assert 0 <= metrics["eval_accuracy"] <= 1
+
+
+def test_recordings_longer_than_a_fixed_window_are_not_cut_off_unnoticed(run, whisper, tmp_path):
+    rows = []
+    for number in range(4):
+        soundfile.write(tmp_path / f"{number}.flac", np.random.default_rng(number).normal(0, 0.1, 17_000), RATE_HZ)
+        rows.append({"file_name": f"{number}.flac", "split": SPLITS[number // 2], "label": "ab"[number % 2]})
+    write(tmp_path / "metadata.csv", rows)
+    with pytest.raises(ValueError, match=r"1\.1 s is longer than the 1 s that the encoder takes"):
+        run(intent, *ELP, "--model_name_or_path", whisper, dataset=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["elp", "lora", "full"])
+def test_a_model_with_a_decoder_is_measured_by_what_it_writes(method, run, whisper, capsys):
+    metrics, folder = run(generation, *METHODS[method], "--model_name_or_path", whisper)
+    rows = read(folder / "predictions.csv")
+    normalize = recipes.make_normalizer(None)
+    texts, found = ([normalize(row[column]) for row in rows] for column in ("text", "predicted"))
+    assert any(found)
+    assert metrics["eval_wer"] == jiwer.wer(texts, found)
+    assert metrics["eval_cer"] == jiwer.cer(texts, found)
+    assert metrics["eval_wer_before"] > 0
+    assert (metrics["trained_parameters_head"] > 0) == (method == "full")
+    assert "LOAD REPORT" not in "".join(capsys.readouterr())
+
+
+def test_what_a_decoder_wrote_in_the_evaluation_is_what_the_saved_adapter_writes(run, whisper):
+    _, folder = run(generation, *ELP, "--model_name_or_path", whisper, "--measure_before", "False")
+    rows = read(folder / "predictions.csv")
+    adapter = SpeechAdapter.from_pretrained(folder, device="cpu")
+    adapter.model.float()  # as in the training; the checkpoint is in half precision
+    assert adapter.transcribe([row["file"] for row in rows]) == [row["predicted"] for row in rows]
+
+
+def test_generated_text_chooses_the_checkpoint(run, whisper, data, tmp_path):
+    rows = [{**row, "file_name": str(data / row["file_name"])} for row in read(data / "metadata.csv")]
+    for row in rows[12:16]:
+        row["split"] = "validation"
+    write(tmp_path / "metadata.csv", rows)
+    words = ["--validation_split_name", "validation", "--eval_strategy", "steps", "--eval_steps", 1]
+    _, folder = run(generation, *ELP, "--model_name_or_path", whisper, *words, dataset=tmp_path)
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_wer" in entry and "eval_loss" in entry for entry in history) == 2
+
+
+def test_a_decoder_has_no_head_to_train_alone(run, whisper):
+    with pytest.raises(ValueError, match="--method head has nothing to train in WhisperForConditionalGeneration"):
+        run(generation, *METHODS["head"], "--model_name_or_path", whisper)
+
+
+def test_labels_begin_after_the_start_token_and_end_with_the_end_token(whisper):
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(whisper)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whisper)
+    (label,) = recipes.make_labels(model, tokenizer, ["go on"])
+    assert label[0] == 13  # <|notimestamps|>
+    assert label[-1] == 12
+    assert label.count(12) == 1
+    assert 14 not in label
+    assert tokenizer.decode(label, skip_special_tokens=True) == "go on"
+    with pytest.raises(ValueError, match="and the decoder has 448 positions"):
+        recipes.make_labels(model, tokenizer, ["on " * 448])
+
+
+def test_a_language_is_for_models_of_many_languages(whisper):
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(whisper)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whisper)
+    with pytest.raises(ValueError, match="takes no --language"):
+        recipes.set_language(model, tokenizer, "de", "transcribe")
+    model.generation_config.is_multilingual = True
+    with pytest.raises(ValueError, match="Name one with --language"):
+        recipes.set_language(model, tokenizer, None, "transcribe")
+
+
+def test_a_head_of_another_size_is_made_new_and_an_encoder_is_not(run, encoder, tmp_path, capsys):
+    _, folder = run(intent, *METHODS["full"], "--slot_column_names", "action", "object")
+    capsys.readouterr()
+    run(emotion, *ELP, *FOLD[emotion], "--model_name_or_path", folder, folder=tmp_path / "again")
+    said = capsys.readouterr()
+    assert "New in Wav2Vec2ForSequenceClassification: classifier" in said.out
+    assert "LOAD REPORT" not in said.err
+    config = json.loads((encoder / "config.json").read_text()) | {"intermediate_size": 40}
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder, broken)
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has no weights that fit .* tensors of the encoder layers"):
+        run(intent, *ELP, "--model_name_or_path", broken)

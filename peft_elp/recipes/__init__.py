@@ -14,11 +14,19 @@ from .arguments import (
     refuse_unused,
 )
 from .collator import Collator
-from .ctc import check_characters, keep_alignable, make_decoder, make_tokenizer, num_frames, transcribe_long
-from .loading import load_config
-from .methods import adapt, count_trained, trained_parameters, unwrap
+from .ctc import check_characters, keep_alignable, make_decoder, make_tokenizer, num_frames
+from .loading import load_config, load_model
+from .long_recordings import transcribe_long
+from .methods import adapt, count_trained, trained_parameters, unwrap, without_adapter
 from .rates import learning_rates
 from .saving import save_results, write_rows
+from .seq2seq import (
+    Seq2SeqRecipeTrainer,
+    Seq2SeqRecipeTrainingArguments,
+    make_labels,
+    make_normalizer,
+    set_language,
+)
 from .splits import limit_rows, read_split, training_columns
 from .trainer import RecipeTrainer, make_trainer
 from .verification import SpeakerTrainer, pair_up, read_pairs, recording_names
@@ -30,6 +38,8 @@ __all__ = [
     "ModelArguments",
     "RecipeTrainer",
     "RecipeTrainingArguments",
+    "Seq2SeqRecipeTrainer",
+    "Seq2SeqRecipeTrainingArguments",
     "SpeakerTrainer",
     "adapt",
     "check_characters",
@@ -38,7 +48,10 @@ __all__ = [
     "learning_rates",
     "limit_rows",
     "load_config",
+    "load_model",
     "make_decoder",
+    "make_labels",
+    "make_normalizer",
     "make_tokenizer",
     "make_trainer",
     "num_frames",
@@ -50,9 +63,11 @@ __all__ = [
     "recording_names",
     "refuse_unused",
     "save_results",
+    "set_language",
     "trained_parameters",
     "training_columns",
     "transcribe_long",
     "unwrap",
+    "without_adapter",
     "write_rows",
 ]

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from peft_elp.config import ELPConfig
 
 METHODS = ("elp", "lora", "full", "head")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOWER_IS_BETTER = ("loss", "wer", "cer", "eer", "min_dcf")
 
 
@@ -55,13 +56,14 @@ class ModelArguments(ELPArguments):
     """The encoder, the method that trains it, and the learning rates. Settings of `ELPConfig` are options too."""
 
     model_name_or_path: str = field(metadata={"help": "A speech encoder: Hub id or folder."})
+    dtype: str = option("float32", "Data type of the weights; 'auto': as in the checkpoint.", choices=DTYPES)
     method: str = option("elp", "What is trained besides the head.", choices=METHODS)
     preset: str | None = option(None, "A published setting of ELP-adapters, such as 'e+l'; see ELPConfig.preset.")
     lora_r: int = option(16, "Rank of LoRA.")
     lora_alpha: int = option(32, "Scale of LoRA.")
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["intermediate_dense", "output_dense"],
-        metadata={"help": "Modules that get LoRA. Default: the feed-forward modules of wav2vec 2.0 and relatives."},
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that get LoRA. Default: the linear layers of the encoder's feed-forward modules."},
     )
     head_learning_rate: float | None = option(None, "Rate of the head. Default: the published one.")
     e_learning_rate: float | None = option(None, "Rate of the E-adapters. Default: the published one.")
@@ -130,14 +132,15 @@ class RecipeTrainingArguments(TrainingArguments):
 
 
 def parse_arguments(
-    argv: Sequence[str] | None, data_arguments: type
-) -> tuple[ModelArguments, Any, RecipeTrainingArguments]:
+    argv: Sequence[str] | None, data_arguments: type, training_arguments: type = RecipeTrainingArguments
+) -> tuple[ModelArguments, Any, Any]:
     """Parse and check the options of a recipe, and set the seed.
 
     Args:
         argv: The command line, or None for the one of the process. A single word that ends in `.json` is a file with
             the options.
         data_arguments: `DataArguments` or a subclass with the options of one script.
+        training_arguments: `RecipeTrainingArguments` or a subclass.
 
     Returns:
         The model arguments, the data arguments and the training arguments.
@@ -151,7 +154,7 @@ def parse_arguments(
         >>> model_args.method, data_args.eval_split_name, args.num_train_epochs
         ('elp', 'test', 10.0)
     """
-    parser = HfArgumentParser((ModelArguments, data_arguments, RecipeTrainingArguments))  # pyright: ignore[reportArgumentType]
+    parser = HfArgumentParser((ModelArguments, data_arguments, training_arguments))  # pyright: ignore[reportArgumentType]
     words = list(sys.argv[1:] if argv is None else argv)
     if len(words) == 1 and words[0].endswith(".json"):
         model_args, data_args, args = parser.parse_json_file(words[0])

@@ -9,11 +9,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import Wav2Vec2CTCTokenizer, pipeline
-
-from peft_elp.audio import decode
-
-from .methods import unwrap
+from transformers import Wav2Vec2CTCTokenizer
 
 SHOWN = 5  # lines of a list in an error
 
@@ -121,30 +117,3 @@ def make_decoder(
     return lambda logits: beams.decode(
         logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True), beam_width=beam_width
     )
-
-
-def transcribe_long(model: Any, feature_extractor: Any, tokenizer: Any, dataset: Dataset, chunk_s: float) -> list[str]:
-    """Recognise recordings of any length in overlapping pieces, by Transformers' own pipeline.
-
-    Args:
-        model: A CTC model, with or without an adapter.
-        feature_extractor: The feature extractor of the model.
-        tokenizer: The tokenizer of the model.
-        dataset: Recordings with `audio`.
-        chunk_s: Length of a piece in seconds. A sixth of it on each side is context only.
-
-    Raises:
-        ValueError: The pieces are too short to overlap.
-    """
-    base, rate_hz = unwrap(model).eval(), feature_extractor.sampling_rate
-    if chunk_s * rate_hz / 6 < base.config.inputs_to_logits_ratio:
-        raise ValueError(f"--chunk_length_in_seconds {chunk_s:g} is too short to overlap. Use 5 or more.")
-    recognise: Any = pipeline(
-        "automatic-speech-recognition",
-        model=base,
-        feature_extractor=feature_extractor,
-        tokenizer=tokenizer,
-        device=base.device,
-    )
-    recordings = ({"raw": decode(audio, rate_hz), "sampling_rate": rate_hz} for audio in dataset["audio"])
-    return [recognise(recording, chunk_length_s=chunk_s)["text"] for recording in recordings]

@@ -1,8 +1,14 @@
-"""The pretrained encoder of a recipe."""
+"""The pretrained encoder of a recipe, with the head of the task."""
 
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from peft_elp import find_encoder
+
+from .arguments import ModelArguments
 
 
 def load_config(model_name_or_path: str, **settings: Any) -> Any:
@@ -16,6 +22,51 @@ def load_config(model_name_or_path: str, **settings: Any) -> Any:
         settings: Values that replace those of the configuration, such as `id2label`.
     """
     config: Any = AutoConfig.from_pretrained(model_name_or_path, **settings)
-    if getattr(config, "layerdrop", 0.0):
-        config.layerdrop = 0.0
+    for part in (config, getattr(config, "encoder", None)):
+        for name in ("layerdrop", "encoder_layerdrop"):
+            if getattr(part, name, 0.0):
+                setattr(part, name, 0.0)
     return config
+
+
+def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
+    """A pretrained encoder with the head of a task; prints which modules are new, instead of a report by tensor.
+
+    A head of another size than in the checkpoint is made new.
+
+    Args:
+        auto_class: A class such as `AutoModelForAudioClassification`.
+        model_args: The model arguments, which name the checkpoint and the data type of the weights.
+        config: The configuration, as `load_config` returns it, with the settings of the head.
+
+    Raises:
+        ValueError: The checkpoint does not fit the encoder.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # Transformers reports each tensor of a new head.
+    try:
+        model, report = auto_class.from_pretrained(
+            model_args.model_name_or_path,
+            config=config,
+            dtype="auto" if model_args.dtype == "auto" else getattr(torch, model_args.dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    resized = [key[0] for key in report["mismatched_keys"]]
+    _refuse_new_encoder(model, model_args.model_name_or_path, [*report["missing_keys"], *resized])
+    if new := sorted({key.split(".")[0] for key in [*report["missing_keys"], *resized]}):
+        print(f"New in {type(model).__name__}: {', '.join(new)}")  # noqa: T201
+    return model
+
+
+def _refuse_new_encoder(model: PreTrainedModel, name: str, keys: list[str]) -> None:
+    """Refuse a checkpoint that leaves tensors inside the encoder layers as they were initialised."""
+    layers = find_encoder(model).layer_path(0).removesuffix("0")
+    inside = [key for key in keys if key.startswith(layers)]
+    if inside:
+        raise ValueError(
+            f"{name} has no weights that fit {len(inside)} tensors of the encoder layers of {type(model).__name__}, "
+            f"such as {inside[0]}. Check that the checkpoint and its config.json belong together."
+        )

@@ -1,5 +1,6 @@
 """Four methods to train a speech encoder for a task: ELP-adapters, LoRA, all encoder layers, or the head alone."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_elp import ELPConfig, find_encoder
+from peft_elp.heads import head_input
 
 from .arguments import ModelArguments
 
@@ -18,11 +20,12 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     | `method` | trained besides the head |
     |---|---|
     | "elp" | ELP-adapters |
-    | "lora" | LoRA in the feed-forward modules |
+    | "lora" | LoRA in the linear layers of the feed-forward modules |
     | "full" | all encoder layers |
     | "head" | nothing |
 
-    The CNN feature encoder is frozen in each of them.
+    The CNN feature encoder is frozen in each of them. A model that generates text has a pretrained decoder instead of
+    a head: "full" trains it with the encoder layers, the other methods leave it as it is.
 
     Args:
         model: A pretrained model with the head of the task.
@@ -40,6 +43,11 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
         # Where the vocabulary is new, PEFT would look for the embeddings of its tokens; speech encoders have none.
         adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # pyright: ignore
         return adapted
+    if model_args.method == "head" and _generates(model):
+        raise ValueError(
+            f"--method head has nothing to train in {type(model).__name__}, whose decoder is pretrained. Choose elp, "
+            "lora or full."
+        )
     model.requires_grad_(False)
     for name in head_modules(model):
         model.get_submodule(name).requires_grad_(True)
@@ -55,9 +63,10 @@ def _elp_config(model_args: ModelArguments) -> ELPConfig:
 
 
 def _lora_config(model: PreTrainedModel, model_args: ModelArguments) -> LoraConfig:
-    head = head_modules(model)
-    inner = [name for name, _ in getattr(model, model.base_model_prefix).named_modules()]
-    if shared := [name for name in head if any(path.split(".")[-1] == name for path in inner)]:
+    # A decoder is pretrained and stays frozen.
+    head = [] if _generates(model) else head_modules(model)
+    names = [name for name, _ in model.named_modules()]
+    if shared := [path for path in head if sum(f".{name}".endswith(f".{path}") for name in names) > 1]:
         raise ValueError(
             f"PEFT finds modules_to_save by the end of their names, and both the head and the encoder of "
             f"{type(model).__name__} have a {shared[0]!r}: LoRA would train both. Choose another head or method."
@@ -65,23 +74,58 @@ def _lora_config(model: PreTrainedModel, model_args: ModelArguments) -> LoraConf
     return LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
-        target_modules=model_args.lora_target_modules,
-        modules_to_save=head,
+        target_modules=model_args.lora_target_modules or feed_forward_layers(model),
+        modules_to_save=head or None,
     )
 
 
+def _generates(model: PreTrainedModel) -> bool:
+    """Whether a pretrained decoder follows the encoder, instead of the head of a task."""
+    return model.can_generate() and head_input(type(model)) is None
+
+
+def feed_forward_layers(model: nn.Module) -> list[str]:
+    """The paths of the linear layers in the feed-forward modules of the encoder layers.
+
+    Examples:
+        >>> from transformers import WhisperConfig, WhisperForAudioClassification
+        >>> size = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32)
+        >>> feed_forward_layers(WhisperForAudioClassification(WhisperConfig(**size)))
+        ['encoder.layers.0.fc1', 'encoder.layers.0.fc2']
+    """
+    encoder = find_encoder(model)
+    row, paths = encoder.family, []
+    for index, layer in enumerate(encoder.layers):
+        for part in (*row.feed_forward_before, *row.feed_forward):
+            inside = layer.get_submodule(part).named_modules(prefix=part)
+            paths += [encoder.layer_path(index, name) for name, module in inside if isinstance(module, nn.Linear)]
+    return paths
+
+
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """The names of the modules with parameters beside the encoder."""
-    return [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and next(module.parameters(), None) is not None
-    ]
+    """The paths of the modules with parameters outside the speech encoder: a head, or a decoder."""
+    path = find_encoder(model).backbone_path
+    if not path:
+        raise ValueError(
+            f"{type(model).__name__} is a bare encoder without a head. Load it with the head of the task."
+        )
+    head, here, parent = [], model, ""
+    for step in path.split("."):
+        for name, child in here.named_children():
+            if name != step and next(child.parameters(), None) is not None:
+                head.append(f"{parent}{name}")
+        here, parent = here.get_submodule(step), f"{parent}{step}."
+    return head
 
 
 def unwrap(model: Any) -> Any:
     """The Transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def without_adapter(model: Any) -> AbstractContextManager[None]:
+    """A context in which the model answers as before its adapter was added; a model without adapters is left alone."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def has_elp(model: Any) -> bool:
@@ -91,12 +135,12 @@ def has_elp(model: Any) -> bool:
 
 def trained_parameters(model: Any) -> dict[str, dict[str, nn.Parameter]]:
     """The trained parameters by name, under "encoder" and "head"."""
-    head = set(head_modules(unwrap(model)))
+    encoder = f"{find_encoder(unwrap(model)).backbone_path}."
     parts: dict[str, dict[str, nn.Parameter]] = {"encoder": {}, "head": {}}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            child = name.removeprefix("base_model.model.").split(".")[0]
-            parts["head" if child in head else "encoder"][name] = parameter
+            is_inside = name.removeprefix("base_model.model.").startswith(encoder)
+            parts["encoder" if is_inside else "head"][name] = parameter
     return parts
 
 

@@ -120,7 +120,7 @@ def make_trainer(
     return trainer_cls(
         adapted,
         args,
-        data_collator=Collator(feature_extractor),
+        data_collator=Collator(feature_extractor, adapted),
         processing_class=feature_extractor,
         rates=rates,
         factors=schedule_factors(adapted, task) if model_args.published_schedule else None,

@@ -51,7 +51,7 @@ class SpeakerTrainer(RecipeTrainer):
 
     def get_train_dataloader(self) -> Any:
         whole = self.data_collator
-        self.data_collator = Collator(self.processing_class, self.crop_s)
+        self.data_collator = Collator(self.processing_class, self.model, self.crop_s)
         try:
             return super().get_train_dataloader()
         finally:

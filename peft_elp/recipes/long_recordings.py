@@ -1,0 +1,41 @@
+"""Recognition of recordings that are longer than what a model takes at once."""
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import pipeline
+
+from peft_elp.audio import decode
+
+from .methods import unwrap
+
+
+def transcribe_long(
+    model: Any, feature_extractor: Any, tokenizer: Any, dataset: Dataset, chunk_s: float, **generation: Any
+) -> list[str]:
+    """Recognise recordings of any length in overlapping pieces, with Transformers' own pipeline.
+
+    Args:
+        model: A model for speech recognition, with or without an adapter.
+        feature_extractor: The feature extractor of the model.
+        tokenizer: The tokenizer of the model.
+        dataset: Recordings with `audio`.
+        chunk_s: Length of a piece in seconds. A sixth of it on each side is context only.
+        generation: Arguments of `generate`, where the model generates text.
+
+    Raises:
+        ValueError: The pieces are too short to overlap.
+    """
+    base, rate_hz = unwrap(model).eval(), feature_extractor.sampling_rate
+    if chunk_s * rate_hz / 6 < getattr(base.config, "inputs_to_logits_ratio", 1):
+        raise ValueError(f"--chunk_length_in_seconds {chunk_s:g} is too short to overlap. Use 5 or more.")
+    recognise: Any = pipeline(
+        "automatic-speech-recognition",
+        model=base,
+        feature_extractor=feature_extractor,
+        tokenizer=tokenizer,
+        device=base.device,
+    )
+    options = {"generate_kwargs": generation} if base.can_generate() else {}
+    recordings = ({"raw": decode(audio, rate_hz), "sampling_rate": rate_hz} for audio in dataset["audio"])
+    return [recognise(recording, chunk_length_s=chunk_s, **options)["text"].strip() for recording in recordings]
