@@ -26,7 +26,7 @@ from datasets import Dataset, concatenate_datasets
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, recall_score
 from sklearn.model_selection import KFold
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, set_seed
+from transformers import AutoModelForAudioClassification, set_seed
 
 from peft_elp import recipes
 from peft_elp.data import check_disjoint, label_names, leave_one_group_out, read_column
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError("Folds make several adapters: --push_to_hub and --resume_from_checkpoint need one split.")
     leaks = "" if data_args.reference_split is None else "Utterances were shuffled: test speakers are in training."
     config = recipes.load_config(model_args.model_name_or_path)
-    feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path)
+    feature_extractor = recipes.load_feature_extractor(model_args)
 
     # Data: all folds are read before the first one is trained.
     folds = []

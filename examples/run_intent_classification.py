@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+from transformers import AutoModelForAudioClassification
 
 from peft_elp import recipes
 from peft_elp.data import read_column
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure with a command line, by default that of the process; returns the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, IntentArguments)
     config = recipes.load_config(model_args.model_name_or_path)
-    feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path)
+    feature_extractor = recipes.load_feature_extractor(model_args)
 
     # Data
     train = recipes.read_split(data_args, data_args.train_split_name, config, args.seed, data_args.max_train_samples)

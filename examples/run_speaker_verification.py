@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from sklearn.metrics import DetCurveDisplay
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, AutoModelForAudioXVector
+from transformers import AutoModelForAudioClassification, AutoModelForAudioXVector
 
 from peft_elp import recipes
 from peft_elp.data import check_disjoint, label_names, read_column
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure with a command line, by default that of the process; returns the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, VerificationArguments)
     config = recipes.load_config(model_args.model_name_or_path)
-    feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path)
+    feature_extractor = recipes.load_feature_extractor(model_args)
 
     # Data
     column, top_k = data_args.label_column_name, data_args.s_norm_top_k

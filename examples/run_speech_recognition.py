@@ -17,7 +17,7 @@ from typing import Any
 
 import jiwer
 from datasets import Dataset
-from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
+from transformers import AutoModelForCTC, AutoTokenizer
 
 from peft_elp import recipes
 from peft_elp.data import read_column
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure with a command line, by default that of the process; returns the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, RecognitionArguments)
     config = recipes.load_config(model_args.model_name_or_path)
-    feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path)
+    feature_extractor = recipes.load_feature_extractor(model_args)
     rate_hz, chunk_s = feature_extractor.sampling_rate, data_args.chunk_length_in_seconds
 
     # Data

@@ -17,7 +17,7 @@ from typing import Any
 
 import jiwer
 from datasets import Dataset
-from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoTokenizer
+from transformers import AutoModelForSpeechSeq2Seq, AutoTokenizer
 
 from peft_elp import recipes
 from peft_elp.data import read_column
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     name, chunk_s, seed = model_args.model_name_or_path, data_args.chunk_length_in_seconds, args.seed
     config = recipes.load_config(name)
-    feature_extractor, tokenizer = AutoFeatureExtractor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    feature_extractor, tokenizer = recipes.load_feature_extractor(model_args), AutoTokenizer.from_pretrained(name)
 
     # Data
     bounds = {} if chunk_s is None else {"max_duration_in_seconds": None}

@@ -19,6 +19,7 @@ from .tuner.find import Encoder, find_encoder
 from .tuner.hotswap import hotswap_adapter
 from .tuner.model import ELPModel
 from .tuner.registry import register
+from .tuner.window import shorten_window
 
 try:
     __version__ = version("peft-elp")
@@ -46,5 +47,6 @@ __all__ = [
     "published_factors",
     "published_rates",
     "register_backbone",
+    "shorten_window",
     "write_card",
 ]

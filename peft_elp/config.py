@@ -60,6 +60,9 @@ class ELPConfig(PeftConfig):
             in the model. They are saved with the adapter: loaded into a model with another head, it gets its own.
         target: Which speech encoder, where the model holds several: its path or the name of its class.
         exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
+        window_s: Whole seconds to which the encoder's fixed window is cut while the adapter is active, such as 2 of
+            Whisper's 30, for classification and speaker verification. The feature extractor has to pad to the same
+            length. None: the whole window.
         verification_threshold: Of an adapter that tells speakers apart: the cosine score from which two voices count
             as one. It changes nothing in the model.
 
@@ -171,6 +174,13 @@ class ELPConfig(PeftConfig):
         },
     )
 
+    window_s: int | None = field(
+        default=None,
+        metadata={
+            "help": "Whole seconds to which the encoder's fixed window is cut, such as 2 of Whisper's 30, for "
+            "classification and speaker verification. None: the whole window."
+        },
+    )
     verification_threshold: float | None = field(
         default=None,
         metadata={
@@ -209,6 +219,8 @@ class ELPConfig(PeftConfig):
         if self.l_output is not None:
             _one_of("l_output", self.l_output, L_OUTPUTS)
         _one_of("p_position", self.p_position, P_POSITIONS)
+        if self.window_s is not None:
+            _whole("window_s", self.window_s, 1)
         if self.verification_threshold is not None:
             _number("verification_threshold", self.verification_threshold, -1.0, 1.0)
         if isinstance(self.modules_to_save, str):

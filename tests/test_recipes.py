@@ -656,8 +656,10 @@ def test_the_commands_of_the_page_run_on_synthesised_speech(tmp_path, monkeypatc
 
 
 def test_every_command_of_the_page_is_understood():
-    page = (Path(__file__).parent.parent / "docs/how-to/recipes.md").read_text().replace("\\\n", "")
+    pages = [Path(__file__).parent.parent / "docs/how-to" / name for name in ("recipes.md", "fine-tune-whisper.md")]
+    page = "\n".join(page.read_text() for page in pages).replace("\\\n", "")
     kinds = {
+        generation: generation.RecognitionArguments,
         recognition: recognition.RecognitionArguments,
         verification: verification.VerificationArguments,
         emotion: emotion.EmotionArguments,
@@ -665,10 +667,11 @@ def test_every_command_of_the_page_is_understood():
     }
     by_script = {f"examples/{Path(module.__file__).name}": module for module in kinds}
     commands = [shlex.split(line) for line in page.splitlines() if line.startswith("python examples/run_")]
-    assert len(commands) >= 6
+    assert len(commands) >= 10
     for _, script, *words in commands:
         module = by_script[script]
-        recipes.parse_arguments(words, kinds[module])
+        others = [recipes.Seq2SeqRecipeTrainingArguments] if module is generation else []
+        recipes.parse_arguments(words, kinds[module], *others)
 
 
 SMALL = ["--num_clips", "24", "--num_voices", "6", "--num_pretraining_words", "6", "--pretraining_steps", "1"]
@@ -869,3 +872,52 @@ def test_a_head_of_another_size_is_made_new_and_an_encoder_is_not(run, encoder, 
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"has no weights that fit .* tensors of the encoder layers"):
         run(intent, *ELP, "--model_name_or_path", broken)
+
+
+@pytest.mark.parametrize("module", [verification, emotion, intent])
+def test_a_shorter_window_is_used_again_by_the_saved_adapter(module, run, whisper, tmp_path):
+    wide = transformers.WhisperForConditionalGeneration.from_pretrained(whisper).float()
+    wide.model.encoder.embed_positions = torch.nn.Embedding(150, 16)
+    wide.config.max_source_positions = 150
+    wide.save_pretrained(tmp_path / "wide")
+    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=3).save_pretrained(tmp_path / "wide")
+    words = [*ELP, "--model_name_or_path", tmp_path / "wide", "--window_s", 1, *FOLD.get(module, [])]
+    _, folder = run(module, *words)
+    (folder,) = {path.parent for path in folder.rglob("adapter_config.json")}
+    adapter = SpeechAdapter.from_pretrained(folder, device="cpu")
+    assert adapter.feature_extractor.n_samples == RATE_HZ
+    assert adapter.model.get_base_model().config.max_source_positions == 50
+    if module is verification:
+        row = read(folder / "scores.csv")[0]
+        assert adapter.verify(row["file_a"], row["file_b"]).score == pytest.approx(float(row["score"]), abs=1e-4)
+    else:
+        rows, column = read(folder / "predictions.csv"), "label" if module is intent else "emotion"
+        column = "predicted_label" if module is intent else "predicted"
+        answers = adapter.classify([row["file"] for row in rows], top_k=1)
+        assert [answer["label"] for (answer,) in answers] == [row[column] for row in rows]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_every_method_takes_a_shorter_window(method, run, whisper, tmp_path):
+    wide = transformers.WhisperForConditionalGeneration.from_pretrained(whisper).float()
+    wide.model.encoder.embed_positions = torch.nn.Embedding(150, 16)
+    wide.config.max_source_positions = 150
+    wide.save_pretrained(tmp_path / "wide")
+    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=3).save_pretrained(tmp_path / "wide")
+    words = ["--model_name_or_path", tmp_path / "wide", "--window_s", 1]
+    _, folder = run(intent, *METHODS[method], *words)
+    if method != "lora":
+        saved = transformers.AutoModelForAudioClassification.from_pretrained(folder)
+        assert saved.config.max_source_positions == 50
+        assert saved.encoder.embed_positions.weight.shape == (50, 16)
+
+
+@pytest.mark.parametrize("method", ["elp", "lora", "full"])
+def test_a_shorter_window_is_refused_where_text_is_generated(method, run, whisper):
+    with pytest.raises(ValueError, match=r"window_s=1 would break the text that .*ForConditionalGeneration generates"):
+        run(generation, *METHODS[method], "--model_name_or_path", whisper, "--window_s", "1")
+
+
+def test_a_shorter_window_is_for_encoders_with_a_fixed_one(run):
+    with pytest.raises(ValueError, match="takes recordings of any length"):
+        run(intent, *ELP, "--window_s", "1")

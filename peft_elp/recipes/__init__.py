@@ -15,7 +15,7 @@ from .arguments import (
 )
 from .collator import Collator
 from .ctc import check_characters, keep_alignable, make_decoder, make_tokenizer, num_frames
-from .loading import load_config, load_model
+from .loading import load_config, load_feature_extractor, load_model
 from .long_recordings import transcribe_long
 from .methods import adapt, count_trained, trained_parameters, unwrap, without_adapter
 from .rates import learning_rates
@@ -48,6 +48,7 @@ __all__ = [
     "learning_rates",
     "limit_rows",
     "load_config",
+    "load_feature_extractor",
     "load_model",
     "make_decoder",
     "make_labels",

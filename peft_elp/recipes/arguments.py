@@ -58,6 +58,10 @@ class ModelArguments(ELPArguments):
     model_name_or_path: str = field(metadata={"help": "A speech encoder: Hub id or folder."})
     dtype: str = option("float32", "Data type of the weights; 'auto': as in the checkpoint.", choices=DTYPES)
     method: str = option("elp", "What is trained besides the head.", choices=METHODS)
+    window_s: int | None = option(
+        None,
+        "Cut a fixed window, such as Whisper's 30 s, to this many whole seconds, for classification and verification.",
+    )
     preset: str | None = option(None, "A published setting of ELP-adapters, such as 'e+l'; see ELPConfig.preset.")
     lora_r: int = option(16, "Rank of LoRA.")
     lora_alpha: int = option(32, "Scale of LoRA.")
@@ -78,7 +82,7 @@ class ModelArguments(ELPArguments):
 
     def __post_init__(self) -> None:
         if self.method != "elp":
-            names = ["preset", *(known.name for known in fields(ELPArguments))]
+            names = ["preset", *(known.name for known in fields(ELPArguments) if known.name != "window_s")]
             refuse_unused(self, names, "--method elp", f"--method is {self.method}")
         if self.method != "lora":
             names = ["lora_r", "lora_alpha", "lora_target_modules"]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedModel
 from transformers.utils import logging
 
 from peft_elp import find_encoder
@@ -27,6 +27,12 @@ def load_config(model_name_or_path: str, **settings: Any) -> Any:
             if getattr(part, name, 0.0):
                 setattr(part, name, 0.0)
     return config
+
+
+def load_feature_extractor(model_args: ModelArguments) -> Any:
+    """The feature extractor of an encoder, which pads to the shorter window where `--window_s` sets one."""
+    settings = {} if model_args.window_s is None else {"chunk_length": model_args.window_s}
+    return AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path, **settings)
 
 
 def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:

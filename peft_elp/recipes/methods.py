@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_elp import ELPConfig, find_encoder
+from peft_elp import ELPConfig, find_encoder, shorten_window
 from peft_elp.heads import head_input
 
 from .arguments import ModelArguments
@@ -37,6 +37,8 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     Raises:
         ValueError: The settings do not fit the model.
     """
+    if model_args.method != "elp":
+        shorten_window(model, model_args.window_s)  # ELPConfig does it itself.
     if model_args.method in ("elp", "lora"):
         config = _elp_config(model_args) if model_args.method == "elp" else _lora_config(model, model_args)
         adapted = get_peft_model(model, config)

@@ -14,7 +14,9 @@ ENGLISH = (None, "en", "english")
 
 
 @dataclass
-class Seq2SeqRecipeTrainingArguments(RecipeTrainingArguments, Seq2SeqTrainingArguments):
+class Seq2SeqRecipeTrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride]
+    RecipeTrainingArguments, Seq2SeqTrainingArguments
+):
     """`RecipeTrainingArguments` for a model that generates text."""
 
     # No rates were published for encoders with a pretrained decoder.

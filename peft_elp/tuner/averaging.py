@@ -30,6 +30,7 @@ MAKE = (
     "head_config",
     "target",
     "exclude_modules",
+    "window_s",
 )
 
 

@@ -172,6 +172,8 @@ class ELPModel(BaseTuner):
             wrap(parts.layers[layer], part, ELPNorm, active).copy_for(adapter_name, frozen)
 
         stack = wrap_stack(model, parts, active)
+        if config.window_s is not None:
+            stack.windows[adapter_name] = config.window_s
         if "L" in config.adapters:
             assert config.l_layers is not None
             assert config.l_output is not None

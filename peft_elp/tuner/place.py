@@ -155,6 +155,7 @@ def _unwrap_stack(model: nn.Module, stack: ELPStack) -> None:
     if stack._layerdrop is not None:
         holder, attribute = stack._layerdrop_at()
         setattr(holder, attribute, stack._layerdrop)
+    stack.window.restore()
     stack.task_head.follow([], enabled=False)
     for index, layer in enumerate(stack.encoder_layers):
         if isinstance(layer, TappedLayer):

@@ -19,6 +19,7 @@ from .head import find_head, original, resolve
 from .head_config import head_config, other_modules
 from .layers import Wrapper
 from .paths import canonical, join
+from .window import check_window
 
 
 @dataclass
@@ -93,6 +94,8 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
                 f"{option}={layers} names {beyond}, and {name} has {depth} layers: 0 to {depth - 1}, counted from 0."
             )
     _check_family(plan)
+    if config.window_s is not None:
+        check_window(model, parts, config.window_s)
     if "L" in config.adapters:
         configs = [getattr(module, "config", None) for module in (model, parts.backbone)]
         if any(getattr(known, "use_weighted_layer_sum", False) for known in configs):

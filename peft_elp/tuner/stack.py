@@ -22,6 +22,7 @@ from peft_elp.pseudo import join_each
 from .guards import reentrant_checkpointing
 from .head_config import TaskHead
 from .layers import ELPLayer, ELPNorm, ELPSublayer, Wrapper
+from .window import Window
 
 
 class ELPStack(ELPLayer):
@@ -39,6 +40,8 @@ class ELPStack(ELPLayer):
         super().__init__(base_layer, active_adapters)
         self.family = family
         self.tapped_layers: dict[str, list[int]] = {}  # by adapter name
+        self.windows: dict[str, int] = {}  # seconds by adapter name, where an adapter has a shorter window
+        self.window = Window(base_layer, family.window)
         self.elp_l = nn.ModuleDict()
         self.elp_p = nn.ModuleDict()
         self.task_head = TaskHead(None)
@@ -72,12 +75,27 @@ class ELPStack(ELPLayer):
     def forget(self, adapter_name: str) -> None:
         """Drop what the stack knows of an adapter that is gone."""
         self.tapped_layers.pop(adapter_name, None)
+        self.windows.pop(adapter_name, None)
         self.task_head.settings.pop(adapter_name, None)
         self._follow_adapters()
 
     def _follow_adapters(self) -> None:
         self.task_head.follow(self.active_adapters, not self.disable_adapters)
         self._switch_layerdrop()
+        self._switch_window()
+
+    def _switch_window(self) -> None:
+        windows = {self.windows.get(name) for name in self.active_adapters} if not self.disable_adapters else set()
+        if len(windows) > 1:
+            lengths = " and ".join("the whole window" if one is None else f"{one} s" for one in windows)
+            raise ValueError(
+                f"The active adapters take windows of different lengths: {lengths}. Activate one of them."
+            )
+        window_s = windows.pop() if windows else None
+        if window_s is None:
+            self.window.restore()
+        else:
+            self.window.shorten(window_s)
 
     def _layerdrop_at(self) -> tuple[Any, str]:
         if self.family.layerdrop is None:

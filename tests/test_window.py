@@ -1,0 +1,120 @@
+"""A shorter window for Whisper and its relatives."""
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from families_towers import TOWERS
+from peft import PeftModel, get_peft_model
+from transformers import WhisperConfig, WhisperForAudioClassification, WhisperForConditionalGeneration
+
+from peft_elp import ELPConfig, find_encoder, shorten_window
+from peft_elp.backbones import BACKBONES, has_fixed_window
+
+SIZES = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8}
+SIZES |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_source_positions": 150}
+MODELS = FAMILIES | TOWERS
+ELP = {"e_dim": 4, "l_dim": 6, "p_length": 2}
+
+
+def whisper():
+    torch.manual_seed(0)
+    return WhisperForAudioClassification(WhisperConfig(**SIZES, num_labels=3)).eval()
+
+
+def features(seconds):
+    torch.manual_seed(seconds)
+    return torch.randn(2, 8, 100 * seconds)
+
+
+@pytest.mark.parametrize("name", [name for name, family in MODELS.items() if "input_features" in family.inputs])
+def test_the_table_knows_which_encoders_take_one_length_only(name):
+    family = MODELS[name]
+    model = family.model()
+    try:
+        row = find_encoder(model).family
+    except ValueError:
+        pytest.skip("several encoders")
+    assert has_fixed_window(model) == (row.window is not None)
+    if row.window is None:
+        return
+    assert isinstance(find_encoder(model).stack.get_submodule(row.window), torch.nn.Embedding)
+    inputs = dict(family.inputs)
+    inputs["input_features"] = inputs["input_features"][..., :-4]
+    with pytest.raises((ValueError, RuntimeError)):
+        model(**inputs)
+
+
+def test_shorter_features_give_what_the_first_positions_give():
+    model = whisper()
+    layers, positions = model.encoder.layers, model.encoder.embed_positions.weight
+    with torch.no_grad():
+        x = torch.nn.functional.gelu(model.encoder.conv1(features(1)))
+        x = torch.nn.functional.gelu(model.encoder.conv2(x)).permute(0, 2, 1) + positions[:50]
+        for layer in layers:
+            x = layer(x, None)
+        expected = model.classifier(model.projector(model.encoder.layer_norm(x)).mean(dim=1))
+        shorten_window(model, 1)
+        torch.testing.assert_close(model(features(1)).logits, expected)
+    with pytest.raises(ValueError, match="length 100"):
+        model(features(3))
+
+
+def test_a_shorter_window_goes_with_its_adapter(tmp_path):
+    model = get_peft_model(whisper(), ELPConfig(**ELP, window_s=1), adapter_name="short").eval()
+    model.add_adapter("whole", ELPConfig(**ELP))
+    model.add_adapter("middle", ELPConfig(**ELP, window_s=2))
+    for name, seconds in {"short": 1, "whole": 3, "middle": 2}.items():
+        model.set_adapter(name)
+        assert model(features(seconds)).logits.shape == (2, 3)
+        with pytest.raises(ValueError, match="mel input features to be of length"):
+            model(features(4))
+    model.set_adapter("short")
+    with model.disable_adapter():
+        torch.testing.assert_close(model(features(3)).logits, whisper()(features(3)).logits)
+    answer = model(features(1)).logits
+    model.save_pretrained(tmp_path, selected_adapters=["short"])
+    loaded = PeftModel.from_pretrained(whisper(), tmp_path / "short").eval()
+    torch.testing.assert_close(loaded(features(1)).logits, answer)
+
+
+@pytest.mark.parametrize("leave", ["unload", "delete_adapter"])
+def test_the_whole_window_is_back_when_the_adapter_is_gone(leave):
+    model = get_peft_model(whisper(), ELPConfig(**ELP, window_s=1))
+    base = model.unload() if leave == "unload" else model.get_base_model()
+    if leave == "delete_adapter":
+        model.delete_adapter("default")
+    torch.testing.assert_close(base(features(3)).logits, whisper()(features(3)).logits)
+    assert base.config.max_source_positions == 150
+
+
+def test_adapters_with_different_windows_are_not_active_together():
+    model = get_peft_model(whisper(), ELPConfig(adapters="E", e_dim=4, train_layer_norms=False, window_s=1))
+    model.add_adapter(
+        "other", ELPConfig(adapters="E", e_dim=4, train_layer_norms=False, window_s=2, modules_to_save=[])
+    )
+    with pytest.raises(ValueError, match="windows of different lengths"):
+        model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize(
+    ("window_s", "message"), [(0, "window_s"), (1.5, "window_s"), (4, "longer than the window of WhisperEncoder, 3 s")]
+)
+def test_a_window_is_whole_seconds_of_the_whole_one(window_s, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(whisper(), ELPConfig(**ELP, window_s=window_s))
+
+
+def test_a_window_is_not_cut_where_text_is_generated():
+    model = WhisperForConditionalGeneration(WhisperConfig(**SIZES))
+    for cut in (lambda: shorten_window(model, 1), lambda: get_peft_model(model, ELPConfig(**ELP, window_s=1))):
+        with pytest.raises(ValueError, match="would break the text"):
+            cut()
+    assert model.config.max_source_positions == 150
+
+
+def test_every_window_in_the_table_is_tested():
+    if not hasattr(transformers, "MossTranscribeDiarizeForConditionalGeneration"):
+        pytest.skip("an older Transformers lacks some of the families")
+    stacks = {type(module).__name__ for family in MODELS.values() for module in family.model().modules()}
+    assert stacks >= {name for name, row in BACKBONES.items() if row.window}
