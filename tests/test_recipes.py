@@ -40,7 +40,7 @@ from peft_elp import cli, published_rates, recipes
 from peft_elp.data import check_audio, check_disjoint, leave_one_group_out, read_dataset, read_trials
 from peft_elp.inference import SpeechAdapter
 from peft_elp.metrics import equal_error_rate, min_dcf
-from peft_elp.recipes import ctc
+from peft_elp.recipes import long_recordings
 from peft_elp.recipes import verification as training
 from peft_elp.recipes.saving import CARD_METRICS
 
@@ -276,7 +276,7 @@ def test_pieces_cover_each_frame_of_a_recording_once(monkeypatch, tmp_path):
     extractor = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
     for total in range(1000, 3200, 37):
         clock = np.arange(total, dtype=np.float32)  # each sample tells its time
-        monkeypatch.setattr(ctc, "decode", lambda audio, rate_hz, clock=clock: clock)
+        monkeypatch.setattr(long_recordings, "decode", lambda audio, rate_hz, clock=clock: clock)
         dataset = Dataset.from_list([{"audio": None}])
         (found,) = recipes.transcribe_long(model, extractor, tokenizer, dataset, chunk_s=0.06)
         assert found == "".join(letters[i % len(letters)] for i in range(recipes.num_frames(model, total)))

@@ -91,7 +91,7 @@ def make_normalizer(tokenizer: Any, language: str | None = None) -> Callable[[st
 
     Examples:
         >>> make_normalizer(None)("Um, it's TWENTY dollars.")
-        "it is $20"
+        'it is $20'
     """
     if language in ENGLISH:
         normalize = EnglishTextNormalizer(getattr(tokenizer, "english_spelling_normalizer", None) or {})
