@@ -1,6 +1,6 @@
-"""Methods compared, on several tasks, with several seeds: `python examples/compare_methods.py --grid grid.json`.
+"""Compare methods on several tasks with several seeds: `python examples/compare_methods.py --grid grid.json`.
 
-The grid is a JSON file; each run is the command of a task, with the arguments of a method and a seed:
+The grid is a JSON file. Each run is the command of a task with the options of a method and a seed:
 
     {
       "tasks": {"intents": "examples/run_intent_classification.py --dataset_name demo/intents ..."},
@@ -9,9 +9,9 @@ The grid is a JSON file; each run is the command of a task, with the arguments o
       "seeds": [0, 1, 2]
     }
 
-"settings" is for what one method needs in one task, and may be left out. Runs follow one another, each in a process of
-its own that writes to `<output_dir>/<task>/<method>/seed-<seed>`. What has been run by the same command is not run
-again, so that a grid can be stopped, taken up and extended. After every run, `<output_dir>/table.md` has mean and
+"settings" adds options for one method in one task, and is optional. Each run is a process that writes to
+`<output_dir>/<task>/<method>/seed-<seed>`, one after the other. A run that has finished with the same command is not
+repeated, so a grid can be stopped, continued and extended. After every run, `<output_dir>/table.md` has mean and
 standard deviation over seeds.
 """
 
@@ -28,7 +28,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-# In per cent, but for the cost; the others of a run are in its all_results.json.
+# In per cent, except minDCF. all_results.json of a run has its other metrics.
 METRICS = {
     "eval_wer": "WER %",
     "eval_cer": "CER %",
@@ -43,7 +43,7 @@ METRICS = {
 
 @dataclass
 class Arguments:
-    """What can be chosen on the command line."""
+    """The options of the command line."""
 
     grid: str = field(metadata={"help": "A JSON file with tasks, methods and seeds."})
     output_dir: str = field(default="outputs/compare", metadata={"help": "Folder for the runs and the table."})
@@ -51,7 +51,7 @@ class Arguments:
 
 @dataclass
 class Run:
-    """One training: of a task, by a method, with a seed."""
+    """One training of a task by a method with a seed."""
 
     task: str
     method: str
@@ -60,14 +60,14 @@ class Run:
     folder: Path
 
     def results(self) -> dict[str, Any] | None:
-        """What was measured, None where this very command has not ended well yet."""
+        """The metrics, or None if this command has not finished successfully."""
         ended = self.folder / "command.json"
         if not ended.is_file() or json.loads(ended.read_text(encoding="utf-8")) != self.command:
             return None
         return json.loads((self.folder / "all_results.json").read_text(encoding="utf-8"))
 
     def start(self) -> bool:
-        """Run it; whether it ended well. What it prints goes to log.txt."""
+        """Run the command, with its output in log.txt; returns whether it succeeded."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "command.json").unlink(missing_ok=True)
         (self.folder / "all_results.json").unlink(missing_ok=True)
@@ -79,7 +79,7 @@ class Run:
 
 
 def runs_of(grid: dict[str, Any], output_dir: Path) -> Iterator[Run]:
-    """All runs of a grid, every task and method with the first seed before the next seed.
+    """All runs of a grid: every task and method with the first seed, then with the next.
 
     Raises:
         ValueError: The grid lacks a part.
@@ -108,7 +108,7 @@ def runs_of(grid: dict[str, Any], output_dir: Path) -> Iterator[Run]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Markdown: a table for each task, a line for each method."""
+    """A Markdown table for each task, with a line for each method."""
     parts = []
     for task in dict.fromkeys(run.task for run in runs):
         by_method: dict[str, list[dict[str, Any]]] = {}
@@ -132,7 +132,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def mean_and_deviation(metric: str, found: Sequence[dict[str, Any]]) -> str:
-    """Over seeds; the deviation is that of a sample."""
+    """Mean and sample standard deviation over seeds."""
     values = [results[metric] * (1 if "dcf" in metric else 100) for results in found if metric in results]
     digits = 3 if "dcf" in metric else 1
     if not values:
@@ -142,7 +142,7 @@ def mean_and_deviation(metric: str, found: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing of a grid; returns the number of failed runs."""
+    """Run the missing runs of a grid; returns the number of failed ones."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)  # pyright: ignore[reportArgumentType]
     output_dir = Path(args.output_dir)
     runs = list(runs_of(json.loads(Path(args.grid).read_text(encoding="utf-8")), output_dir))

@@ -1,15 +1,15 @@
-"""Small data sets and a small encoder for the recipes, without a network: `python examples/make_demo_data.py`.
+"""Make small data sets and a small encoder for the recipes, without a network: `python examples/make_demo_data.py`.
 
-espeak-ng speaks four data sets in `audiofolder` layout, and a small wav2vec 2.0 learns to name phonemes in other
-words. What is there already is kept. Takes 3 minutes on one CPU core.
+Synthesises four data sets in `audiofolder` layout with espeak-ng, and pre-trains a small wav2vec 2.0 to name phonemes
+in other words. Folders that exist are kept. Takes 3 minutes on one CPU core.
 
     demo/encoder    the encoder, as `save_pretrained` writes it
     demo/sentences  speech recognition: text; the voices and sentences of test are not in training
     demo/speakers   speaker verification: speaker_id, and trials.csv over the test speakers
-    demo/emotions   no emotions, but moods that pitch, speaking rate and range of pitch stand for: emotion, speaker_id
+    demo/emotions   moods made of pitch, speaking rate and range of pitch, not real emotions: emotion, speaker_id
     demo/intents    intent classification: action, object, location; the voices of test are not in training
 
-It is clean synthetic speech, to see that a recipe runs and learns. What is measured on it says little of real speech.
+This is clean synthetic speech, to see that a recipe runs and learns. Results on it say little about real speech.
 """
 
 import csv
@@ -59,16 +59,16 @@ LOCATIONS = {"none": "", "kitchen": " in the kitchen", "bedroom": " in the bedro
 
 @dataclass
 class Arguments:
-    """What can be chosen on the command line."""
+    """The options of the command line."""
 
     output_dir: str = field(default="demo", metadata={"help": "Folder for the encoder and the data sets."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
     num_clips: int = field(default=400, metadata={"help": "Training clips of each data set, about."})
-    num_voices: int = field(default=24, metadata={"help": "Voices in training; a third of it, 8 at most, in test."})
+    num_voices: int = field(default=24, metadata={"help": "Voices in training; a third as many, 8 at most, in test."})
     num_pretraining_words: int | None = field(
         default=None, metadata={"help": "Words that the encoder is pre-trained on. Default: all 383."}
     )
-    pretraining_words_per_clip: int = field(default=1, metadata={"help": "Up to so many words in a clip."})
+    pretraining_words_per_clip: int = field(default=1, metadata={"help": "Most words in a clip of the pre-training."})
     pretraining_steps: int = field(
         default=400, metadata={"help": "Steps, of 32 clips each, that pre-train the encoder."}
     )
@@ -104,7 +104,7 @@ def intents(voices: Sequence[str], num_clips: int, rng: random.Random) -> Iterat
 
 
 def manner(voice: str, text: str, rng: random.Random) -> Row:
-    """Who speaks, and how: pitch and speaking rate change from clip to clip."""
+    """The speaker, pitch and speaking rate of a clip."""
     say = {"text": text, "voice": voice, "pitch": rng.randint(35, 65), "words_per_minute": rng.randint(130, 200)}
     return {"speaker_id": voice.partition("+")[2], "say": say}
 
@@ -136,7 +136,7 @@ def write_trials(folder: Path) -> None:
 
 
 def make(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill the folder, unless it is there; one that was begun and not ended is none."""
+    """Let `write` fill the folder, unless it exists; a folder that was not finished is made again."""
     if folder.exists():
         print(f"{folder} is there")
         return
@@ -150,7 +150,7 @@ def make(folder: Path, write: Callable[[Path], None]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Make what is missing, with a command line, by default that of the process."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)  # pyright: ignore[reportArgumentType]
-    # PEFT's and Transformers' bars of files that load in a moment are of no use here; those of training stay.
+    # Hide the progress bars of loading; the bars of training stay.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     training_voices = TRAINING_VOICES.split()[: args.num_voices]

@@ -1,8 +1,8 @@
 """Measure what many adapters on one backbone cost: `python examples/measure_cost.py`.
 
-A randomly initialised wav2vec 2.0 of base size (12 layers, 768 wide), since costs do not depend on weights. Prints the
-time to load and to switch an adapter and the memory that it takes, with 2 and with 50 of them, LoRA beside ELP; and
-the time of one pass for several tasks, as a ratio to one pass a task. Takes 2 minutes on 2 CPU cores.
+The backbone is a random wav2vec 2.0 of base size (12 layers, 768 wide), because costs do not depend on the weights.
+Prints the time to load and to switch an adapter and its memory, with 2 and with 50 adapters, for ELP and LoRA. Also
+prints the time of one pass for several tasks, next to one pass per task. Takes 2 minutes on 2 CPU cores.
 """
 
 import statistics
@@ -25,13 +25,13 @@ from peft_elp import ELPConfig
 
 @dataclass
 class Arguments:
-    """What to measure."""
+    """The options of the command line."""
 
-    adapters: int = field(default=50, metadata={"help": "How many adapters of the default size to load."})
-    tasks: int = field(default=4, metadata={"help": "How many tasks to run in one pass."})
+    adapters: int = field(default=50, metadata={"help": "Adapters of the default size to load."})
+    tasks: int = field(default=4, metadata={"help": "Tasks to run in one pass."})
     seconds: float = field(default=5.0, metadata={"help": "Length of each utterance."})
     batch_size: int = field(default=4, metadata={"help": "Utterances in a batch."})
-    repeats: int = field(default=5, metadata={"help": "How often to time what is timed in milliseconds or more."})
+    repeats: int = field(default=5, metadata={"help": "Repetitions of each timing of a forward pass."})
 
 
 def backbone() -> Wav2Vec2ForSequenceClassification:

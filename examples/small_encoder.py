@@ -1,7 +1,6 @@
-"""A small wav2vec 2.0 that learns to name phonemes in synthesised words, in about 80 s on 2 CPU cores.
+"""Pre-train a small wav2vec 2.0 to name phonemes in synthesised words, in about 80 s on 2 CPU cores.
 
-Without a network it stands in for the large encoders that are trained on thousands of hours: it has heard English
-words in the voices of espeak-ng, and nothing else.
+It stands in for a large encoder where there is no network. It knows only English words in the voices of espeak-ng.
 """
 
 import random
@@ -26,7 +25,7 @@ from transformers import (
 from peft_elp.recipes import Collator
 
 FRAME_S = 0.02  # as in wav2vec 2.0
-# An accent of English and a speaker; no speaker is in both.
+# Each voice is an accent of English and a speaker. No speaker is in both lists.
 TRAINING_VOICES = """
 en-us+m1 en+f2 en-gb-scotland+m7 en-us+f1 en+m3 en-gb-x-rp+f4 en-us+Andy en-us-nyc+steph en-gb-x-gbclan+Michael
 en-029+adam en-gb-x-gbcwmd+linda en-us+Alex en-us+max en+Annie en-us+klatt2 en+Mario en-us+m5 en-gb-x-rp+m8
@@ -35,7 +34,7 @@ en-gb-scotland+Alicia en-us+f2 en-us-nyc+rob en-gb-x-gbclan+zac en-029+Reed en-g
 TEST_VOICES = """
 en-us+m2 en+f3 en-gb-scotland+belinda en-us+Denis en-gb-x-rp+david en-us-nyc+f5 en-us+Marco en-029+m6
 """
-# What the encoder is trained on; none of these words is a command of spoken_commands.py.
+# The words that the encoder is trained on. None of them is a command of spoken_commands.py.
 OTHER_WORDS = """
 about above across after again air always animal answer apple arm ask baby back bad bag ball bank bath bear
 beautiful before begin behind bell below big bird black blood blue boat body book bottle box boy bread breakfast
@@ -76,7 +75,7 @@ def vary(words: Sequence[str], voices: Sequence[str], voices_per_word: int, take
 
 
 class ProgressWithLoss(ProgressCallback):
-    """The Trainer's progress bar with the loss at its end, rather than on lines of its own."""
+    """The progress bar of Trainer, with the loss at its end instead of on lines of its own."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "loss" in logs:
@@ -133,15 +132,15 @@ def pretrain(
     num_voices: int | None = None,
     words_per_clip: int = 1,
 ) -> tuple[Any, Any]:
-    """A small wav2vec 2.0 that has learnt to name the phoneme in each frame, and its feature extractor.
+    """Train a small wav2vec 2.0 to name the phoneme in each frame; returns it with its feature extractor.
 
     Args:
-        output_dir: Where `Trainer` may write.
-        steps: Of 32 clips each.
-        seed: Of everything random.
-        num_words: How many of `OTHER_WORDS` are spoken.
-        num_voices: In how many of `TRAINING_VOICES`.
-        words_per_clip: A clip has up to so many words; each word begins eight clips.
+        output_dir: Folder for `Trainer`.
+        steps: Training steps, of 32 clips each.
+        seed: Seed of everything random.
+        num_words: Number of `OTHER_WORDS` to use. None: all.
+        num_voices: Number of `TRAINING_VOICES` to use. None: all.
+        words_per_clip: Most words in a clip. Each word begins eight clips.
     """
     words = OTHER_WORDS.split()[:num_words]
     rng = random.Random(seed)
@@ -154,7 +153,7 @@ def pretrain(
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=768,
-        # One frame in 20 ms as in wav2vec 2.0, in four wide steps instead of seven narrow ones, to be quick on a CPU.
+        # A frame is 20 ms as in wav2vec 2.0, but in four wide convolutions instead of seven, to be fast on a CPU.
         conv_dim=[128] * 4,
         conv_kernel=[64, 8, 4, 4],
         conv_stride=[20, 4, 2, 2],
@@ -166,9 +165,9 @@ def pretrain(
         attention_dropout=0.05,
         activation_dropout=0.05,
         feat_proj_dropout=0.05,
-        mask_time_length=3,  # short words: of a masked span of 10 frames, as usual, not much word would be left
+        mask_time_length=3,  # Words are short: the usual span of 10 masked frames would leave little of them.
         mask_time_min_masks=0,
-        layerdrop=0.0,  # an L-adapter reads every layer
+        layerdrop=0.0,  # An L-adapter reads every layer.
         classifier_proj_size=128,
     )
     config.num_labels = len(phonemes)
@@ -190,7 +189,7 @@ def pretrain(
 
 
 def phoneme_labels(speech: Speech, phonemes: list[str], num_frames: int) -> np.ndarray:
-    """The number of the phoneme that sounds in each frame."""
+    """The number of the phoneme in each frame."""
     starts = [start_s for start_s, _ in speech.phonemes]
     sounding = np.searchsorted(starts, (np.arange(num_frames) + 0.5) * FRAME_S, side="right") - 1
     return np.array([phonemes.index(speech.phonemes[index][1] if index >= 0 else "") for index in sounding])

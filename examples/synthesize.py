@@ -1,7 +1,7 @@
-"""Words in many voices, spoken on this machine by espeak-ng: `python examples/synthesize.py "hello there" hello.wav`.
+"""Synthesise words in many voices with espeak-ng: `python examples/synthesize.py "hello there" hello.wav`.
 
-The PyPI package `espeakng-loader` brings the library and its voices; nothing else is installed or downloaded. A voice
-is an accent of English together with a speaker, as in "en-us+f3".
+The library and its voices come with the PyPI package `espeakng-loader`. A voice is an accent of English with a
+speaker, such as "en-us+f3".
 The same calls in the same order give the same samples.
 """
 
@@ -46,14 +46,14 @@ CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes
 
 
 class Speech(NamedTuple):
-    """What was said: the waveform at 16 kHz in [-1, 1], and each phoneme with its start in seconds ("" is a pause)."""
+    """A waveform at 16 kHz in [-1, 1], and each phoneme with its start in seconds; "" is a pause."""
 
     waveform: np.ndarray
     phonemes: list[tuple[float, str]]
 
 
 class Synthesizer:
-    """Says text in espeak-ng's voices. Get it from `synthesizer()`: the library crashes when it is started twice.
+    """Text to speech with espeak-ng. Use `synthesizer()` to get it: the library crashes when it is started twice.
 
     Raises:
         OSError: espeak-ng does not start.
@@ -61,7 +61,7 @@ class Synthesizer:
 
     def __init__(self) -> None:
         self.data = espeakng_loader.get_data_path()
-        if len(self.data) > 120:  # The library cuts long paths off; from the current folder the path is often shorter.
+        if len(self.data) > 120:  # The library truncates long paths; a relative path is often shorter.
             self.data = min(self.data, os.path.relpath(self.data), key=len)
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
         self.rate_hz = self.library.espeak_Initialize(
@@ -71,7 +71,7 @@ class Synthesizer:
             raise OSError(f"espeak-ng found no voices in {self.data!r}. Install espeakng-loader under a shorter path.")
         self.pieces: list[np.ndarray] = []
         self.phonemes: list[tuple[float, str]] = []
-        self.callback = CALLBACK(self._take)  # kept, or Python would free it while the library still calls it
+        self.callback = CALLBACK(self._take)  # Keeps Python from freeing it while the library calls it.
         self.library.espeak_SetSynthCallback(self.callback)
 
     def _take(self, samples, num_samples: int, events) -> int:
@@ -79,7 +79,7 @@ class Synthesizer:
             self.pieces.append(np.ctypeslib.as_array(samples, (num_samples,)).copy())
         while events and events.contents.type != NO_EVENT:
             if events.contents.type == PHONEME_EVENT:
-                # Without marks of stress and length: "'i:" and "i" are one phoneme, and "_:" is a pause.
+                # Remove marks of stress and length: "'i:" and "i" are one phoneme, and "_:" is a pause.
                 phoneme = events.contents.phoneme.decode(errors="ignore").strip("',_:")
                 self.phonemes.append((events.contents.audio_position_ms / 1000, phoneme))
             events = ctypes.cast(ctypes.addressof(events.contents) + ctypes.sizeof(Event), ctypes.POINTER(Event))
@@ -91,7 +91,7 @@ class Synthesizer:
         """The waveform of a text and its phonemes.
 
         Args:
-            text: What to say.
+            text: The text.
             voice: Accent and speaker, for example "en-us+f3".
             pitch: 0 to 99; 50 is the voice's own.
             words_per_minute: Speaking rate, 80 to 450.
@@ -100,10 +100,10 @@ class Synthesizer:
         Raises:
             ValueError: espeak-ng has no such voice, or there is nothing to say.
         """
-        # The library itself passes over a speaker that it does not know.
+        # The library ignores a speaker that it does not know.
         known = Path(self.data, "voices", "!v", voice.partition("+")[2]).is_file()
         if not known or self.library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise ValueError(f"espeak-ng has no voice {voice!r}. Name an accent and a speaker, such as 'en-us+f3'.")
+            raise ValueError(f"espeak-ng has no voice {voice!r}. Use an accent and a speaker, such as 'en-us+f3'.")
         self.library.espeak_SetParameter(PITCH, pitch, 0)
         self.library.espeak_SetParameter(PITCH_RANGE, pitch_range, 0)
         self.library.espeak_SetParameter(WORDS_PER_MINUTE, words_per_minute, 0)
@@ -112,14 +112,14 @@ class Synthesizer:
         encoded = text.encode() + b"\0"
         self.library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded)), 0, 0, 0, UTF8, None, None)
         if not self.pieces:
-            raise ValueError(f"espeak-ng says nothing for {text!r}. Give it at least one word.")
+            raise ValueError(f"espeak-ng says nothing for {text!r}. Use at least one word.")
         waveform = np.concatenate(self.pieces).astype(np.float32) / 32768
         return Speech(soxr.resample(waveform, self.rate_hz, RATE_HZ), self.phonemes)
 
 
 @cache
 def synthesizer() -> Synthesizer:
-    """The synthesizer of this process."""
+    """The one synthesizer of the process."""
     return Synthesizer()
 
 

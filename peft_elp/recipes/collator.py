@@ -44,7 +44,7 @@ class Collator:
         self.feature_extractor = feature_extractor
         self.crop_s = crop_s
         self.fixed_window = model is not None and has_fixed_window(model)
-        self.dtype = None if model is None else model.dtype
+        self.dtype = torch.float32 if model is None else model.dtype
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         waveforms = [self._read(row["audio"]) for row in rows]
