@@ -734,10 +734,9 @@ def test_each_method_trains_the_same_places_in_every_family(method, family):
     if method == "head":
         assert not encoder
     elif method == "full":
-        layers = f"{model.base_model_prefix}.layers." if family == "whisper" else ".encoder.layers."
-        every = [name for name, _ in model.named_parameters() if ".layers." in name and "decoder" not in name]
+        every = [name for name, _ in model.named_parameters() if ".layers." in name]
+        assert every
         assert sorted(encoder) == sorted(every)
-        assert layers or every
     elif method == "lora":
         linear = [name for name, module in classifier(family).named_modules() if isinstance(module, torch.nn.Linear)]
         expected = {name for name in linear if any(f".{part}" in name for part in FEED_FORWARD[family])}
@@ -874,14 +873,20 @@ def test_a_head_of_another_size_is_made_new_and_an_encoder_is_not(run, encoder, 
         run(intent, *ELP, "--model_name_or_path", broken)
 
 
+@pytest.fixture
+def wide_whisper(whisper, tmp_path):
+    """The same checkpoint for windows of three seconds."""
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(whisper).float()
+    model.model.encoder.embed_positions = torch.nn.Embedding(150, 16)
+    model.config.max_source_positions = 150
+    for part in (model, transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=3)):
+        part.save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
 @pytest.mark.parametrize("module", [verification, emotion, intent])
-def test_a_shorter_window_is_used_again_by_the_saved_adapter(module, run, whisper, tmp_path):
-    wide = transformers.WhisperForConditionalGeneration.from_pretrained(whisper).float()
-    wide.model.encoder.embed_positions = torch.nn.Embedding(150, 16)
-    wide.config.max_source_positions = 150
-    wide.save_pretrained(tmp_path / "wide")
-    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=3).save_pretrained(tmp_path / "wide")
-    words = [*ELP, "--model_name_or_path", tmp_path / "wide", "--window_s", 1, *FOLD.get(module, [])]
+def test_a_shorter_window_is_used_again_by_the_saved_adapter(module, run, wide_whisper):
+    words = [*ELP, "--model_name_or_path", wide_whisper, "--window_s", 1, *FOLD.get(module, [])]
     _, folder = run(module, *words)
     (folder,) = {path.parent for path in folder.rglob("adapter_config.json")}
     adapter = SpeechAdapter.from_pretrained(folder, device="cpu")
@@ -891,20 +896,15 @@ def test_a_shorter_window_is_used_again_by_the_saved_adapter(module, run, whispe
         row = read(folder / "scores.csv")[0]
         assert adapter.verify(row["file_a"], row["file_b"]).score == pytest.approx(float(row["score"]), abs=1e-4)
     else:
-        rows, column = read(folder / "predictions.csv"), "label" if module is intent else "emotion"
+        rows = read(folder / "predictions.csv")
         column = "predicted_label" if module is intent else "predicted"
         answers = adapter.classify([row["file"] for row in rows], top_k=1)
         assert [answer["label"] for (answer,) in answers] == [row[column] for row in rows]
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
-def test_every_method_takes_a_shorter_window(method, run, whisper, tmp_path):
-    wide = transformers.WhisperForConditionalGeneration.from_pretrained(whisper).float()
-    wide.model.encoder.embed_positions = torch.nn.Embedding(150, 16)
-    wide.config.max_source_positions = 150
-    wide.save_pretrained(tmp_path / "wide")
-    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=3).save_pretrained(tmp_path / "wide")
-    words = ["--model_name_or_path", tmp_path / "wide", "--window_s", 1]
+def test_every_method_takes_a_shorter_window(method, run, wide_whisper):
+    words = ["--model_name_or_path", wide_whisper, "--window_s", 1]
     _, folder = run(intent, *METHODS[method], *words)
     if method != "lora":
         saved = transformers.AutoModelForAudioClassification.from_pretrained(folder)
@@ -921,3 +921,39 @@ def test_a_shorter_window_is_refused_where_text_is_generated(method, run, whispe
 def test_a_shorter_window_is_for_encoders_with_a_fixed_one(run):
     with pytest.raises(ValueError, match="takes recordings of any length"):
         run(intent, *ELP, "--window_s", "1")
+
+
+def encoder_with_decoder(family):
+    """A tiny random model of a family whose decoder writes letters, and its feature extractor."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 15}
+    tokens = {"pad_token_id": 12, "eos_token_id": 12, "bos_token_id": 14, "decoder_start_token_id": 14}
+    if family == "moonshine":
+        for part in ("encoder", "decoder"):
+            sizes |= {f"{part}_num_hidden_layers": 2, f"{part}_num_attention_heads": 2}
+        model = transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes, **tokens))
+        return model, Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+    sizes = {"d_model": 16, "vocab_size": 15}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
+    if family == "speech2text":
+        config = transformers.Speech2TextConfig(**sizes, **tokens, input_feat_per_channel=80, conv_channels=16)
+        model = transformers.Speech2TextForConditionalGeneration(config)
+        return model, transformers.Speech2TextFeatureExtractor(feature_size=80, num_mel_bins=80)
+    encoder = build("wav2vec2", "Model", mask_time_length=2)
+    config = transformers.BartConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    model = transformers.SpeechEncoderDecoderModel(encoder=encoder, decoder=transformers.BartForCausalLM(config))
+    model.config.update(tokens)
+    model.generation_config.update(**tokens)
+    return model, Wav2Vec2FeatureExtractor(return_attention_mask=True)
+
+
+@pytest.mark.parametrize("family", ["moonshine", "speech2text", "speech-encoder-decoder"])
+def test_other_families_with_a_decoder_are_trained_alike(family, run, whisper, tmp_path):
+    model, extractor = encoder_with_decoder(family)
+    model.generation_config.update(max_new_tokens=8)
+    for part in (model, extractor, transformers.AutoTokenizer.from_pretrained(whisper)):
+        part.save_pretrained(tmp_path / "base")
+    metrics, folder = run(generation, *ELP, "--model_name_or_path", tmp_path / "base")
+    assert metrics["trained_parameters_encoder"] > 0
+    assert len(read(folder / "predictions.csv")) == 8
+    assert next(folder.rglob("adapter_model.safetensors"))
