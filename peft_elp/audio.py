@@ -1,11 +1,12 @@
 """One recording: read, mixed down to mono, resampled; or refused, with the reason.
 
-Needs soundfile and soxr: `pip install peft-elp[recipes]`.
+Needs soundfile and soxr: `pip install 'peft-elp[recipes]'`.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +24,17 @@ except ImportError as error:
     ) from error
 
 RATE_HZ = 16_000  # what wav2vec 2.0, HuBERT, WavLM and Whisper were trained on
-STREAMED = 0x7FFFF000  # what sox, and more what ffmpeg, write for the size of a WAV file that they pipe
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm", ".wma")
+STREAMED = 0x7FFFF000  # the size that sox writes into a WAV file that it pipes; ffmpeg writes a larger one
 
 
 class AudioError(ValueError):
-    """A recording that cannot be used; `reason` is "missing", "unreadable" or "empty"."""
+    """A recording that cannot be used.
+
+    Args:
+        message: What is wrong, as the end of a sentence that starts with the name of the recording.
+        reason: "missing", "unreadable" or "empty".
+    """
 
     def __init__(self, message: str, reason: str = "unreadable") -> None:
         super().__init__(message)
@@ -35,48 +42,84 @@ class AudioError(ValueError):
 
 
 def decode(audio: str | Path | Mapping[str, Any] | None, rate_hz: int = RATE_HZ) -> np.ndarray:
-    """The waveform of a recording: float32 `(samples,)`, mono, at `rate_hz`.
+    """The waveform of a recording at the rate of a model.
 
     Args:
-        audio: A path, or an entry of a column of kind `datasets.Audio(decode=False)`: `{"path": ..., "bytes": ...}`.
-        rate_hz: What the feature extractor says in `sampling_rate`.
+        audio: A path, or an entry of a `datasets.Audio(decode=False)` column: `{"path": ..., "bytes": ...}`.
+        rate_hz: The rate in Hz: `sampling_rate` of the model's feature extractor.
+
+    Returns:
+        float32 `(samples,)`, mono.
 
     Raises:
         AudioError: There is no such file, it cannot be read, or it holds no sound.
+
+    Examples:
+        >>> decode("call.wav").dtype  # doctest: +SKIP
+        dtype('float32')
     """
     waveform, native_hz = read_audio(audio)
+    try:
+        return resample(waveform, native_hz, rate_hz)
+    except MemoryError as error:
+        raise AudioError("it is too long to be resampled in memory. Cut it into pieces") from error
+
+
+def resample(waveform: np.ndarray, native_hz: int, rate_hz: int) -> np.ndarray:
+    """A waveform at another sampling rate; the same array if the rates are equal.
+
+    Args:
+        waveform: float32 `(samples,)`.
+        native_hz: Its rate in Hz.
+        rate_hz: The wanted rate in Hz.
+
+    Examples:
+        >>> resample(np.zeros(8000, dtype=np.float32), native_hz=8000, rate_hz=16000).shape
+        (16000,)
+    """
     return waveform if native_hz == rate_hz else soxr.resample(waveform, native_hz, rate_hz)
 
 
 def read_audio(audio: str | Path | Mapping[str, Any] | None) -> tuple[np.ndarray, int]:
-    """The waveform of a recording, mono, and its own sampling rate in Hz; arguments and errors are those of `decode`.
+    """The waveform of a recording at its own rate.
 
     A file that is shorter than its header says is refused, where the format tells (WAV, FLAC, MP3). soundfile reads
-    first; what it cannot (AAC, WebM) goes to torchcodec, if that is installed.
+    first; what it cannot read (AAC, WebM) goes to torchcodec, if that is installed.
+
+    Args:
+        audio: As for `decode`.
+
+    Returns:
+        float32 `(samples,)`, mono, and its sampling rate in Hz.
+
+    Raises:
+        AudioError: As for `decode`.
     """
     entry: Mapping[str, Any] = audio if isinstance(audio, Mapping) else {"path": audio}
     path, content = entry.get("path") or "", entry.get("bytes")
-    if content is None and not Path(path).is_file():
+    if content is None and not os.path.isfile(path):  # It takes any name, also one that no file can have.
         raise AudioError("there is no such file" if path else "no recording is given", "missing")
-    if not (Path(path).stat().st_size if content is None else content):
+    if not (os.path.getsize(path) if content is None else content):
         raise AudioError("the file is empty", "empty")
     try:
         channels, rate_hz = _read_with_soundfile(path if content is None else io.BytesIO(content))
     except soundfile.SoundFileError as error:
         refusal = getattr(error, "error_string", str(error)).rstrip(".")
         channels, rate_hz = _read_with_torchcodec(str(path) if content is None else content, refusal)
+    except MemoryError as error:
+        raise AudioError("it is too long to be read into memory. Cut it into pieces") from error
     if not len(channels):
         raise AudioError("it holds no sound", "empty")
     waveform = channels.mean(axis=1)
     if not np.isfinite(waveform).all():
-        raise AudioError("it holds samples that are not numbers")
+        raise AudioError("it holds samples that are not finite numbers")
     return waveform, rate_hz
 
 
 def _read_with_soundfile(file: Any) -> tuple[np.ndarray, int]:
     with soundfile.SoundFile(file) as sound:
         stated, channels = sound.frames, sound.read(dtype="float32", always_2d=True)
-        # libsndfile takes a WAV file that was cut off for a shorter one, and says so in its log alone.
+        # libsndfile reads a WAV file that was cut off as a shorter one, and only its log says so.
         cut = re.search(r"^data : (\d+) \(should be \d+\)", sound.extra_info, re.MULTILINE)
     if len(channels) < stated or (cut and int(cut[1]) < STREAMED):
         raise AudioError("it is cut off: the header promises more sound than the file holds")
@@ -86,9 +129,9 @@ def _read_with_soundfile(file: Any) -> tuple[np.ndarray, int]:
 def _read_with_torchcodec(source: str | bytes, refusal: str) -> tuple[np.ndarray, int]:
     try:
         from torchcodec.decoders import AudioDecoder  # pyright: ignore[reportMissingImports]  # not required
-    except (ImportError, OSError, RuntimeError) as error:  # the latter two: it does not find ffmpeg
+    except (ImportError, OSError, RuntimeError) as error:  # It raises the latter two where it does not find ffmpeg.
         raise AudioError(
-            f"soundfile cannot read it ({refusal}), and torchcodec, which reads more formats, is not there "
+            f"soundfile cannot read it ({refusal}), and torchcodec, which reads more formats, is not available "
             f"({str(error).splitlines()[0]}). Convert it to WAV or FLAC, or install torchcodec and ffmpeg"
         ) from error
     try:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .audio import RATE_HZ, AudioError, read_audio
+from .audio import AUDIO_SUFFIXES, RATE_HZ, AudioError, read_audio
 from .backbones import receptive_field
 
 try:
@@ -28,7 +28,6 @@ except ImportError as error:
     ) from error
 
 AUDIO_COLUMNS = ("file_name", "audio", "path", "file")
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm", ".wma")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 FINDINGS = Features(
     {"reason": Value("string"), "detail": Value("string"), "duration_s": Value("float64"), "rate_hz": Value("int64")}

@@ -1,4 +1,4 @@
-"""What makes a voice comparable: speaker embeddings, and batches whose padding changes no answer."""
+"""Speaker embeddings, and whether padding in a batch changes the answer for a recording."""
 
 from __future__ import annotations
 
@@ -8,52 +8,70 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_elp.backbones import has_fixed_window
+from .backbones import has_fixed_window
+from .heads import head_row
 
 
 def is_padding_invariant(model: nn.Module, feature_extractor: Any) -> bool:
-    """Whether what a model answers for a recording is known not to depend on longer ones in the same batch.
+    """Whether a model's answer for a recording is known not to depend on longer recordings in the same batch.
 
-    It is not for convolutions normalised over time, for heads that count frames of padding, as x-vectors do, and where
-    there is no attention mask. Then put recordings of one length into a batch, or one at a time.
+    False for convolutions that are normalised over time, for heads that count padded frames, as those for x-vectors
+    do, and without an attention mask. Then put recordings of one length into a batch, or one at a time.
 
     Args:
-        model: Of Transformers, with its head, or a model with adapters around one.
-        feature_extractor: What pads.
+        model: A model of Transformers with its head, or a model with adapters around one.
+        feature_extractor: The feature extractor that pads the batch.
+
+    Examples:
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = Wav2Vec2ForCTC(Wav2Vec2Config(feat_extract_norm="layer", **size))
+        >>> is_padding_invariant(model, Wav2Vec2FeatureExtractor(return_attention_mask=True))
+        True
+        >>> is_padding_invariant(model, Wav2Vec2FeatureExtractor(return_attention_mask=False))
+        False
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return (
         getattr(base.config, "feat_extract_norm", None) != "group"
-        and not type(base).__name__.endswith("ForXVector")
+        and not _has_embedding(type(base))
         and (has_fixed_window(base) or hasattr(base, "_get_feature_vector_attention_mask"))
         and ("input_features" in feature_extractor.model_input_names or feature_extractor.return_attention_mask)
     )
 
 
 def speaker_embeddings(model: nn.Module, **inputs: Any) -> Tensor:
-    """What a model makes of each utterance before it names the speaker.
+    """One vector for the voice of each utterance.
 
-    Of an x-vector model, its embeddings. Of a model for sequence classification, what its classifier reads: the mean,
-    over the valid frames, of what the projector makes of them. Gradients flow, so a loss may be computed on them.
+    For an x-vector model, its embeddings. For a model for sequence classification, the input of its classifier: the
+    projector's output, averaged over the valid frames. Gradients flow, so a loss may be computed on them.
 
     Args:
         model: A model of either kind, with or without an adapter around it.
-        **inputs: What the model is called with.
+        **inputs: The arguments of the model.
 
     Returns:
         `(batch, width)`, not normalised.
 
     Raises:
         ValueError: The model is of another kind.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, classifier_proj_size=16)
+        >>> model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**size))
+        >>> speaker_embeddings(model, input_values=torch.zeros(2, 16000)).shape
+        torch.Size([2, 16])
     """
-    if any(type(module).__name__.endswith("ForXVector") for module in model.modules()):
+    if any(_has_embedding(type(module)) for module in model.modules()):
         return model(**inputs).embeddings
     classifier = next((module for name, module in model.named_modules() if name.split(".")[-1] == "classifier"), None)
     read: list[Tensor] = []
     here = threading.get_ident()
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == here:  # others may be calling the same model
+        if threading.get_ident() == here:  # Other threads may be calling the same model.
             read.append(args[0])
 
     if classifier is not None:
@@ -68,3 +86,8 @@ def speaker_embeddings(model: nn.Module, **inputs: Any) -> Tensor:
             "classification. Load it with AutoModelForAudioXVector or AutoModelForAudioClassification."
         )
     return read[0]
+
+
+def _has_embedding(model_class: type) -> bool:
+    row = head_row(model_class)
+    return row is not None and row.output == "embedding"

@@ -113,7 +113,10 @@ def test_a_wav_file_that_was_piped_is_whole_although_its_header_promises_gigabyt
 def test_samples_that_are_not_numbers_are_an_error(tmp_path):
     waveform = tone()
     waveform[7] = np.nan
-    assert fails(record(tmp_path / "a.wav", waveform, subtype="FLOAT"))[1] == "it holds samples that are not numbers"
+    assert (
+        fails(record(tmp_path / "a.wav", waveform, subtype="FLOAT"))[1]
+        == "it holds samples that are not finite numbers"
+    )
 
 
 def test_without_torchcodec_a_format_that_soundfile_cannot_read_names_both(tmp_path, monkeypatch):

@@ -1,7 +1,12 @@
 """A saved adapter answers for recordings: one file, many, arrays; or says in one line why it cannot."""
 
+import json
+import pickle
 import re
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +18,14 @@ from backbones import ELP, build, shaken, waveforms
 from on_disk import LABELS, adapted, record, save_base, save_tokenizer
 from packaging import version
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
+    Wav2Vec2FeatureExtractor,
     WavLMForCTC,
     WavLMForSequenceClassification,
     WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperForAudioClassification,
     WhisperForConditionalGeneration,
     WhisperTokenizer,
     pipeline,
@@ -251,7 +259,7 @@ def test_the_wrong_task_is_named_with_the_right_one(saved, files, writer, namer,
         namer.transcribe(files[0])
     with pytest.raises(ValueError, match=r"cannot classify.*WavLMForXVector, which can verify"):
         comparer.classify(files[0])
-    with pytest.raises(ValueError, match=r"cannot classify.*WavLMModel, for which use its model directly"):
+    with pytest.raises(ValueError, match=r"cannot classify.*WavLMModel\. For that head, use its model directly"):
         SpeechAdapter.from_pretrained(saved("Model"), device="cpu").classify(files[0])
 
 
@@ -293,11 +301,11 @@ def test_the_shortest_recording_that_a_model_can_answer_is_answered(namer, compa
 @pytest.mark.parametrize(
     ("array", "sampling_rate", "message"),
     [
-        (np.zeros(4000, dtype=np.float32), None, "does not say its sampling rate. Write for example sampling_rate=16"),
+        (np.zeros(4000, dtype=np.float32), None, "needs its sampling rate. Write for example sampling_rate=16"),
         (np.zeros(4000, dtype=np.float32), 0, "samples per second, got 0"),
         (np.zeros(4000, dtype=np.int16), 16000, "got int16 of shape"),
         (np.zeros((2, 4000), dtype=np.float32), 16000, r"got float32 of shape \(2, 4000\)"),
-        (np.full(4000, np.nan, dtype=np.float32), 16000, "not numbers"),
+        (np.full(4000, np.nan, dtype=np.float32), 16000, "not finite numbers"),
     ],
 )
 def test_an_array_that_could_be_misread_is_refused(namer, array, sampling_rate, message):
@@ -351,7 +359,9 @@ def test_a_base_that_moved_can_be_named(folder, tmp_path, files):
     adapted(base, "ForSequenceClassification").save_pretrained(tmp_path / "adapter")
     expected = SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu").classify(files[0])
     (tmp_path / "old").rename(tmp_path / "new")
-    with pytest.raises(ValueError, match=rf"The base '{re.escape(base)}' .* If it is elsewhere, say where: base=..."):
+    with pytest.raises(
+        ValueError, match=rf"The base '{re.escape(base)}' .*: there is no such folder\. .*base=\.\.\. in Python"
+    ):
         SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu")
     moved = SpeechAdapter.from_pretrained(tmp_path / "adapter", base=tmp_path / "new", device="cpu")
     assert moved.classify(files[0]) == expected
@@ -370,3 +380,224 @@ def test_an_adapter_of_transformers_own_door_is_loaded_with_its_head(base, tmp_p
     model.add_adapter(ELPConfig(**ELP))
     model.save_pretrained(tmp_path)
     assert len(SpeechAdapter.from_pretrained(tmp_path, device="cpu").classify(files[0])) == 3
+
+
+# Bases, files and formats -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_base(tmp_path):
+    """A base that a test may break, and an adapter for it."""
+    base = save_base(tmp_path / "base")
+    adapted(base, "ForSequenceClassification").save_pretrained(tmp_path / "adapter")
+    return tmp_path / "base"
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [
+        (lambda tensors: {name: x for name, x in tensors.items() if ".layers.1." not in f".{name}"}, 19),
+        (lambda tensors: {f"other.{name}": x for name, x in tensors.items()}, 75),
+    ],
+    ids=["a layer is missing", "another family"],
+)
+def test_a_base_that_lacks_weights_is_refused(own_base, tmp_path, change, count):
+    change_weights(own_base, change)
+    message = rf"The base .* lacks {count} weights .*: [\w.]+, [\w.]+, [\w.]+ and {count - 3} more\. Was it trained on"
+    with pytest.raises(ValueError, match=message):
+        SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu")
+
+
+def test_a_base_of_another_depth_is_refused(own_base, tmp_path):
+    config = json.loads((own_base / "config.json").read_text())
+    (own_base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match=r"lacks 19 weights .*encoder\.layers\.3"):
+        SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu")
+
+
+def test_what_an_adapter_does_not_bring_the_base_must_have(base, tmp_path, files):
+    model = WavLMForSequenceClassification.from_pretrained(base, num_labels=4)
+    get_peft_model(model, ELPConfig(**ELP, l_output="project", modules_to_save=["classifier"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(ValueError, match=r"lacks 2 weights .*: projector\.bias, projector\.weight\. Was"):
+        SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu")
+    WavLMForSequenceClassification.from_pretrained(base, num_labels=4).save_pretrained(tmp_path / "whole")
+    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "whole")
+    adapter = SpeechAdapter.from_pretrained(tmp_path / "adapter", base=tmp_path / "whole", device="cpu")
+    assert len(adapter.classify(files[0])) == 4
+
+
+def test_weights_that_only_training_needs_may_be_missing(own_base, tmp_path, files):
+    expected = SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu").classify(files[0])
+    change_weights(own_base, lambda tensors: {name: x for name, x in tensors.items() if "masked_spec" not in name})
+    config = json.loads((own_base / "config.json").read_text())
+    (own_base / "config.json").write_text(json.dumps(config | {"mask_time_prob": 0.05}))
+    assert SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu").classify(files[0]) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification", "ForXVector"])
+def test_a_base_in_half_precision_answers_much_as_in_full(tmp_path, files, head, dtype):
+    full = build("wavlm", "Model")
+    full.save_pretrained(tmp_path / "full")
+    full.to(dtype).save_pretrained(tmp_path / "half")
+    for base in ("full", "half"):
+        Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / base)
+    adapted(str(tmp_path / "full"), head).save_pretrained(tmp_path / "adapter")
+    save_tokenizer(tmp_path / "adapter")
+    answers = []
+    for options in (
+        {"base": tmp_path / "full"},
+        {"base": tmp_path / "half"},
+        {"base": tmp_path / "full", "dtype": dtype},
+    ):
+        adapter = SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu", **options)
+        assert adapter._dtype == (torch.float32 if not answers else dtype)
+        if head == "ForCTC":
+            assert all(set(text) <= set("abcd <>/spadunk") for text in adapter.transcribe(files, batch_size=2))
+            answers.append([[0.0]])
+        elif head == "ForXVector":
+            answers.append(adapter.embed(files, batch_size=2))
+        else:
+            scores = [
+                {one["label"]: one["score"] for one in answer} for answer in adapter.classify(files, batch_size=2)
+            ]
+            answers.append([[one[label] for label in LABELS] for one in scores])
+    scale = np.abs(answers[0]).max()
+    np.testing.assert_allclose(answers[1], answers[0], atol=0.1 * scale)
+    np.testing.assert_allclose(answers[2], answers[1], atol=0.02 * scale)
+
+
+WHISPER = Path(__file__).parent.parent.parent / "shared/models/whisper-tiny.en"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WHISPER.is_dir(), reason="needs Whisper tiny.en")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_whisper_in_half_precision_writes_and_names(tmp_path, files, dtype):
+    options = {"device": "cpu", "dtype": dtype}
+    writer = WhisperForConditionalGeneration.from_pretrained(WHISPER)
+    get_peft_model(writer, ELPConfig(adapters="E", e_dim=8)).save_pretrained(tmp_path / "writer")
+    assert isinstance(SpeechAdapter.from_pretrained(tmp_path / "writer", **options).transcribe(files[0]), str)
+    namer = WhisperForAudioClassification.from_pretrained(WHISPER, num_labels=3)
+    get_peft_model(namer, ELPConfig(**ELP)).save_pretrained(tmp_path / "namer")
+    answers = SpeechAdapter.from_pretrained(tmp_path / "namer", **options).classify(files[:2], batch_size=2)
+    assert [sum(one["score"] for one in answer) for answer in answers] == pytest.approx([1, 1], abs=1e-2)
+
+
+def test_a_dtype_is_one_of_floating_point(saved):
+    for dtype in ("int8", "Tensor", "half a byte"):
+        with pytest.raises(ValueError, match=f"The dtype '{dtype}' is not one of floating point"):
+            SpeechAdapter.from_pretrained(saved("ForXVector"), dtype=dtype)
+
+
+def test_answers_that_are_not_numbers_are_errors(base, tmp_path, files):
+    for head, task in (("ForCTC", "transcribe"), ("ForSequenceClassification", "classify"), ("ForXVector", "embed")):
+        adapted(base, head).save_pretrained(tmp_path / head)
+        save_tokenizer(tmp_path / head)
+        adapter = SpeechAdapter.from_pretrained(tmp_path / head, device="cpu")
+        with torch.no_grad():
+            adapter.model.get_base_model().wavlm.feature_projection.projection.weight.fill_(float("nan"))
+        with pytest.raises(ValueError, match=r"values that are not finite, in torch\.float32"):
+            getattr(adapter, task)(files[0])
+
+
+def test_a_base_is_looked_for_beside_the_adapter(own_base, tmp_path, files, monkeypatch):
+    expected = SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu").classify(files[0])
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    monkeypatch.chdir("/")
+    for name in ("base", "./base", "../somewhere/base", "/nowhere/base"):
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+        assert SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu").classify(files[0]) == expected
+
+
+# Files by strangers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer_config.json", "base"])
+def test_no_code_beside_an_adapter_or_a_base_is_run(own_base, tmp_path, monkeypatch, files, name):
+    adapted(str(own_base), "ForCTC").save_pretrained(tmp_path / "adapter")
+    save_tokenizer(tmp_path / "adapter")
+    monkeypatch.setattr("builtins.input", lambda *args: "y")  # as a list of files on standard input might
+    folder = own_base if name == "base" else tmp_path / "adapter"
+    for auto_class in ("AutoFeatureExtractor", "AutoTokenizer", "AutoConfig", "AutoModelForCTC"):
+        changed = "config.json" if name == "base" else name
+        path = folder / changed
+        fields = json.loads(path.read_text()) if path.exists() else {}
+        fields.pop("feature_extractor_type", None)
+        fields["auto_map"] = {
+            **fields.get("auto_map", {}),
+            auto_class: ["code.Payload", None] if "Tok" in auto_class else "code.Payload",
+        }
+        path.write_text(json.dumps(fields))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Payload: pass\n")
+    with suppress(ValueError):
+        SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu").transcribe(files[0])
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["pipeline", "AutoModelForCTC", "logging", "WavLMConfig", "os", "PreTrainedModelX", None]
+)
+def test_the_class_of_the_base_is_a_model_class_of_transformers(saved, tmp_path, name):
+    shutil.copytree(saved("ForCTC"), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config["auto_mapping"]["base_model_class"] = name
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"names the class {name!r}, which is not a model class of Transformers"):
+        SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu")
+
+
+@pytest.mark.parametrize("rate", [0, -1, 10**12, "16000", None, [], 1.5])
+def test_a_sampling_rate_without_meaning_is_refused(saved, tmp_path, rate):
+    shutil.copytree(saved("ForCTC"), tmp_path / "adapter")
+    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter/preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sampling_rate": rate}))
+    with pytest.raises(ValueError, match=r"has the sampling rate .*, where a number of samples per second belongs"):
+        SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu")
+
+
+def test_the_meta_device_is_refused(saved):
+    with pytest.raises(ValueError, match="The device 'meta' cannot be used"):
+        SpeechAdapter.from_pretrained(saved("ForXVector"), device="meta")
+
+
+def test_a_recording_that_does_not_fit_into_memory_is_named(tmp_path, namer, files, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    for place in ("soundfile.SoundFile.read", "soxr.resample"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, fail)
+            with pytest.raises(ValueError, match=r"8k\.wav: it is too long to be re"):
+                namer.classify(record(tmp_path / "8k.wav", 3000, seed=1, rate_hz=8000))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".wav", "a\0b.wav", ""])
+def test_a_name_that_no_file_can_have_is_no_file(namer, name):
+    with pytest.raises(ValueError, match=r"there is no such file|no recording is given"):
+        namer.read(name)
+
+
+def test_a_speech_adapter_travels_by_its_folder(saved, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(saved("ForSequenceClassification")).parent)
+    adapter = SpeechAdapter.from_pretrained("ForSequenceClassification", device="cpu")
+    content = pickle.dumps(adapter)
+    assert len(content) < 5000
+    assert b"hf_secret" not in pickle.dumps(
+        SpeechAdapter.from_pretrained("ForSequenceClassification", device="cpu", token="hf_secret")
+    )
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        elsewhere = process.submit(adapter.classify, files).result()
+    for one, other in zip(elsewhere, adapter.classify(files), strict=True):
+        assert [label["label"] for label in one] == [label["label"] for label in other]
+        assert [label["score"] for label in one] == pytest.approx([label["score"] for label in other], abs=1e-5)
+    monkeypatch.chdir(tmp_path)
+    assert pickle.loads(content).classify(files[0]) == adapter.classify(files[0])

@@ -21,7 +21,7 @@ from torch import nn
 
 from peft_elp.wording import unknown_adapter
 
-from .folder import SavedAdapter, first_line, read_adapter
+from .folder import SavedAdapter, first_line, is_hub_id, read_adapter
 
 CARD_NAME = "README.md"
 LARGEST_CARD = 1_000_000  # bytes: larger ones are nobody's card, and YAML takes its time
@@ -227,7 +227,7 @@ def _plain(value: str | Sequence[str] | None) -> Any:
 
 
 def _on_hub(name: str | None) -> bool:
-    return name is not None and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not os.path.exists(name)
+    return name is not None and is_hub_id(name) and not os.path.exists(name)
 
 
 def _name(saved: SavedAdapter, description: Description) -> str:

@@ -116,12 +116,7 @@ def find_adapter(
     name = os.fspath(adapter)
     folder = Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
-        try:
-            validate_repo_id(name)
-            is_path = os.path.lexists(folder) or folder.is_absolute() or name.startswith((".", "~"))
-        except HFValidationError:
-            is_path = True
-        if is_path:
+        if os.path.lexists(folder) or not is_hub_id(name):
             raise ValueError(f"There is no folder {name!r}. Give the folder of an adapter, or its name on the Hub.")
         wanted = [f"{subfolder}/*" if subfolder else "*"]
         try:
@@ -136,6 +131,20 @@ def find_adapter(
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
     return folder / (subfolder or "")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a repository on the Hub could have that name; folders may have it as well.
+
+    Examples:
+        >>> is_hub_id("me/voices"), is_hub_id("./voices")
+        (True, False)
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.startswith((".", "~", "/"))
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
