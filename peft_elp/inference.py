@@ -398,7 +398,7 @@ def _find_base(saved: SavedAdapter) -> str:
 
 
 def _load_base(saved: SavedAdapter, name: str, **options: Any) -> PreTrainedModel:
-    model_class = getattr(transformers, saved.model_class or "", None)
+    model_class: Any = getattr(transformers, saved.model_class or "", None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ValueError(
             f"The adapter in {str(saved.folder)!r} names the class {saved.model_class!r}, which is not a model class "
@@ -407,12 +407,13 @@ def _load_base(saved: SavedAdapter, name: str, **options: Any) -> PreTrainedMode
     try:
         if not os.path.isdir(name) and not is_hub_id(name):
             raise FileNotFoundError("there is no such folder.")
-        model, report = model_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
+        loaded: Any = model_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     except Exception as error:  # Whatever is wrong with files by a stranger.
         raise ValueError(
             f"The base {name!r} of the adapter in {str(saved.folder)!r} could not be loaded: {first_line(error)} "
             f"{ANOTHER_BASE}"
         ) from error
+    model, report = loaded
     brought = (*(saved.config.get("modules_to_save") or ()), *ONLY_IN_TRAINING)
     lacking = sorted(key for key in report["missing_keys"] if not _is_below(key, brought))
     if lacking:

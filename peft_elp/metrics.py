@@ -41,8 +41,33 @@ def equal_error_rate(labels: ArrayLike, scores: ArrayLike) -> float:
         >>> equal_error_rate([1, 1, 0, 0], [0.9, 0.4, 0.6, 0.1])
         0.5
     """
-    false_alarms, misses = _operating_points(labels, scores)
+    false_alarms, misses, _ = _operating_points(labels, scores)
     return float(np.interp(0.0, false_alarms - misses, false_alarms))
+
+
+def equal_error_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
+    """The threshold at which the rates of false alarms and of misses are closest to each other.
+
+    Measure it on trials of speakers that the model does not meet later, and save it as `verification_threshold`.
+
+    Args:
+        labels: As for `equal_error_rate`.
+        scores: As for `equal_error_rate`.
+
+    Returns:
+        One of the scores: a trial with that score or a higher one is accepted.
+
+    Raises:
+        ValueError: As for `equal_error_rate`.
+        ImportError: scikit-learn is not installed.
+
+    Examples:
+        >>> equal_error_threshold([1, 1, 0, 0], [0.9, 0.4, 0.6, 0.1])
+        0.6
+    """
+    false_alarms, misses, thresholds = _operating_points(labels, scores)
+    distances = np.abs(false_alarms - misses)
+    return float(thresholds[1:][distances[1:].argmin()])  # The first one is infinite: it accepts no trial.
 
 
 def min_dcf(
@@ -77,7 +102,7 @@ def min_dcf(
     for name, cost in (("c_miss", c_miss), ("c_fa", c_fa)):
         if not 0 < cost < float("inf"):
             raise ValueError(f"{name} is a cost above 0, got {cost!r}. It is 1 in most evaluations.")
-    false_alarms, misses = _operating_points(labels, scores)
+    false_alarms, misses, _ = _operating_points(labels, scores)
     miss, false_alarm = c_miss * p_target, c_fa * (1 - p_target)
     return float((miss * misses + false_alarm * false_alarms).min() / min(miss, false_alarm))
 
@@ -157,8 +182,8 @@ def s_norm_scores(
     )
 
 
-def _operating_points(labels: ArrayLike, scores: ArrayLike) -> tuple[Scores, Scores]:
-    """`P_fa` and `P_miss` at each threshold, from the highest to the lowest."""
+def _operating_points(labels: ArrayLike, scores: ArrayLike) -> tuple[Scores, Scores, Scores]:
+    """`P_fa`, `P_miss` and the thresholds, from the highest threshold to the lowest."""
     try:
         from sklearn.metrics import roc_curve
     except ImportError as error:
@@ -187,8 +212,8 @@ def _operating_points(labels: ArrayLike, scores: ArrayLike) -> tuple[Scores, Sco
             f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are not finite, the first at {first}: "
             f"{values[first]}. Is there an embedding with NaN?"
         )
-    false_alarms, hits, _ = roc_curve(truth.astype(int), values, drop_intermediate=False)
-    return false_alarms, 1 - hits
+    false_alarms, hits, thresholds = roc_curve(truth.astype(int), values, drop_intermediate=False)
+    return false_alarms, 1 - hits, thresholds
 
 
 def _directions(embeddings: Mapping[Hashable, ArrayLike], trials: Sequence[Trial]) -> dict[Hashable, Scores]:

@@ -1,16 +1,20 @@
 """The command `peft-elp`: for who has recordings and an adapter, and does not program."""
 
+import csv
 import json
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from on_disk import LABELS, adapted, record, save_base, save_tokenizer
+from safetensors.torch import load_file, save_file
 from test_card import EER
 
+import peft_elp
 from peft_elp import count_parameters, describe
 from peft_elp.cli import main
 from peft_elp.inference import SpeechAdapter
@@ -160,11 +164,11 @@ def test_trials_are_scored_and_measured(run, saved, files, tmp_path):
         {"label": label, "file_a": a, "file_b": b, "score": pytest.approx(voices.verify(a, b).score, abs=1e-5)}
         for label, a, b in trials
     ]
-    assert total == {"trials": 3, "eer": 0.0, "min_dcf": 0.0}
+    assert total == {"trials": 3, "eer": 0.0, "min_dcf": 0.0, "threshold": pytest.approx(1)}
     out, err, status = run("trials", saved["ForXVector"], tmp_path / "trials.txt")
     assert (err, status) == ("", 0)
     assert out.splitlines()[0] == f"1.000\t1\t{files[0]}\t{files[0]}"
-    assert out.splitlines()[-1] == "3 trials: equal error rate 0.00%, minDCF 0.000"
+    assert out.splitlines()[-1] == "3 trials: equal error rate 0.00% at the threshold 1.000, minDCF 0.000"
 
 
 def test_the_page_runs(capsys, tmp_path, monkeypatch, saved, files):
@@ -207,7 +211,7 @@ def test_a_bad_file_is_named_and_the_others_are_answered(run, saved, files, tmp_
         (["transcribe", "{ForXVector}", "{file}"], "cannot transcribe"),
         (["verify", "{ForXVector}", "{file}", "no.wav"], "no.wav: there is no such file"),
         (["classify", "{ForSequenceClassification}", "{file}", "--device", "gpu"], "The device 'gpu' cannot be used"),
-        (["classify", "{ForSequenceClassification}", "{file}", "--base", "./no"], "If it is elsewhere, say where"),
+        (["classify", "{ForSequenceClassification}", "{file}", "--base", "./no"], "--base on the command line"),
         (["info", "{ForCTC}", "--subfolder", "calls"], "holds no adapter"),
     ],
 )
@@ -258,3 +262,162 @@ def test_as_a_module_it_looks_at_an_adapter_without_any_model(saved):
     failed = subprocess.run([sys.executable, "-m", "peft_elp.cli", "info", "./no"], capture_output=True, text=True)
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "Traceback" not in failed.stderr
+
+
+# Files, tables and terminals ----------------------------------------------------------------------------------------
+
+
+def test_one_recording_that_fails_costs_no_other_its_answer(run, saved, files, tmp_path, monkeypatch):
+    names = [files[0], "x" * 5000 + ".wav", files[1], str(tmp_path), files[2]]
+    tmp_path.joinpath("a.txt").touch()
+    answered = SpeechAdapter.classify
+
+    def classify(self, recordings, *args):
+        if any(len(recording) == 2500 for recording in recordings):  # the second of the files
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore of it")
+        return answered(self, recordings, *args)
+
+    monkeypatch.setattr(SpeechAdapter, "classify", classify)
+    for batch_size in (1, 3):
+        out, err, status = run(
+            "classify", saved["ForSequenceClassification"], *names[:3], names[4], "--batch-size", batch_size
+        )
+        assert status == 1
+        assert [line.split("\t")[0] for line in out.splitlines()] == [files[0], files[2]]
+        assert sorted(line.split(": ", 1)[1][:20] for line in err.splitlines()) == sorted(["x" * 20, files[1][:20]])
+        assert "RuntimeError: DefaultCPUAllocator: can't allocate memory" in err
+
+
+def test_a_trial_with_a_bad_recording_has_no_score_and_the_list_no_error_rate(run, saved, files, tmp_path):
+    (tmp_path / "bad.wav").write_text("no sound")
+    (tmp_path / "trials.txt").write_text(f"1 {files[0]} {files[0]}\n0 {files[0]} bad.wav\n0 {files[0]} {files[1]}\n")
+    out, err, status = run("trials", saved["ForXVector"], tmp_path / "trials.txt")
+    assert status == 1
+    assert [line.split("\t")[1:] for line in out.splitlines()] == [
+        ["1", files[0], files[0]],
+        ["0", files[0], files[1]],
+    ]
+    assert re.search(r"bad\.wav: .*\n.* 1 of 3 trials have no score, so no error rate is given", err)
+
+
+def test_the_threshold_at_the_equal_error_rate_can_be_saved(run, saved, files, tmp_path):
+    shutil.copytree(saved["ForXVector"], tmp_path / "voices")
+    (tmp_path / "trials.txt").write_text(f"1 {files[0]} {files[0]}\n0 {files[0]} {files[1]}\n")
+    weights = (tmp_path / "voices/adapter_model.safetensors").read_bytes()
+    out, _, status = run("trials", tmp_path / "voices", tmp_path / "trials.txt", "--save-threshold", "--json")
+    assert status == 0
+    assert (tmp_path / "voices/adapter_model.safetensors").read_bytes() == weights
+    voices = SpeechAdapter.from_pretrained(tmp_path / "voices", device="cpu")
+    assert voices.verify(files[0], files[1]).threshold == pytest.approx(in_json(out)[-1]["threshold"], abs=1e-5)
+    assert voices.verify(files[0], files[0]).same is True
+    assert voices.verify(files[0], files[1]).same is False
+
+
+def test_labels_and_names_cannot_act_on_a_terminal(run, models, folder, tmp_path, files):
+    labels = ["\x1b[2Jyes", "no\nno", "st\u202eop\x9b31m"]
+    model = adapted(str(folder / "base"), "ForSequenceClassification")
+    model.peft_config["default"].head_config["id2label"] = dict(enumerate(labels))
+    model.peft_config["default"].head_config["label2id"] = {label: i for i, label in enumerate(labels)}
+    model.save_pretrained(tmp_path / "adapter")
+    name = str(tmp_path / "a\x1b[31m\nb.wav")
+    shutil.copy(files[0], name)
+    answers = [run("info", tmp_path / "adapter"), run("classify", tmp_path / "adapter", name, "--top-k", 3)]
+    answers.append(run("classify", tmp_path / "adapter", tmp_path / "no\x1b[31m\n.wav"))
+    answers.append(run("info", tmp_path / "n\x1b[31m\no"))
+    for out, err, _ in answers:
+        assert not set("\x1b\x9b\u202e") & set(out + err)
+    assert r"\x1b[2Jyes, no\nno, st\u202eop\x9b31m" in answers[0][0]
+    assert len(answers[1][0].splitlines()) == len(answers[2][1].splitlines()) == len(answers[3][1].splitlines()) == 1
+    for command in ("info", "classify"):
+        out, _, _ = run(command, tmp_path / "adapter", *([name] if command == "classify" else []), "--json")
+        assert not set("\x1b\x9b\u202e") & set(out)
+        (found,) = in_json(out)
+        assert found.get("labels") == labels if command == "info" else found["file"] == name
+
+
+def test_json_is_json_whatever_the_card_says(run, saved, tmp_path):
+    shutil.copytree(saved["ForXVector"], tmp_path / "voices")
+    card = (tmp_path / "voices/README.md").read_text()
+    (tmp_path / "voices/README.md").write_text(card.replace("value: 2.63", "value: .nan"))
+    out, _, _ = run("info", tmp_path / "voices", "--json")
+    assert json.loads(out, parse_constant=pytest.fail)["results"][0]["value"] is None
+
+
+def test_answers_that_are_not_finite_are_errors(run, saved, files, tmp_path):
+    base = save_base(tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors["feature_projection.projection.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    for command, head in (("classify", "ForSequenceClassification"), ("transcribe", "ForCTC")):
+        out, err, status = run(command, saved[head], files[0], "--base", base, "--json")
+        assert (out, status) == ("", 1)
+        assert "values that are not finite" in err
+
+
+def test_a_folder_or_a_pattern_stands_for_its_recordings(run, saved, files, tmp_path):
+    (tmp_path / "in").mkdir()
+    inside = [
+        shutil.copy(file, tmp_path / name) for file, name in zip(files, ("b.wav", "in/a.WAV", "[c].wav"), strict=True)
+    ]
+    (tmp_path / "notes.txt").touch()
+    expected = sorted(map(str, inside))
+    for names in ([tmp_path], [tmp_path / "[[]c].wav", tmp_path / "**/a.*", tmp_path / "b*"], sorted(inside)):
+        out, err, status = run("classify", saved["ForSequenceClassification"], *names)
+        assert (err, status) == ("", 0)
+        assert sorted(line.split("\t")[0] for line in out.splitlines()) == expected
+    _, err, status = run("classify", saved["ForSequenceClassification"], tmp_path / "*.mp3")
+    assert (err, status) == (f"peft-elp: {tmp_path}/*.mp3: there is no such file.\n", 1)
+    (tmp_path / "empty").mkdir()
+    _, err, status = run("classify", saved["ForSequenceClassification"], tmp_path / "empty")
+    assert (err, status) == (f"peft-elp: There are no recordings in the folder '{tmp_path}/empty'.\n", 1)
+
+
+@pytest.mark.parametrize(("command", "head"), [("classify", "ForSequenceClassification"), ("transcribe", "ForCTC")])
+def test_answers_go_into_a_table(run, saved, files, tmp_path, command, head):
+    options = ["--top-k", "2"] if command == "classify" else []
+    out, _, _ = run(command, saved[head], *files, *options, "--json")
+    expected = in_json(out)
+    for name in ("answers.jsonl", "answers.csv"):
+        out, err, status = run(command, saved[head], *files, *options, "--output", tmp_path / name)
+        assert (out, err, status) == ("", "", 0)
+    assert in_json((tmp_path / "answers.jsonl").read_text()) == expected
+    with open(tmp_path / "answers.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    if command == "classify":
+        labels = [(one["file"], label["label"], str(label["score"])) for one in expected for label in one["labels"]]
+        assert [(row["file"], row["label"], row["score"]) for row in rows] == labels
+    else:
+        assert rows == expected
+
+
+def test_a_warning_is_one_line(run, saved, monkeypatch):
+    def warn(*args):
+        warnings.warn("something\nodd", UserWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr("peft_elp.cli.read_results", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        _, err, status = run("info", saved["ForXVector"])
+    assert (err, status) == ("peft-elp: something odd\n", 0)
+
+
+def test_verify_doubts_an_adapter_that_was_trained_for_labels(run, saved, files):
+    _, err, _ = run("verify", saved["ForSequenceClassification"], *files[:2], "--threshold", "0.5")
+    assert err == "peft-elp: a warning: this adapter was trained to tell yes, no, stop apart, maybe not voices.\n"
+    assert run("verify", saved["ForXVector"], *files[:2])[1] == ""
+
+
+def test_a_dtype_can_be_chosen(run, saved, files):
+    _, err, status = run("classify", saved["ForSequenceClassification"], files[0], "--dtype", "bfloat16")
+    assert (err, status) == ("", 0)
+    assert "The dtype 'four' is not one" in run("classify", saved["ForXVector"], files[0], "--dtype", "four")[1]
+
+
+def test_the_version_is_said_also_as_a_module(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"peft-elp {peft_elp.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "peft_elp", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"peft-elp {peft_elp.__version__}\n"

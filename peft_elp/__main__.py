@@ -1,0 +1,8 @@
+"""`python -m peft_elp` is the command `peft-elp`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
