@@ -1,8 +1,8 @@
 """The corpora of the ELP paper, read from the folders in which they are published.
 
-Each reader takes the folder that you downloaded and returns a data set with the columns it names: `audio` is what
-`peft_elp.audio.decode` takes, every other column is text. Nothing is decoded yet: `peft_elp.data.check_audio` is next.
-Where a folder does not hold what a reader looks for, a `ValueError` says what that is.
+Each reader takes the folder that you downloaded and returns a data set with the columns it names. The entries of
+`audio` are for `peft_elp.audio.decode`, every other column is text. Nothing is decoded yet: check the recordings next,
+with `peft_elp.data.check_audio`. If a folder lacks what a reader looks for, a `ValueError` says what that is.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ FOUR_EMOTIONS = MappingProxyType({"ang": "ang", "hap": "hap", "exc": "hap", "neu
 def librispeech(root: str | Path, split: str) -> Dataset:
     """LibriSpeech, [openslr.org/12](https://www.openslr.org/12), for speech recognition.
 
-    Layout: `<root>/<split>/<speaker>/<chapter>/<utterance>.flac` beside `<speaker>-<chapter>.trans.txt`, whose lines
-    are an utterance and its text. `root` is the folder `LibriSpeech` of the archives.
+    Layout: `<root>/<split>/<speaker>/<chapter>/<utterance>.flac` beside `<speaker>-<chapter>.trans.txt`, which has a
+    line for each utterance: its name and its text. `root` is the folder `LibriSpeech` of the archives.
 
     Args:
         root: The folder that holds the splits.
-        split: Such as "train-clean-100", "dev-clean" or "test-other".
+        split: A split such as "train-clean-100", "dev-clean" or "test-other".
 
     Returns:
         Columns audio, text (upper case), speaker, chapter, utterance.
 
     Raises:
-        ValueError: There are no transcriptions, or recordings without one.
+        ValueError: There are no transcriptions, or a recording has none.
+
+    Examples:
+        >>> librispeech("LibriSpeech", "dev-clean").column_names  # doctest: +SKIP
+        ['audio', 'text', 'speaker', 'chapter', 'utterance']
     """
     return _transcribed([Path(root, split)])
 
@@ -56,11 +60,15 @@ def librilight(root: str | Path, split: str = "10h") -> Dataset:
         Columns audio, text (upper case), speaker, chapter, utterance.
 
     Raises:
-        ValueError: There is no such split, a part of it is absent, or recordings have no transcription.
+        ValueError: There is no such split, a part of it is missing, or a recording has no transcription.
+
+    Examples:
+        >>> len(librilight("librispeech_finetuning", "10min"))  # doctest: +SKIP
+        80
     """
     parts = {"10h": ("1h", "9h"), "1h": ("1h",), "10min": ("1h/0",)}
     if split not in parts:
-        raise ValueError(f"The splits of Libri-light's limited sets are {', '.join(parts)}, not {split!r}.")
+        raise ValueError(f"Libri-light's limited sets have the splits {', '.join(parts)}, got {split!r}.")
     return _transcribed([Path(root, part) for part in parts[split]])
 
 
@@ -74,18 +82,22 @@ def voxceleb1(root: str | Path, split: str, protocol: str = "verification") -> D
     Args:
         root: The folder that holds `wav` and the list.
         split: "train" or "test"; for identification also "validation".
-        protocol: "verification" tests on the speakers of veri_test.txt, 40 of 1,251, and trains on all others;
-            "identification" hears the same speakers everywhere, by iden_split.txt.
+        protocol: "verification" tests on the 40 speakers of veri_test.txt and trains on the other 1,211;
+            "identification" has the same speakers in all splits, which iden_split.txt lists.
 
     Returns:
         Columns audio, speaker, video.
 
     Raises:
-        ValueError: The list or the recordings are absent, or there is no such split or protocol.
+        ValueError: The list or the recordings are missing, or there is no such split or protocol.
+
+    Examples:
+        >>> voxceleb1("VoxCeleb1", "test").column_names  # doctest: +SKIP
+        ['audio', 'speaker', 'video']
     """
     splits = {"verification": ("train", "test"), "identification": ("train", "validation", "test")}
     if split not in splits.get(protocol, ()):
-        raise ValueError(f"VoxCeleb1 has {splits}, and no split {split!r} for {protocol!r}.")
+        raise ValueError(f"VoxCeleb1 has no split {split!r} for {protocol!r}. Its protocols and splits are {splits}.")
     wav = Path(root, "wav")
     listed = Path(root, "veri_test.txt" if protocol == "verification" else "iden_split.txt")
     lines = [line.split() for line in _there([listed] if listed.is_file() else [], listed)[0].read_text().splitlines()]
@@ -109,7 +121,7 @@ def iemocap(root: str | Path, labels: Mapping[str, str] = FOUR_EMOTIONS) -> Data
 
     Args:
         root: The folder that holds the sessions, `IEMOCAP_full_release`.
-        labels: The label of the corpus to the class that it counts for. Utterances of other labels, such as "fru" or
+        labels: A class for each label of the corpus that is used. Utterances with other labels, such as "fru" or
             "xxx" (no majority), are left out. The default is the usual task of four classes with "exc" counted as
             "hap", for which the full release has 5,531 utterances.
 
@@ -118,17 +130,21 @@ def iemocap(root: str | Path, labels: Mapping[str, str] = FOUR_EMOTIONS) -> Data
 
     Raises:
         ValueError: There are no label files, a line is broken, or a class has no utterance.
+
+    Examples:
+        >>> sorted(set(iemocap("IEMOCAP_full_release")["label"]))  # doctest: +SKIP
+        ['ang', 'hap', 'neu', 'sad']
     """
     rows, heard = [], set()
-    # The release has hidden copies of these files by macOS beside them.
+    # The release also has hidden copies of these files, which macOS made.
     files = sorted(path for path in Path(root).glob("Session*/dialog/EmoEvaluation/*.txt") if path.name[0] != ".")
     for file in _there(files, Path(root, "Session1/dialog/EmoEvaluation/<dialog>.txt")):
         for line in file.read_text(encoding="utf-8").splitlines():
             if not line.startswith("["):
-                continue  # the header, and what single raters chose
+                continue  # the header, or the choice of a single rater
             found = re.match(r"\[[\d.]+ - [\d.]+\]\t((Ses\d+)\w_\w+_([FM])\d+\w*)\t(\w+)\t\[", line)
             if not found:
-                raise ValueError(f"{file} has a line that is not of an utterance and its label: {line!r}.")
+                raise ValueError(f"{file} has a line that does not name an utterance and its label: {line!r}.")
             utterance, session, gender, label = found.groups()
             heard.add(label)
             if label in labels:
@@ -137,7 +153,8 @@ def iemocap(root: str | Path, labels: Mapping[str, str] = FOUR_EMOTIONS) -> Data
                 rows.append({**row, "speaker": session + gender, "utterance": utterance})
     if absent := set(labels.values()) - {row["label"] for row in rows}:
         raise ValueError(
-            f"No utterance in {root} counts for {', '.join(sorted(absent))}; its labels: {', '.join(sorted(heard))}."
+            f"No utterance in {root} has the class {', '.join(sorted(absent))}; its labels are "
+            f"{', '.join(sorted(heard))}."
         )
     return from_rows(rows)
 
@@ -153,11 +170,15 @@ def fluent_speech_commands(root: str | Path, split: str) -> Dataset:
         split: "train", "validation" (or "valid") or "test".
 
     Returns:
-        Columns audio, text, speaker, the slots action, object and location, and label: the intent, which is the three
-        slots joined, such as "activate, lights, kitchen".
+        Columns audio, text, speaker, action, object, location, and label. The label is the intent: action, object and
+        location joined, such as "activate, lights, kitchen".
 
     Raises:
         ValueError: There is no table of that split, or it lacks a column.
+
+    Examples:
+        >>> fluent_speech_commands("fluent_speech_commands_dataset", "test")[0]["label"]  # doctest: +SKIP
+        'activate, lights, kitchen'
     """
     table = Path(root, "data", f"{'valid' if split == 'validation' else split}_data.csv")
     rows = read_table(_there([table] if table.is_file() else [], table)[0])
@@ -176,7 +197,7 @@ def fluent_speech_commands(root: str | Path, split: str) -> Dataset:
 
 
 def _transcribed(folders: list[Path]) -> Dataset:
-    """The utterances below the folders that LibriSpeech's `*.trans.txt` list."""
+    """The utterances that LibriSpeech's `*.trans.txt` files list in the folders."""
     rows = []
     for folder in folders:
         recordings = set(folder.rglob("*.flac"))
@@ -197,5 +218,5 @@ def _transcribed(folders: list[Path]) -> Dataset:
 
 def _there(found: list[Any], looked_for: Path) -> list[Any]:
     if not found:
-        raise ValueError(f"There is no {looked_for}. Is the root folder the one that the layout names?")
+        raise ValueError(f"There is no {looked_for}. Pass the root folder that the reader's docstring describes.")
     return found

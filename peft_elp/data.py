@@ -1,4 +1,4 @@
-"""Data sets of recordings: read from the Hub or a folder, checked before training, divided by speaker or session.
+"""Data sets of recordings: read from the Hub or a folder, checked before training, split by speaker or session.
 
 Needs datasets, scikit-learn, soundfile and soxr: `pip install 'peft-elp[recipes]'`.
 """
@@ -32,11 +32,11 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 FINDINGS = Features(
     {"reason": Value("string"), "detail": Value("string"), "duration_s": Value("float64"), "rate_hz": Value("int64")}
 )
-SHOWN = 5  # of a list of mistakes
+SHOWN = 5  # mistakes that an error lists
 
 
 class Trial(NamedTuple):
-    """Two recordings, and whether they are of one speaker (1) or of two (0)."""
+    """Two recordings, and whether one speaker is heard in both (1) or two are (0)."""
 
     label: int
     file_a: str
@@ -49,7 +49,7 @@ def read_dataset(
     """One split of a data set from the Hub, a folder or a table, with its recordings in a column `audio`.
 
     Args:
-        name: A Hub id, or one of these, where a path in a table counts from the folder of the table:
+        name: A Hub id, or one of these local layouts. A path in a table is relative to the folder of the table:
 
             - a folder in `audiofolder` layout: `<name>/<split>/metadata.csv` with a column `file_name`, or
               `<name>/<split>/<label>/*.wav`, which gives a column `label`;
@@ -57,30 +57,37 @@ def read_dataset(
             - one table with a column `split`: `<name>` itself, or `<name>/metadata.csv`;
             - a copy of a Hub data set, in Parquet files.
 
-            A table is `.csv`, `.tsv` or `.jsonl`.
-        split: Its name; None takes all rows of the one table.
+            A table is a `.csv`, `.tsv` or `.jsonl` file.
+        split: The name of the split; None takes all rows of a single table.
         config_name: The configuration of a Hub data set.
-        audio_column_name: Where the recordings are. None takes a column of kind `Audio`, or else the first of
+        audio_column_name: The column of the recordings. None takes a column of type `Audio`, or else the first of
             `file_name`, `audio`, `path` and `file`.
 
     Returns:
-        A column `audio` of kind `Audio(decode=False)`, whose entries `peft_elp.audio.decode` takes, and every other
-        column as it was; what a csv file holds stays text. Nothing is decoded yet: see `check_audio`.
+        A column `audio` of type `Audio(decode=False)`, whose entries `peft_elp.audio.decode` takes, and every other
+        column as it was; the columns of a csv file are text. Nothing is decoded yet: see `check_audio`.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
         ValueError: There is no such split or column, or a row of a table is broken.
+
+    Examples:
+        >>> calls = read_dataset("calls", "train")  # doctest: +SKIP
+        >>> calls.column_names  # doctest: +SKIP
+        ['audio', 'label']
     """
     place = Path(name).expanduser()
     if place.exists():
         if local := _local_rows(place, split):
             if config_name is not None:
-                raise ValueError(f"{name} is local and has no configurations such as {config_name!r}.")
+                raise ValueError(
+                    f"{name} is a local folder and has no configuration {config_name!r}. Leave config_name out."
+                )
             return from_rows(*local, audio_column_name=audio_column_name)
         if next(place.rglob("*.parquet"), None) is None:
             there = sorted({path.stem for path in place.iterdir() if path.is_dir() or path.suffix in TABLE_SUFFIXES})
             raise ValueError(
-                f"{name} has no recordings of a split {split!r}; it holds {', '.join(there) or 'nothing'}. A split is "
+                f"{name} has no split {split!r} with recordings; it holds {', '.join(there) or 'nothing'}. A split is "
                 "a folder <split>/ with metadata.csv or with a folder of recordings for each label, a table "
                 "<split>.csv, or a value in the column `split` of metadata.csv."
             )
@@ -88,20 +95,32 @@ def read_dataset(
     elif place.is_absolute() or str(name).startswith((".", "~")) or place.suffix in TABLE_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist. Give a folder, a .csv, .tsv or .jsonl file, or a Hub id.")
     if split is None:
-        raise ValueError(f"Name one split of {name}.")
+        raise ValueError(f"{name} has several splits: name one of them, as in split='train'.")
     return _with_audio(load_dataset(str(name), config_name, split=split), audio_column_name)
 
 
 def from_rows(
     rows: Sequence[Mapping[str, Any]], folder: str | Path = "", *, audio_column_name: str | None = None
 ) -> Dataset:
-    """A data set of rows that hold the path of a recording each, counted from `folder`; columns as in `read_dataset`.
+    """A data set made from rows that name a recording each.
+
+    Args:
+        rows: A mapping for each recording, from column to value.
+        folder: The folder that relative paths of recordings count from.
+        audio_column_name: As in `read_dataset`.
+
+    Returns:
+        Columns as in `read_dataset`.
 
     Raises:
         ValueError: There are no rows, or they have no column of recordings.
+
+    Examples:
+        >>> from_rows([{"path": "a.wav", "label": "yes"}], folder="calls").column_names
+        ['audio', 'label']
     """
     if not rows:
-        raise ValueError("A data set needs at least one recording, and there is none.")
+        raise ValueError("A data set needs at least one recording, got no rows.")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     found = _find_audio(columns, audio_column_name)
     paths = [str(Path(folder, row[found]).absolute()) if row.get(found) else None for row in rows]
@@ -110,10 +129,20 @@ def from_rows(
 
 
 def read_table(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a `.csv`, `.tsv` or `.jsonl` file; those of the first two are text.
+    """The rows of a `.csv`, `.tsv` or `.jsonl` file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A dictionary for each row, from column to value. Values are text, except in `.jsonl` files.
 
     Raises:
-        ValueError: A row has more or fewer fields than the header, or is no JSON object.
+        ValueError: A row has more or fewer fields than the header, or is not a JSON object.
+
+    Examples:
+        >>> read_table("calls/train.csv")[0]  # doctest: +SKIP
+        {'file_name': 'a.wav', 'label': 'yes'}
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
@@ -122,28 +151,28 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
             try:
                 rows.extend(dict(json.loads(line)) for line in filter(str.strip, file))
             except (TypeError, ValueError) as error:
-                raise ValueError(f"Row {len(rows) + 1} of {path} is no JSON object ({error}).") from error
+                raise ValueError(f"Row {len(rows) + 1} of {path} is not a JSON object ({error}).") from error
             return rows
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(
                     f"{path}, line {reader.line_num}, has {'more' if None in row else 'fewer'} fields than the "
-                    f"{len(reader.fieldnames or [])} of its header. A field with a separator in it needs quotes."
+                    f"{len(reader.fieldnames or [])} of its header. Quote fields that contain the separator."
                 )
             rows.append(row)
     return rows
 
 
 def write_table(dataset: Dataset, path: str | Path) -> None:
-    """Write a data set whose recordings are files as a table that `read_dataset` reads, and so the recipes.
+    """Write a data set whose recordings are files as a table, which `read_dataset` and the recipes read.
 
     Args:
-        dataset: As the readers of `peft_elp.corpora` return it.
-        path: A `.csv` file. Named `<folder>/<split>.csv`, it is that split of `<folder>`.
+        dataset: A data set such as the readers of `peft_elp.corpora` return.
+        path: A `.csv` file. With the name `<folder>/<split>.csv`, `read_dataset` takes it as that split of `<folder>`.
 
     Raises:
-        ValueError: It is no `.csv` path, or a recording is not a file.
+        ValueError: The path does not end in `.csv`, or a recording is not a file.
 
     Examples:
         >>> from peft_elp.corpora import voxceleb1  # doctest: +SKIP
@@ -156,13 +185,15 @@ def write_table(dataset: Dataset, path: str | Path) -> None:
     files: list[str] = []
     for row, entry in enumerate(dataset["audio"]):
         if not entry or not entry["path"] or entry["bytes"] is not None:
-            raise ValueError(f"Row {row} is no file. A table names files; save other recordings with to_parquet.")
+            raise ValueError(
+                f"The recording in row {row} is not a file. A table names files: save this data set with to_parquet."
+            )
         files.append(str(Path(entry["path"]).absolute()))
     path.parent.mkdir(parents=True, exist_ok=True)
     columns: dict[str, list[Any]] = {"file_name": files}
     for name in (name for name in dataset.column_names if name not in ("audio", "file_name")):
         values, feature = list(dataset[name]), dataset.features[name]
-        if isinstance(feature, ClassLabel):  # by their names, as `read_column` has them
+        if isinstance(feature, ClassLabel):  # names instead of numbers, as in `read_column`
             values = ["" if value is None or value < 0 else feature.int2str(value) for value in values]
         columns[name] = values
     Dataset.from_dict(columns).to_csv(path)
@@ -178,27 +209,33 @@ def check_audio(
     rate_hz: int = RATE_HZ,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Decode every recording once, before training, and refuse or leave out those that cannot be used.
+    """Decode every recording once, before training, and refuse or leave out the ones that cannot be used.
 
     Args:
-        dataset: With a column `audio`, as the readers return it.
-        config: That of the encoder. A recording with fewer samples than its convolutions need for one frame
-            (400 in wav2vec 2.0) is too short. None, or an encoder without such convolutions: no such bound.
-        min_duration_in_seconds: A shorter recording is too short.
-        max_duration_in_seconds: A longer recording is too long; None has no bound.
+        dataset: A data set with a column `audio`, as the readers return it.
+        config: The configuration of the encoder. A recording with fewer samples than its convolutions need for one
+            frame (400 in wav2vec 2.0) is too short. None, or an encoder without such convolutions: no such bound.
+        min_duration_in_seconds: A recording below this duration is too short.
+        max_duration_in_seconds: A recording above this duration is too long; None has no bound.
         on_bad_audio: "error" refuses the data set, "skip" leaves bad recordings out with a warning.
-        rate_hz: The rate that the encoder takes. Recordings of another are counted in a warning; `decode` resamples.
-        num_proc: Processes that decode.
+        rate_hz: The sampling rate of the encoder in Hz. A warning counts the recordings with another rate, which
+            `decode` resamples.
+        num_proc: The number of processes that decode.
 
     Returns:
-        The data set, or its good recordings, with a column `duration_s`.
+        The data set, or its good recordings, with a column `duration_s`: seconds.
 
     Raises:
-        ValueError: Recordings are missing, unreadable, empty, too short or too long: how many for each reason, and the
-            first few by name. With "skip": none is left.
+        ValueError: Recordings are missing, unreadable, empty, too short or too long. The error counts them for each
+            reason and names the first few. With "skip": no recording is left.
+
+    Examples:
+        >>> calls = check_audio(read_dataset("calls", "train"), on_bad_audio="skip")  # doctest: +SKIP
+        >>> sum(calls["duration_s"]) / 3600  # doctest: +SKIP
+        1.5
     """
     if on_bad_audio not in ("error", "skip"):
-        raise ValueError(f"on_bad_audio is 'error' or 'skip', not {on_bad_audio!r}.")
+        raise ValueError(f"on_bad_audio is 'error' or 'skip', got {on_bad_audio!r}.")
     # Configurations of encoders that take log-Mel frames have no convolutions over samples.
     least_s = receptive_field(config) / rate_hz if hasattr(config, "conv_kernel") else 0.0
     most_s = float("inf") if max_duration_in_seconds is None else max_duration_in_seconds
@@ -217,26 +254,34 @@ def check_audio(
                 "Repair or remove them, allow other durations with min_duration_in_seconds and "
                 "max_duration_in_seconds, or leave them out with on_bad_audio='skip'."
                 if good
-                else "None is left."
+                else "No recording is left."
             )
             raise ValueError(f"{message}\n{way_out}")
         warnings.warn(f"{message}\nThey are left out.", stacklevel=2)
     rates = Counter(rate for rate, reason in zip(findings["rate_hz"], reasons, strict=True) if reason is None)
     if other_rates := ", ".join(f"{rates[rate]} of {rate:,} Hz" for rate in sorted(rates) if rate != rate_hz):
-        warnings.warn(f"Recordings that are resampled to {rate_hz:,} Hz when decoded: {other_rates}.", stacklevel=2)
+        warnings.warn(f"Decoding resamples recordings to {rate_hz:,} Hz: {other_rates}.", stacklevel=2)
     if "duration_s" in dataset.column_names:
         dataset = dataset.remove_columns("duration_s")
     return dataset.add_column("duration_s", list(findings["duration_s"])).select(good)  # pyright: ignore[reportCallIssue]
 
 
 def read_column(dataset: Dataset, column: str) -> list[str]:
-    """The values of a column as text, classes by their names.
+    """The values of a column as text; classes as their names.
+
+    Args:
+        dataset: The data set.
+        column: The name of the column.
 
     Raises:
         ValueError: There is no such column, or a row has no value in it.
+
+    Examples:
+        >>> read_column(from_rows([{"path": "a.wav", "label": "yes"}]), "label")
+        ['yes']
     """
     if column not in dataset.column_names:
-        raise ValueError(f"There is no column {column!r} among {', '.join(dataset.column_names)}.")
+        raise ValueError(f"There is no column {column!r}; the data set has {', '.join(dataset.column_names)}.")
     values, feature = list(dataset.with_format(None)[column]), dataset.features[column]
     if isinstance(feature, ClassLabel):
         values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
@@ -244,35 +289,52 @@ def read_column(dataset: Dataset, column: str) -> list[str]:
     blank = [index for index, text in enumerate(texts) if not text.strip()]
     if blank:
         raise ValueError(
-            f"{len(blank)} of {len(texts)} rows have nothing in the column {column!r}; the first is row {blank[0]}. "
-            f"Leave them out, or name another column: {', '.join(dataset.column_names)}."
+            f"{len(blank)} of {len(texts)} rows have no value in the column {column!r}; the first is row {blank[0]}. "
+            f"Leave these rows out, or name another column: {', '.join(dataset.column_names)}."
         )
     return texts
 
 
 def label_names(train: Dataset, *others: Dataset, column: str = "label") -> list[str]:
-    """The classes of the training data, sorted.
+    """The names of the classes in the training data, sorted.
+
+    Args:
+        train: The training data.
+        *others: Data sets, such as validation and test, whose classes must be among them.
+        column: The column that holds the classes.
 
     Raises:
-        ValueError: There are fewer than two, or another data set has one that training does not meet.
+        ValueError: There are fewer than two classes, or another data set has a class that training does not have.
+
+    Examples:
+        >>> label_names(from_rows([{"path": "a.wav", "label": "yes"}, {"path": "b.wav", "label": "no"}]))
+        ['no', 'yes']
     """
     names = sorted(set(read_column(train, column)))
     if len(names) < 2:
-        raise ValueError(f"Training has one class in the column {column!r}, {names[0]!r}, and two are needed.")
+        raise ValueError(f"Training needs two classes or more; the column {column!r} holds only {names[0]!r}.")
     unknown = sorted({name for other in others for name in read_column(other, column)} - set(names))
     if unknown:
         raise ValueError(
-            f"{len(unknown)} classes of the column {column!r} are not among the {len(names)} of training. Take them "
-            f"out, or choose other splits.{_listed(unknown)}"
+            f"{len(unknown)} classes in the column {column!r} are not among the {len(names)} classes of training. "
+            f"Leave them out, or choose other splits.{_listed(unknown)}"
         )
     return names
 
 
 def check_disjoint(train: Dataset, test: Dataset, column: str = "speaker") -> None:
-    """Make sure that nobody is heard both in training and in test.
+    """Check that nobody is heard both in training and in test.
+
+    Args:
+        train: The training data.
+        test: The test data.
+        column: The column that names who is heard.
 
     Raises:
-        ValueError: A value of the column is in both; it names them.
+        ValueError: A value of the column is in both. The error names the first few.
+
+    Examples:
+        >>> check_disjoint(*(from_rows([{"path": "a.wav", "speaker": name}]) for name in ("Ann", "Bob")))
     """
     both = sorted(set(read_column(train, column)) & set(read_column(test, column)))
     if both:
@@ -284,11 +346,20 @@ def check_disjoint(train: Dataset, test: Dataset, column: str = "speaker") -> No
 def leave_one_group_out(dataset: Dataset, column: str) -> Iterator[tuple[str, list[int], list[int]]]:
     """Folds of cross-validation, each with one session or speaker held out; scikit-learn's `LeaveOneGroupOut`.
 
+    Args:
+        dataset: The data set.
+        column: The column that names sessions or speakers.
+
     Yields:
-        What is held out, and the rows of training and of test, for `dataset.select`.
+        The value that is held out, and the row numbers of training and of test, for `dataset.select`.
 
     Raises:
         ValueError: The column has fewer than two values.
+
+    Examples:
+        >>> rows = [{"path": f"{name}.wav", "speaker": name} for name in ("Ann", "Bob", "Bob")]
+        >>> list(leave_one_group_out(from_rows(rows), "speaker"))
+        [('Ann', [1, 2], [0]), ('Bob', [0], [1, 2])]
     """
     groups = read_column(dataset, column)
     for train, test in LeaveOneGroupOut().split(groups, groups=groups):
@@ -301,41 +372,47 @@ def read_trials(
     """The trials of speaker verification in a list, with the paths of their recordings.
 
     Args:
-        path: Lines of `label file file` in text, as VoxCeleb publishes them, or a `.csv`, `.tsv` or `.jsonl` table.
-        folder: What the files in it count from; None is the folder of the list. For VoxCeleb1 it is `<root>/wav`.
-        columns: Of a table: label, first file, second file.
+        path: A text file with lines `label file file`, as VoxCeleb publishes them, or a `.csv`, `.tsv` or `.jsonl`
+            table.
+        folder: The folder that paths in the list count from; None is the folder of the list. For VoxCeleb1 it is
+            `<root>/wav`.
+        columns: The columns of a table: label, first file, second file.
 
     Raises:
-        ValueError: A line is no trial, a label is neither 0 nor 1, or all are the same.
-        FileNotFoundError: Recordings are not there; it counts them and names the first few.
+        ValueError: A line is not a trial, a label is neither 0 nor 1, or all labels are the same.
+        FileNotFoundError: Recordings are missing. The error counts them and names the first few.
+
+    Examples:
+        >>> read_trials("VoxCeleb1/veri_test.txt", "VoxCeleb1/wav")[0]  # doctest: +SKIP
+        Trial(label=1, file_a='VoxCeleb1/wav/id10270/x/1.wav', file_b='VoxCeleb1/wav/id10270/y/2.wav')
     """
     path = Path(path)
     if path.suffix in TABLE_SUFFIXES:
         table = read_table(path)
         if absent := [column for column in columns if table and column not in table[0]]:
-            raise ValueError(f"{path} has no column {', '.join(absent)}; name three of {', '.join(table[0])}.")
+            raise ValueError(f"{path} has no column {', '.join(absent)}; it has {', '.join(table[0])}.")
         rows = [[str(row[column]) for column in columns] for row in table]
     else:
         rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     wrong = next((row for row in rows if len(row) != 3 or row[0] not in ("0", "1")), None)
     if wrong:
-        raise ValueError(f"{path} has a trial {' '.join(wrong)!r}, where a label of 0 or 1 and two files are needed.")
+        raise ValueError(f"{path} has the line {' '.join(wrong)!r}. A trial is a label, 0 or 1, and two files.")
     if {row[0] for row in rows} != {"0", "1"}:
         raise ValueError(
-            f"{path} needs trials of one speaker and trials of two; its {len(rows)} trials are all alike."
+            f"{path} needs trials with label 1 and with label 0; its {len(rows)} trials all have the same label."
         )
     folder = path.parent if folder is None else Path(folder)
     trials = [Trial(int(label), *(str(folder / file) for file in files)) for label, *files in rows]
     files = dict.fromkeys(file for trial in trials for file in trial[1:])
     if missing := [file for file in files if not Path(file).is_file()]:
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(files)} recordings in {path} are not in {folder}.{_listed(missing)}"
+            f"{len(missing)} of the {len(files)} recordings in {path} do not exist in {folder}.{_listed(missing)}"
         )
     return trials
 
 
 def _local_rows(place: Path, split: str | None) -> tuple[list[dict[str, Any]], Path] | None:
-    """The rows of a split and what their paths count from; None where no layout has such a split."""
+    """The rows of a split and the folder that their paths count from; None if no layout has such a split."""
     if place.is_file():
         return _rows_of_split(place, split)
     for stem in (place / split / "metadata", place / split) if split else ():
@@ -350,16 +427,18 @@ def _local_rows(place: Path, split: str | None) -> tuple[list[dict[str, Any]], P
 
 
 def _labelled_files(folder: Path) -> list[Path]:
-    """The recordings under `<folder>/<label>/`; any beside them are an error, files that may be some a warning."""
-    walked = os.walk(folder, followlinks=True)  # a link that leads nowhere is a file here: `check_audio` names it
+    """The recordings under `<folder>/<label>/`. A recording outside of these is an error, an odd file a warning."""
+    walked = os.walk(folder, followlinks=True)  # A dangling link is a file here: `check_audio` names it.
     inside = sorted(Path(place, name) for place, _, names in walked for name in names if not name.startswith("."))
     files = [file for file in inside if file.suffix.lower() in AUDIO_SUFFIXES]
     labelled = [file for file in files if file.parent != folder]
     if loose := [str(file) for file in files if file.parent == folder] if labelled else []:
-        raise ValueError(f"{len(loose)} recordings are in no folder of a label. Move them into one.{_listed(loose)}")
+        raise ValueError(
+            f"{len(loose)} recordings are not in the folder of a label. Move them into one.{_listed(loose)}"
+        )
     others = [str(file) for file in inside if file.suffix and file not in {*files} and not _is_text(file)]
     if labelled and others:
-        warnings.warn(f"{len(others)} files are no recordings, by their names.{_listed(others)}", stacklevel=5)
+        warnings.warn(f"{len(others)} files do not have the name of a recording.{_listed(others)}", stacklevel=5)
     return labelled
 
 
@@ -371,7 +450,7 @@ def _is_text(file: Path) -> bool:
 def _table(stem: Path) -> Path | None:
     found = [path for suffix in TABLE_SUFFIXES if (path := stem.with_name(stem.name + suffix)).is_file()]
     if len(found) > 1:
-        raise ValueError(f"Which table is meant, {' or '.join(map(str, found))}? Remove one.")
+        raise ValueError(f"There are two tables, {' and '.join(map(str, found))}. Remove one.")
     return found[0] if found else None
 
 
@@ -382,12 +461,12 @@ def _rows_of_split(table: Path, split: str | None) -> tuple[list[dict[str, Any]]
         if split not in splits:
             there = ", ".join(sorted({*splits} - {""})) or "nothing"
             raise ValueError(
-                f"{table} has no rows with {split!r} in a column `split`; there is {there}. split=None takes all rows."
+                f"{table} has no rows with {split!r} in a column `split`, but {there}. split=None takes all rows."
             )
         if "" in splits:
             raise ValueError(
-                f"{splits.count('')} of {len(rows)} rows of {table} are in no split; the first is row "
-                f"{splits.index('')}. Fill the column `split`, or leave them out."
+                f"{splits.count('')} of {len(rows)} rows of {table} name no split; the first is row "
+                f"{splits.index('')}. Fill the column `split`, or leave these rows out."
             )
         rows = [row for row, name in zip(rows, splits, strict=True) if name == split]
     return rows, table.parent
@@ -400,7 +479,7 @@ def _with_audio(dataset: Any, wanted: str | None) -> Dataset:
     kind = kinds[column]
     recorded = isinstance(kind, Audio) or (isinstance(kind, dict) and {*kind} == {"bytes", "path"})
     if not recorded and kind not in (Value("string"), Value("large_string")):
-        raise ValueError(f"The column {column!r} holds neither recordings nor paths, but {kind}.")
+        raise ValueError(f"The column {column!r} holds {kind}, where recordings or paths belong.")
     if column != "audio":
         dataset = dataset.remove_columns("audio") if "audio" in kinds else dataset
         dataset = dataset.rename_column(column, "audio")
@@ -412,14 +491,14 @@ def _find_audio(columns: Sequence[str], wanted: str | None) -> str:
     found = next((name for name in names if name in columns), None)
     if found is None:
         raise ValueError(
-            f"No column of recordings: looked for {', '.join(names)} among {', '.join(columns)}. Name it with "
-            "audio_column_name."
+            f"No column of recordings: none of {', '.join(names)} is among {', '.join(columns)}. Name the column "
+            "with audio_column_name."
         )
     return found
 
 
 def _inspect(row: dict[str, Any], index: int, least_s: float, most_s: float) -> dict[str, Any]:
-    """What `check_audio` finds out about one recording."""
+    """The findings of `check_audio` about one recording."""
     name = (row["audio"] or {}).get("path") or f"row {index}"
     try:
         waveform, rate_hz = read_audio(row["audio"])

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
 
 from .audio import AudioError, decode, resample
-from .backbones import receptive_field
+from .backbones import has_fixed_window, receptive_field
 from .heads import head_row
 from .metrics import cosine_scores
 from .saved.folder import SavedAdapter, find_adapter, first_line, is_hub_id, read_adapter
@@ -331,7 +331,7 @@ class SpeechAdapter:
             yield [row for row, other in enumerate(lengths) if other == length]
 
     def _inputs(self, waveforms: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        padding = {} if self._base.config.model_type == "whisper" else {"padding": True}  # Whisper pads to a window.
+        padding = {} if has_fixed_window(self._base) else {"padding": True}  # A window is what extractors pad to.
         inputs = self.feature_extractor(
             list(waveforms), sampling_rate=self.sampling_rate, return_tensors="pt", **padding
         )

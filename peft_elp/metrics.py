@@ -1,8 +1,8 @@
 """Scores and error rates of speaker verification.
 
-What well-kept libraries have is not here: word and character error rates are `jiwer.wer` and `jiwer.cer`; weighted and
-unweighted accuracy of emotion recognition are `accuracy_score` and `balanced_accuracy_score` of `sklearn.metrics`, and
-`DetCurveDisplay.from_predictions(labels, scores)` there draws the curve behind the numbers below.
+Other libraries have the metrics of the other tasks. Word and character error rates are `jiwer.wer` and `jiwer.cer`.
+Weighted and unweighted accuracy of emotion recognition are `accuracy_score` and `balanced_accuracy_score` of
+`sklearn.metrics`; its `DetCurveDisplay.from_predictions(labels, scores)` draws the curve behind the error rates below.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from numpy.typing import ArrayLike, NDArray
 
 Trial = tuple[Hashable, Hashable]
 Scores = NDArray[np.float64]
-BLOCK = 256  # utterances at a time: for a cohort of 10,000, 20 MB of scores
+BLOCK = 256  # utterances at a time, which takes 20 MB for a cohort of 10,000
 
 
 def equal_error_rate(labels: ArrayLike, scores: ArrayLike) -> float:
     """The error rate at which false alarms are as frequent as misses.
 
-    A trial is accepted where its score is at or above a threshold. Each distinct score is a threshold `t`, and so is
-    one above them all, with `P_fa(t)`, the share of non-target trials that are accepted, and `P_miss(t)`, the share of
-    target trials that are not. Straight lines join these points in the order of thresholds (no convex hull is taken);
-    the equal error rate is at the one point where they meet `P_fa = P_miss`. Trials with the same score lie on one
-    line, as if their order were drawn at random: scores that are all the same give 1/2.
+    A trial is accepted if its score is at or above a threshold `t`. Thresholds are all distinct scores, and one above
+    them all. `P_fa(t)` is the share of non-target trials that are accepted, `P_miss(t)` the share of target trials
+    that are not. Straight lines join these points in the order of thresholds, without a convex hull; the equal error
+    rate is the value where they cross `P_fa = P_miss`. Trials with equal scores lie on one line, as if their order
+    were drawn at random: if all scores are equal, the rate is 1/2.
 
     Args:
         labels: `(trials,)`, 1 or True for a target trial (same speaker), 0 or False for a non-target trial.
         scores: `(trials,)`, higher for more similar voices.
 
     Returns:
-        A share of 1: times 100 it is per cent.
+        A share in [0, 1]; multiply it by 100 for per cent.
 
     Raises:
         ValueError: Lengths differ, a label is neither 0 nor 1 or all are the same, or a score is NaN or infinite.
@@ -76,7 +76,7 @@ def min_dcf(
     """The least normalised detection cost over all thresholds, as in NIST's speaker recognition evaluations.
 
     Computes `min_t (a P_miss(t) + b P_fa(t)) / min(a, b)` with `a = c_miss p_target`, `b = c_fa (1 - p_target)`, and
-    the thresholds and shares of `equal_error_rate`. The better of accepting all trials and accepting none costs 1.
+    thresholds and shares as in `equal_error_rate`. The better of accepting all trials and accepting none costs 1.
 
     Args:
         labels: `(trials,)`, 1 or True for a target trial (same speaker), 0 or False for a non-target trial.
@@ -118,8 +118,8 @@ def cosine_scores(embeddings: Mapping[Hashable, ArrayLike], trials: Sequence[Tri
         `(trials,)`, in [-1, 1].
 
     Raises:
-        ValueError: There is no trial or one is no pair, an utterance has no embedding, widths differ, or an embedding
-            is all zeros or not finite.
+        ValueError: There is no trial, a trial is not a pair, an utterance has no embedding, widths differ, or an
+            embedding is all zeros or not finite.
 
     Examples:
         >>> cosine_scores({"a": [1.0, 0.0], "b": [1.0, 1.0]}, [("a", "b")]).round(3)
@@ -143,15 +143,20 @@ def s_norm_scores(
         embeddings: An embedding `(width,)` for each utterance.
         trials: Pairs of utterances, as keys of `embeddings`.
         cohort: `(cohort, width)`, embeddings of speakers that are in no trial, such as training utterances or the mean
-            of each training speaker. State with a result which ones, and how many, they were.
-        top_k: How many of the cohort count for an utterance, at least 2. None: all of them.
+            of each training speaker. State their choice and their number with every result.
+        top_k: How many embeddings of the cohort are used for an utterance, at least 2. None: all of them.
 
     Returns:
-        `(trials,)`, in standard deviations: higher for more similar voices, and not bound to [-1, 1].
+        `(trials,)`, in standard deviations: higher for more similar voices, not limited to [-1, 1].
 
     Raises:
-        ValueError: As for `cosine_scores`, also of the cohort; `top_k` is below 2 or above the size of the cohort; or
-            all that count of the cohort are equally close to an utterance.
+        ValueError: As for `cosine_scores`, also for the cohort; `top_k` is below 2 or above the size of the cohort; or
+            the embeddings used for an utterance are all equally close to it.
+
+    Examples:
+        >>> voices = {"a": [1.0, 0.0], "b": [0.8, 0.6]}
+        >>> s_norm_scores(voices, [("a", "b")], cohort=[[0.0, 1.0], [-1.0, 0.0], [0.6, -0.8]]).round(3)
+        array([1.194])
     """
     directions = _directions(embeddings, trials)
     names = list(directions)
@@ -170,8 +175,8 @@ def s_norm_scores(
     flat = [name for name in names if deviation[name] < 1e-12]
     if flat:
         raise ValueError(
-            f"{len(flat)} utterances, such as {flat[0]!r}, are equally close to all {top_k} of the cohort that count "
-            "for them: no deviation to divide by. Does the cohort hold one embedding many times?"
+            f"{len(flat)} utterances, such as {flat[0]!r}, are equally close to all {top_k} embeddings of the cohort "
+            "that are used for them, so there is no deviation to divide by. Does the cohort repeat one embedding?"
         )
     return np.array(
         [
@@ -209,15 +214,15 @@ def _operating_points(labels: ArrayLike, scores: ArrayLike) -> tuple[Scores, Sco
     if not np.isfinite(values).all():
         first = int(np.flatnonzero(~np.isfinite(values))[0])
         raise ValueError(
-            f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are not finite, the first at {first}: "
-            f"{values[first]}. Is there an embedding with NaN?"
+            f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are not finite; the first is number "
+            f"{first}: {values[first]}. Does an embedding contain NaN?"
         )
     false_alarms, hits, thresholds = roc_curve(truth.astype(int), values, drop_intermediate=False)
     return false_alarms, 1 - hits, thresholds
 
 
 def _directions(embeddings: Mapping[Hashable, ArrayLike], trials: Sequence[Trial]) -> dict[Hashable, Scores]:
-    """The embeddings that the trials need, at length 1."""
+    """The embeddings that the trials need, scaled to length 1."""
     if not len(trials):
         raise ValueError("trials is empty. It holds pairs of utterances, such as [('a', 'b')].")
     for number, trial in enumerate(trials):
@@ -232,21 +237,21 @@ def _directions(embeddings: Mapping[Hashable, ArrayLike], trials: Sequence[Trial
         )
     vectors = {name: np.asarray(embeddings[name], dtype=np.float64) for name in names}
     width = vectors[names[0]].size
-    return {name: _at_length_one(f"The embedding of {name!r}", x, width) for name, x in vectors.items()}
+    return {name: _scaled(f"The embedding of {name!r}", x, width) for name, x in vectors.items()}
 
 
 def _cohort(cohort: ArrayLike, width: int) -> Scores:
-    """The cohort's embeddings at length 1."""
+    """The embeddings of the cohort, scaled to length 1."""
     rows = np.asarray(cohort, dtype=np.float64)
     if rows.ndim != 2:
         raise ValueError(f"cohort is of shape (cohort, width), got {rows.shape}.")
-    return np.stack([_at_length_one(f"Row {i} of the cohort", row, width) for i, row in enumerate(rows)])
+    return np.stack([_scaled(f"Row {i} of the cohort", row, width) for i, row in enumerate(rows)])
 
 
-def _at_length_one(what: str, x: Scores, width: int) -> Scores:
+def _scaled(what: str, x: Scores, width: int) -> Scores:
     if x.shape != (width,):
-        raise ValueError(f"{what} has shape {x.shape}, and the first one has {width} numbers: they are of one width.")
+        raise ValueError(f"{what} has shape {x.shape}, and the first embedding has {width} numbers. Use one width.")
     length = np.linalg.norm(x)
     if not 0 < length < float("inf"):
-        raise ValueError(f"{what} has length {length}: no angle can be taken. It is all zeros, or not finite.")
+        raise ValueError(f"{what} has length {length}, so it has no direction: it is all zeros, or not finite.")
     return x / length

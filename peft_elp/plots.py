@@ -1,6 +1,6 @@
-"""What L- and P-adapters have learned, as figures.
+"""Figures of what L- and P-adapters have learned.
 
-Figures are made without `pyplot`: nothing is shown or kept open. Save one with `figure.savefig("name.pdf")`.
+Figures are made without `pyplot`, so none is shown or kept open. Save one with `figure.savefig("name.pdf")`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .adapters import LAdapter, PAdapter
+from .wording import shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ Points = Sequence[tuple[int, float]]
 
 
 def layer_weights(model: nn.Module, adapter_name: str = "default") -> list[tuple[int, float]]:
-    """How much each layer counts in the sum of an L-adapter: `softmax(w)`.
+    """The layer weights of an L-adapter: each layer's share in its sum, `softmax(w)`.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
@@ -31,6 +32,10 @@ def layer_weights(model: nn.Module, adapter_name: str = "default") -> list[tuple
 
     Raises:
         ValueError: The model has no L-adapter of that name.
+
+    Examples:
+        >>> layer_weights(model)  # doctest: +SKIP
+        [(0, 0.31), (1, 0.69)]
     """
     stack = _stack_with(model, "elp_l", "L", adapter_name)
     adapter = stack.elp_l[adapter_name]
@@ -39,17 +44,21 @@ def layer_weights(model: nn.Module, adapter_name: str = "default") -> list[tuple
 
 
 def pseudo_feature_norms(model: nn.Module, adapter_name: str = "default") -> list[tuple[int, float]]:
-    """How long each pseudo feature of a P-adapter is: the Euclidean norm of each row of `P`.
+    """The Euclidean norm of each pseudo feature of a P-adapter.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
         adapter_name: The adapter.
 
     Returns:
-        For each row its number, from 0, and its norm. Before training it is about `p_init_std * sqrt(hidden size)`.
+        For each pseudo feature its number, from 0, and its norm.
 
     Raises:
         ValueError: The model has no P-adapter of that name.
+
+    Examples:
+        >>> pseudo_feature_norms(model)  # doctest: +SKIP
+        [(0, 0.55), (1, 0.57)]
     """
     adapter = _stack_with(model, "elp_p", "P", adapter_name).elp_p[adapter_name]
     assert isinstance(adapter, PAdapter)
@@ -60,8 +69,8 @@ def plot_layer_weights(adapters: Mapping[str, nn.Module | Points]) -> Figure:
     """Bars of the layer weights, for one or several adapters side by side.
 
     Args:
-        adapters: By label, such as the task: a model, whose adapter "default" is drawn, or what `layer_weights`
-            returns.
+        adapters: For each label, such as a task: a model, whose adapter "default" is drawn, or the list that
+            `layer_weights` returns.
 
     Raises:
         ValueError: There is nothing to draw, or a model has no L-adapter.
@@ -79,12 +88,17 @@ def plot_pseudo_features(adapters: Mapping[str, nn.Module | Points]) -> Figure:
     """Bars of the norms of the pseudo features, for one or several adapters side by side.
 
     Args:
-        adapters: By label, such as the task: a model, whose adapter "default" is drawn, or what `pseudo_feature_norms`
-            returns.
+        adapters: For each label, such as a task: a model, whose adapter "default" is drawn, or the list that
+            `pseudo_feature_norms` returns.
 
     Raises:
         ValueError: There is nothing to draw, or a model has no P-adapter.
         ImportError: matplotlib is not installed.
+
+    Examples:
+        >>> figure = plot_pseudo_features({"asr": [(0, 0.5), (1, 0.6)]})
+        >>> figure.axes[0].get_ylabel()
+        'norm'
     """
     return _bars(adapters, pseudo_feature_norms, "pseudo feature", "norm")
 
@@ -98,8 +112,8 @@ def _stack_with(model: nn.Module, container: str, letter: str, adapter_name: str
             return stack
     names = sorted(name for stack in stacks for name in getattr(stack, container))
     raise ValueError(
-        f"{type(model).__name__} has no {letter}-adapter named {adapter_name!r}; it has {names or 'none'}. "
-        f"ELPConfig(adapters={letter!r}) places one, and so does every other choice of adapters with an {letter}."
+        f"{type(model).__name__} has no {letter}-adapter named {adapter_name!r}; it has {shortened(names) or 'none'}. "
+        f"ELPConfig(adapters=...) places one if the letters contain {letter}."
     )
 
 
@@ -113,8 +127,8 @@ def _bars(
 
     if not isinstance(adapters, Mapping) or not adapters:
         raise ValueError(
-            f"Plots take one or more adapters by label, got {type(adapters).__name__}. Write for example "
-            "{'asr': model}."
+            f"Plots take a dictionary with a label for each adapter, got {type(adapters).__name__}. Write for "
+            "example {'asr': model}."
         )
     series = {label: dict(of_model(x) if isinstance(x, nn.Module) else x) for label, x in adapters.items()}
     numbers = sorted({number for points in series.values() for number in points})

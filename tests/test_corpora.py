@@ -78,7 +78,7 @@ def test_librilight_10h_is_1h_and_9h_together(tmp_path):
     sizes = {split: len(librilight(tmp_path, split)) for split in ("10min", "1h", "10h")}
     assert sizes == {"10min": 1, "1h": 6, "10h": 9}
     assert set(check_audio(librilight(tmp_path))["speaker"]) == {*map(str, range(100, 106)), "200", "300"}
-    with pytest.raises(ValueError, match="10h, 1h, 10min, not '100h'"):
+    with pytest.raises(ValueError, match="10h, 1h, 10min, got '100h'"):
         librilight(tmp_path, "100h")
     (tmp_path / "9h").rename(tmp_path / "nine")
     with pytest.raises(ValueError, match=r"There is no .*9h"):
@@ -132,7 +132,7 @@ def test_a_corpus_becomes_a_table_that_is_read_with_its_trials(vox, tmp_path):
     with pytest.raises(ValueError, match=r"written to a \.csv file"):
         write_table(train, tmp_path / "voices")
     inside = from_rows([{"audio": "a.wav"}]).map(lambda row: {"audio": {"bytes": b"RIFF", "path": "a.wav"}})
-    with pytest.raises(ValueError, match="Row 0 is no file"):
+    with pytest.raises(ValueError, match="The recording in row 0 is not a file"):
         write_table(inside, tmp_path / "inside.csv")
 
 
@@ -195,7 +195,7 @@ def test_iemocap_takes_other_classes(emotions):
         "positive",
         "negative",
     ]
-    with pytest.raises(ValueError, match="counts for anger; its labels: ang, exc, fru, hap, neu, sad, xxx"):
+    with pytest.raises(ValueError, match="has the class anger; its labels are ang, exc, fru, hap, neu, sad, xxx"):
         iemocap(emotions, {"anger": "anger", "sad": "sad"})
 
 

@@ -128,8 +128,8 @@ def test_only_the_order_of_scores_counts_and_containers_do_not():
         ([1, 2], [0.5, 0.1], "labels are 1 .* and 0 .*, got 2.*order of the arguments is labels, scores"),
         ([0.5, 0.1], [1, 0], "got 0.1, 0.5"),
         (["target", "other"], [1, 0], "got 'other', 'target'"),
-        ([1, 0, 0], [0.5, math.nan, math.nan], "2 of 3 scores are not finite, the first at 1: nan"),
-        ([1, 0, 0], [0.5, 0.1, math.inf], "1 of 3 scores are not finite, the first at 2: inf"),
+        ([1, 0, 0], [0.5, math.nan, math.nan], "2 of 3 scores are not finite; the first is number 1: nan"),
+        ([1, 0, 0], [0.5, 0.1, math.inf], "1 of 3 scores are not finite; the first is number 2: inf"),
     ],
 )
 def test_trials_without_a_meaning_are_refused(metric, labels, scores, message):
@@ -214,10 +214,10 @@ def test_s_norm_is_its_formula_over_the_closest_of_the_cohort(top_k, monkeypatch
         (
             {"b": [1.0, 2.0, 3.0]},
             [("a", "b")],
-            r"The embedding of 'b' has shape \(3,\), and the first one has 2 numbers",
+            r"The embedding of 'b' has shape \(3,\), and the first embedding has 2 numbers",
         ),
         ({"b": [[1.0, 2.0]]}, [("a", "b")], r"The embedding of 'b' has shape \(1, 2\)"),
-        ({"b": [0.0, 0.0]}, [("a", "b")], "The embedding of 'b' has length 0.0: no angle"),
+        ({"b": [0.0, 0.0]}, [("a", "b")], "The embedding of 'b' has length 0.0, so it has no direction"),
         ({"b": [1.0, math.nan]}, [("a", "b")], "The embedding of 'b' has length nan"),
     ],
 )
@@ -238,7 +238,11 @@ def test_embeddings_that_have_no_angle_are_named(changes, pairs, message):
         ([1.0, 0.0], None, r"cohort is of shape \(cohort, width\), got \(2,\)"),
         ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], None, r"Row 0 of the cohort has shape \(3,\)"),
         ([[1.0, 0.0], [0.0, 0.0]], None, "Row 1 of the cohort has length 0.0"),
-        ([[1.0, 0.0], [2.0, 0.0]], None, "2 utterances, such as 'a', are equally close to all 2 of the cohort"),
+        (
+            [[1.0, 0.0], [2.0, 0.0]],
+            None,
+            "2 utterances, such as 'a', are equally close to all 2 embeddings of the cohort",
+        ),
     ],
 )
 def test_a_cohort_that_cannot_normalise_is_refused(cohort, top_k, message):

@@ -108,15 +108,17 @@ def test_a_figure_can_be_saved_in_any_format_and_leaves_none_open(suffix, tmp_pa
 
 
 def test_what_is_not_there_to_draw_is_named():
-    with pytest.raises(ValueError, match=r"has no L-adapter named 'default'; it has none. ELPConfig\(adapters='L'\)"):
+    with pytest.raises(ValueError, match=r"has no L-adapter named 'default'; it has none. ELPConfig\(adapters=...\)"):
         layer_weights(adapted(adapters="EP"))
-    with pytest.raises(ValueError, match=r"has no L-adapter named 'asv'; it has \['default'\]"):
+    with pytest.raises(ValueError, match=r"has no L-adapter named 'asv'; it has default\."):
         layer_weights(adapted(), "asv")
     with pytest.raises(ValueError, match="has no P-adapter named 'default'; it has none"):
         plot_pseudo_features({"asr": adapted(adapters="EL")})
     with pytest.raises(ValueError, match="WavLMForCTC has no L-adapter"):
         plot_layer_weights({"asr": build()})
-    with pytest.raises(ValueError, match=r"one or more adapters by label, got PeftModel. Write for example \{'asr': "):
+    with pytest.raises(
+        ValueError, match=r"a dictionary with a label for each adapter, got PeftModel. Write for example \{'asr': "
+    ):
         plot_layer_weights(adapted())
     with pytest.raises(ValueError, match="got dict"):
         plot_layer_weights({})
