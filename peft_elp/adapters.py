@@ -282,7 +282,7 @@ class PAdapter(nn.Module):
     ) -> tuple[JoinedStates, JoinedMask | None, RealFrames]:
         batch, frames, _ = x.shape
         length = self.rows.shape[0]
-        rows = self.rows.to(x.dtype).expand(batch, -1, -1)
+        rows = self.rows.to(x).expand(batch, -1, -1)
         if self.position == "prepend":
             joined = torch.cat([rows, x], dim=1)
             joined_mask = None if mask is None else torch.cat([mask.new_ones(batch, length), mask], dim=1)

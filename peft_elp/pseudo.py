@@ -102,7 +102,7 @@ class Carried:
 
     def join(self, x: Tensor, pseudo: Tensor) -> Tensor:
         """Frames and pseudo features in their places."""
-        pseudo = pseudo.to(x.dtype)
+        pseudo = pseudo.to(x)
         joined = torch.cat([x, pseudo if pseudo.dim() == 3 else pseudo.expand(x.shape[0], -1, -1)], dim=1)
         return joined if self.source is None else joined.gather(1, self.source[:, :, None].expand_as(joined))
 
@@ -143,7 +143,7 @@ def join_each(
         mask = nn.functional.pad(mask, (0, padding))
     begin = torch.where(before, 0, end_of(mask, squeeze))
     source, real, _ = row_places(begin, frames + padding, rows.shape[1], counts)
-    joined = torch.cat([x, rows.to(x.dtype)], dim=1)
+    joined = torch.cat([x, rows.to(x)], dim=1)
     joined = joined.gather(1, source.unsqueeze(-1).expand_as(joined))
     own = (torch.arange(rows.shape[1], device=x.device) < counts).to(mask.dtype)
     joined_mask = torch.cat([mask, own], dim=1).gather(1, source)

@@ -35,3 +35,17 @@ def unknown_adapter(unknown: str | Iterable[str], known: Iterable[str]) -> str:
         f"There is no adapter {shortened(map(repr, unknown))}; the model has "
         f"{shortened(map(repr, sorted(known))) or 'none'}."
     )
+
+
+def brief(value: object, length: int = 80) -> str:
+    """The `repr` of a value, cut in the middle if it is longer than that.
+
+    Examples:
+        >>> brief([0, 1, 2])
+        '[0, 1, 2]'
+        >>> brief(list(range(1000)), length=20)
+        '[0, 1, 2...998, 999]'
+    """
+    text = repr(value)
+    half = length // 2 - 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-length + half + 3 :]}"

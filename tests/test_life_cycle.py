@@ -66,8 +66,8 @@ class Two(nn.Module):
         (Two, {}, r"several speech encoders: left.encoder \(WavLMEncoder\), right.encoder \(HubertEncoder\)"),
         (lambda: build("wavlm", "ForSequenceClassification", use_weighted_layer_sum=True), {"adapters": "EL"},
          "use_weighted_layer_sum=True.*past the L-adapter.*use_weighted_layer_sum=False"),
-        (build, {"e_layers": [0, 3, 7]}, r"e_layers=\[0, 3, 7\] names \[3, 7\], and WavLMForCTC has 3 layers: 0 to 2"),
-        (build, {"l_layers": [3]}, r"l_layers=\[3\] names \[3\]"),
+        (build, {"e_layers": [0, 3, 7]}, "e_layers names 3, 7, and WavLMForCTC has 3 layers: 0 to 2"),
+        (build, {"l_layers": [3]}, "l_layers names 3"),
         (build, {"modules_to_save": ["nothing"]}, r"names 'nothing'.*no such module.*\['lm_head'\]"),
         (build, {"modules_to_save": ["wavlm"]}, "around or inside the encoder 'wavlm.encoder'"),
         (build, {"modules_to_save": ["layers.0.feed_forward"]}, "around or inside the encoder"),
@@ -77,8 +77,8 @@ class Two(nn.Module):
         (build, {"exclude_modules": r".*feed_forward"}, "No E-adapter would be placed"),
         (build, {"adapter_name": "encoder"}, "cannot be named 'encoder'"),
         (build, {"adapter_name": "weight"}, "cannot be named 'weight'"),
-        (build, {"adapter_name": "a.b"}, "cannot be named 'a.b': PyTorch takes it for no name"),
-        (build, {"adapter_name": "keys"}, "cannot be named 'keys': PyTorch takes it for no name"),
+        (build, {"adapter_name": "a.b"}, "cannot be named 'a.b', which is not a valid module name"),
+        (build, {"adapter_name": "keys"}, "cannot be named 'keys', which is not a valid module name"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_and_leaves_the_model_as_it_was(make, options, message):
@@ -118,7 +118,7 @@ def test_a_head_that_cannot_be_copied_leaves_the_model_as_it_was():
 def test_the_backbones_own_convolutions_after_the_encoder_are_named_when_they_stay_frozen():
     options = {"add_adapter": True, "output_hidden_size": 24, "num_adapter_layers": 1}
     with pytest.warns(
-        UserWarning, match=r"'wav2vec2.adapter', stay frozen.*modules_to_save=\['lm_head', 'wav2vec2.adapter'\]"
+        UserWarning, match=r"'wav2vec2.adapter' of .* stay frozen.*modules_to_save=\['lm_head', 'wav2vec2.adapter'\]"
     ):
         model = get_peft_model(build("wav2vec2", "ForCTC", **options), ELPConfig(**ELP))
     assert model.peft_config["default"].l_output == "residual"
@@ -136,7 +136,7 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_first_alone():
     model = get_peft_model(build(), ELPConfig(**ELP))
     shaken(model)
     before, names = logits(model), [name for name, _ in model.named_modules()]
-    with pytest.raises(ValueError, match="names \\[9\\]"):
+    with pytest.raises(ValueError, match="l_layers names 9"):
         model.add_adapter("other", ELPConfig(l_layers=[9]))
     assert list(model.peft_config) == ["default"]
     assert [name for name, _ in model.named_modules()] == names

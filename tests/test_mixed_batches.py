@@ -131,8 +131,8 @@ def small():
     ("names", "error", "message"),
     [
         (["asr", "asr"], ValueError, "holds 2 names, and a tensor of shape"),
-        (["asr", "emotoin", "asr"], ValueError, "asks for 'emotoin', and the model has 'asr', 'emotion'"),
-        ("asr", TypeError, "one name an utterance, got 'asr'"),
+        (["asr", "emotoin", "asr"], ValueError, "There is no adapter 'emotoin'; the model has 'asr', 'emotion'"),
+        ("asr", TypeError, "one adapter name per utterance, got 'asr'"),
     ],
 )
 def test_names_that_do_not_fit_the_batch_are_refused(names, error, message):

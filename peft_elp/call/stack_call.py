@@ -40,12 +40,13 @@ class Reader:
     def read(self, layer: int, x: Tensor, copy: bool) -> None:
         """Add the tap of a layer with output `x`, if it has one."""
         if layer in self.of_layer:
-            x = (x if self.rows is None else x[self.rows(x)]).to(self.sum.shares.dtype)
+            # The layer may be on another device than the adapter.
+            x = (x if self.rows is None else x[self.rows(x)]).to(self.sum.shares)
             self.sum.add(self.of_layer[layer], x.clone() if copy else x)
 
     def end(self, x: Tensor) -> Tensor:
         """What the adapter puts in place of the encoder's output `x`, for its rows."""
-        y = self.sum.result().to(x.dtype)
+        y = self.sum.result().to(x)
         return (x if self.rows is None else x[self.rows(x)]) + y if self.sum.adapter.residual else y
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_elp.call.route import current_route
 
 from .paths import canonical, join
+from .trained import KeepsTrained
 
 
 def find_head(model: nn.Module, encoder_path: str, is_encoder: Callable[[nn.Module], bool]) -> list[str]:
@@ -82,14 +83,13 @@ def resolve(model: nn.Module, names: list[str], stack_path: str, head: list[str]
     return paths
 
 
-class Head(ModulesToSaveWrapper):
+class Head(KeepsTrained, ModulesToSaveWrapper):
     """A module of the head with a copy for each adapter, which also serves batches that mix adapters.
 
     PEFT's own wrapper mixes linear and convolutional layers only, and asks whether the active adapter has a copy where
     it has to ask for each one of the batch. And it freezes the copy that was active, where another may be trainable.
     """
 
-    _trainable: Set[str] = frozenset()
     other_param_names = ("modules_to_save",)
     # PEFT's own map ends in a bare KeyError where a saved tensor is missing. With a tuner around the model, that one
     # puts the names into place and looks at all of the adapter's tensors together.
@@ -99,16 +99,8 @@ class Head(ModulesToSaveWrapper):
         return {} if self.named_by_tuner else super().adapter_state_dict_load_map(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        for name in self._trainable:
-            if name in self.modules_to_save:
-                self.modules_to_save[name].requires_grad_(False)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._trainable = frozenset() if inference_mode else frozenset(self.active_adapters)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        super().set_requires_grad(adapter_names, requires_grad)
-        if requires_grad:
-            self._trainable |= {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self.train_only([] if inference_mode else self.active_adapters)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None) -> None:
         # PEFT hands over all that are active next, and refuses several even where only one has a copy.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from copy import deepcopy
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import torch
@@ -16,15 +17,20 @@ from peft_elp.call.route import current_route
 from peft_elp.call.shared_pass import current_pass
 from peft_elp.call.stack_call import current_call
 
+from .trained import KeepsTrained
+
 WHY_NO_MERGE = (
     "ELP-adapters cannot be merged into the backbone: an E-adapter is a non-linear bottleneck, an L-adapter reads "
     "every layer and a P-adapter adds frames, so no weight of the backbone could hold them. Keep the adapter: save it "
     "with save_pretrained() and load it next to the backbone, or call unload() to get the backbone back without it."
 )
 
+# accelerate's `add_hook_to_module` keeps its state in these attributes: each module has its own.
+NOT_SHARED = frozenset({"_hf_hook", "_old_forward"})
+
 
 class Wrapper(nn.Module):
-    """A module around `base_layer` that answers for it: attributes it lacks are those of `base_layer`."""
+    """A module around `base_layer` that stands in for it: other attributes are read from it and written to it."""
 
     base_layer: nn.Module
 
@@ -38,6 +44,7 @@ class Wrapper(nn.Module):
         An adapter's file, the backbone's checkpoint and the adapted model then agree on names, and Transformers, which
         matches the first with the last, finds each tensor.
         """
+        # `_state_dict_hooks` is a private dictionary of nn.Module; it tells whether the hooks are there already.
         if _named_without_wrapper not in self._state_dict_hooks.values():
             self.register_state_dict_post_hook(_named_without_wrapper)
             self.register_load_state_dict_pre_hook(_named_with_wrapper)
@@ -46,9 +53,33 @@ class Wrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name in NOT_SHARED or name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What a user writes has to reach the module that runs, as what a user reads comes from there.
+        if self._is_shared(name):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_shared(name):
+            delattr(self.base_layer, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether an attribute belongs to `base_layer` rather than to the wrapper."""
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        if base is None or name in NOT_SHARED or name in self.__dict__ or not hasattr(base, name):
+            return False
+        if any(name in self.__dict__[held] for held in ("_modules", "_parameters", "_buffers")):
+            return False
+        # BaseTunerLayer has read-only properties for attributes of the base layer, such as `weight`.
+        of_class = getattr(type(self), name, None)
+        return of_class is None or (isinstance(of_class, property) and of_class.fset is None)
 
 
 def _named_without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -63,65 +94,66 @@ def _named_with_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: s
         state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
-class ELPLayer(Wrapper, BaseTunerLayer):
-    """Base of the tuner layers: what PEFT asks of each.
+class ELPLayer(KeepsTrained, Wrapper, BaseTunerLayer):
+    """Base of the tuner layers, with what PEFT asks of each.
 
     Args:
         base_layer: The wrapped part of the backbone.
-        active_adapters: The names that are active in the model that gets the layer.
+        active_adapters: The names of the adapters that are active in the model.
     """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it.
 
     def __init__(self, base_layer: nn.Module, active_adapters: Sequence[str] = ()) -> None:
         super().__init__(base_layer)
+        # BaseTunerLayer reads these from the class, where a base layer that is a tuner layer itself has others.
         self._active_adapter = list(active_adapters)
         self._disable_adapters = False
-        self.cast_input_dtype_enabled = True  # which PEFT's disable_input_dtype_casting switches
         self.merged_adapters = []
-        self._trainable: Set[str] = frozenset()  # adapters that may be; all others are frozen
 
     def place(self, container: str, adapter_name: str, adapter: nn.Module, inference_mode: bool) -> None:
         """Put a new adapter into one of the `adapter_layer_names`, with device, dtype and mode of `base_layer`."""
         getattr(self, container)[adapter_name] = adapter.train(self.training).requires_grad_(False)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        if adapter_name in self.active_adapters and not inference_mode:
+            self.set_requires_grad(adapter_name)
+
+    def adapter_names(self) -> set[str]:
+        """The names of the adapters that the layer holds."""
+        return {name for container in self.adapter_layer_names for name in getattr(self, container)}
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones, and the only trainable ones unless `inference_mode` is set.
-
-        PEFT visits every adapter to freeze it. This visits those that were trainable or will be, so that switching
-        costs the same with two adapters and with fifty.
-        """
+        """Make adapters the active ones, and the only trained ones unless `inference_mode` is set."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        trainable = frozenset() if inference_mode else frozenset(names)
-        for container in self.adapter_layer_names:
-            adapters = getattr(self, container)
-            for name in self._trainable | trainable:
-                if name in adapters:
-                    adapters[name].requires_grad_(name in trainable)
-        self._trainable = trainable
+        self.train_only([] if inference_mode else names)
         self._active_adapter = names
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        super().set_requires_grad(adapter_names, requires_grad)
-        if requires_grad:
-            self._trainable |= {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+    def remove(self, adapter_name: str) -> None:
+        """Drop an adapter, whether or not it is active."""
+        for container in self.adapter_layer_names:
+            if adapter_name in getattr(self, container):
+                del getattr(self, container)[adapter_name]
+
+    def release(self) -> None:
+        """Undo what the layer has changed around itself. Called before `base_layer` takes its place again."""
 
     def running(self, container: nn.ModuleDict) -> list[str]:
-        """The adapters of the whole batch among those in `container`; none while adapters are disabled."""
+        """The active adapters among those in `container`. They serve the whole batch; none while disabled."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in container]
 
     def mixed(self, container: nn.ModuleDict, x: Tensor) -> list[tuple[str, Tensor]] | None:
-        """The adapters in `container` that serve a part of the batch `x`, each with its rows; None: no mixed batch."""
+        """The adapters in `container` with the rows of the batch `x` that each serves; None if they are not mixed."""
         route = None if self.disable_adapters else current_route.get()
         if route is None:
             return None
         return [(name, route.rows(name, x)) for name in route.adapters if name in container]
 
     def only_running(self, container: nn.ModuleDict, what: str) -> str | None:
-        """The one active adapter in `container`, None if there is none.
+        """The one active adapter in `container`, or None if there is none.
 
         Raises:
-            ValueError: Several are active, where only one can be.
+            ValueError: Several are active, and only one can be.
         """
         names = self.running(container)
         if len(names) > 1:
@@ -140,7 +172,8 @@ class ELPLayer(Wrapper, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        # PEFT looks for a `weight`; a feed-forward module or a whole encoder has none of its own.
+        # `_move_adapter_to_device_of_base_layer` of BaseTunerLayer asks this for the device and dtype of an adapter.
+        # PEFT's own method looks for a `weight`; a feed-forward module or a whole encoder has none.
         for parameter in base_layer.parameters():
             if parameter.dtype.is_floating_point:
                 return parameter.device, parameter.dtype
@@ -151,11 +184,11 @@ class ELPLayer(Wrapper, BaseTunerLayer):
 
 
 class TappedLayer(ELPLayer):
-    """An encoder layer whose output the call under way can read.
+    """An encoder layer whose output the current call can read.
 
-    It is a wrapper rather than a hook so that taps stay outside of gradient checkpointing, and independent of the
-    order in which Transformers installs its own hooks. It holds no adapter, but as a tuner layer it is left out where
-    PEFT names the backbone's tensors.
+    It is a wrapper rather than a hook, so that taps stay outside of gradient checkpointing and do not depend on the
+    order in which Transformers installs its own hooks. It holds no adapter, but it is a tuner layer, so that PEFT
+    leaves it out when it names the backbone's tensors.
 
     Args:
         base_layer: The encoder layer.
@@ -163,7 +196,7 @@ class TappedLayer(ELPLayer):
         active_adapters: The names that are active in the model that gets the layer.
     """
 
-    adapter_layer_names = ()
+    index: int = -1
 
     def __init__(self, base_layer: nn.Module, index: int, active_adapters: Sequence[str] = ()) -> None:
         super().__init__(base_layer, active_adapters)
@@ -187,8 +220,8 @@ class TappedLayer(ELPLayer):
 class FrontEnd(Wrapper):
     """The convolutions over the waveform, which run once for all tasks that share a pass.
 
-    It holds no adapter and is no tuner layer: PEFT asks the first of these which adapters are active. And it comes
-    with the first shared pass, when a state dict may have been saved already.
+    It holds no adapter and is not a tuner layer, since PEFT asks the first tuner layer which adapters are active. It
+    is placed by the first shared pass, when a state dict may have been saved already, and so keeps all names.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -229,17 +262,22 @@ class ELPSublayer(ELPLayer):
     def _through(self, name: str, z: Tensor) -> Tensor:
         adapter = self.elp_e[name]
         assert isinstance(adapter, EAdapter)
-        return adapter(self._cast_input_dtype(z, adapter.up.weight.dtype)).to(z.dtype)
+        # The dtype of `norm`, since a dynamically quantised linear layer has a method in place of its weight.
+        return adapter(self._cast_input_dtype(z, adapter.norm.weight.dtype)).to(z.dtype)
 
 
 class ELPNorm(ELPLayer):
-    """A layer norm that gives way to the active adapter's trained copy of it."""
+    """A layer norm with a trained copy for each adapter. The active adapter's copy runs in its place."""
 
     adapter_layer_names = ("elp_norm",)
+    # The norm's first parameter, whose dtype its input gets. It is read as an attribute, since a replica of
+    # DataParallel has no parameters.
+    scale: str = "weight"
 
     def __init__(self, base_layer: nn.Module, active_adapters: Sequence[str] = ()) -> None:
         super().__init__(base_layer, active_adapters)
         self.elp_norm = nn.ModuleDict()
+        self.scale, _ = next(base_layer.named_parameters())
 
     def copy_for(self, adapter_name: str, inference_mode: bool) -> None:
         """Give an adapter its own copy, which starts as the backbone's."""
@@ -257,4 +295,4 @@ class ELPNorm(ELPLayer):
 
     def _through(self, name: str, x: Tensor) -> Tensor:
         norm = self.elp_norm[name]
-        return norm(self._cast_input_dtype(x, next(norm.parameters()).dtype)).to(x.dtype)
+        return norm(self._cast_input_dtype(x, attrgetter(self.scale)(norm).dtype)).to(x.dtype)

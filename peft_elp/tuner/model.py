@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -16,19 +15,20 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_elp.adapters import EAdapter, LAdapter, PAdapter
 from peft_elp.call.route import BASE, Route, current_route
-from peft_elp.config import ELPConfig
+from peft_elp.wording import unknown_adapter
 
+from . import alone
 from .averaging import check_combination, combine
+from .first_step import watch_first_step
 from .fit import misfit_error, misfits, mismatches, with_head
-from .guards import expect_loading, refuse_unloaded
-from .head import Head, place_head, remove_head
-from .layers import WHY_NO_MERGE, ELPLayer, ELPNorm, ELPSublayer, Wrapper
+from .head import Head
+from .layers import WHY_NO_MERGE, ELPLayer
 from .one_pass import Task, parts_of, refuse_idle_labels, refuse_reports, run
 from .paths import canonical
-from .place import join_head, new_head, placed, remove_adapter, unwrap, wrap, wrap_stack
-from .plan import Plan, check_adapter_name, make_plan
+from .place import adapted_modules, check_placed, give_head, place_adapter, unwrap
+from .plan import check_adapter_name, make_plan
+from .snapshot import Snapshot, unchanged_on_error
 from .stack import ELPStack
 
 
@@ -56,12 +56,23 @@ class ELPModel(BaseTuner):
     tuner_layer_cls = ELPLayer
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        # PEFT's inject_adapter_in_model passes a bare config; whoever calls it goes on with the model that it passed.
-        self._direct = isinstance(peft_config, PeftConfig)
+        # `inject_adapter_in_model` passes one configuration, and its caller goes on with the model alone. A PeftModel
+        # passes a dictionary.
+        self._alone = isinstance(peft_config, PeftConfig)
         self._switched: tuple[list[Head], list[ELPLayer]] | None = None
-        # What was trainable before an adapter was placed whose tensors are to be loaded next.
-        self._unloaded: dict[str, dict[nn.Parameter, bool]] = {}
+        # The model before an adapter was placed whose tensors are to be loaded next.
+        self._before_loading: dict[str, Snapshot] = {}
+        self._watched: frozenset[str] = frozenset()  # The adapters whose first training step was watched.
         super().__init__(model, peft_config, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_before_loading": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Version 0.1 pickled other private attributes.
+        super().__setstate__(
+            {"_before_loading": {}, "_watched": frozenset(), "_alone": state.get("_direct", False), **state}
+        )
 
     def inject_adapter(
         self,
@@ -71,187 +82,119 @@ class ELPModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Place one adapter; called by PEFT for the first and for every further one.
+        """Place one adapter; PEFT calls this for the first and for every further one.
 
         PEFT's own walk replaces modules by a list of names made beforehand, in which a parent that is replaced hides
         its children. ELP wraps parents and children, so it follows a plan of its own.
 
         Raises:
-            ValueError: The configuration does not fit the model. Nothing is changed then.
-            RuntimeError: An adapter that the plan holds was not found after placing. The adapter is removed again.
+            ValueError: The configuration does not fit the model.
+            RuntimeError: The model is not built as its table of layers says, so that an adapter was not placed.
         """
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, ELPConfig)
-        self._check_new_adapter_config(config)
-        check_adapter_name(model, adapter_name)
-        plan = make_plan(model, config)
-        if self._direct and not plan.parts.stack_path:
-            raise ValueError(
-                f"{type(model).__name__} is an encoder stack itself, which has to be wrapped as a whole: adapters "
-                "that are injected into it would be passed by. Use get_peft_model(model, config)."
-            )
-        layers = [layer for layer in model.modules() if isinstance(layer, (ELPLayer, Head))]
-        trainable_before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        names_before = [layer._trainable for layer in layers]
-
-        if plan.config != config:  # else the caller's own object, as from_pretrained(..., config=config) promises
-            self.peft_config[adapter_name] = plan.config
-        if config.weights_follow:
-            self._unloaded[adapter_name] = trainable_before
-        try:
+        with self._placing(adapter_name) as before:
+            config: Any = self.peft_config[adapter_name]
+            self._check_new_adapter_config(config)
+            check_adapter_name(model, adapter_name)
+            plan = make_plan(model, config)
+            if self._alone and not plan.encoder.stack_path:
+                raise ValueError(
+                    f"{type(model).__name__} is an encoder stack itself. Its caller would go on without the wrapper "
+                    "that the adapters need around it. Use get_peft_model(model, config)."
+                )
+            if plan.config != config:  # Else the caller's own object, as from_pretrained(..., config=config) promises.
+                self.peft_config[adapter_name] = plan.config
+            first = not any(isinstance(module, ELPLayer) for module in model.modules())
+            if first:
+                model.requires_grad_(False)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._place(model, adapter_name, plan)
-            model = self.model if not plan.parts.stack_path else model
-            missing = plan.expected() - placed(model, adapter_name)
-            if missing:
-                raise RuntimeError(
-                    f"{len(missing)} of {len(plan.expected())} adapters found no place: {', '.join(sorted(missing))}. "
-                    "Are layers of this model shared? Name the layers to adapt with e_layers and l_layers."
-                )
-            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            self._mark_only_adapters_as_trainable(model)
-            place_head(
-                model,
-                plan.config.modules_to_save or [],
-                adapter_name,
-                active=adapter_name in self.active_adapters,
-                inference_mode=config.inference_mode,
-                replacements=new_head(model, plan),
-                named_by_tuner=not self._direct,
-            )
-            join_head(model, plan, adapter_name)
-        except BaseException:
-            self.peft_config[adapter_name] = config
-            self._unloaded.pop(adapter_name, None)
-            self.model = remove_adapter(self.model, adapter_name)
-            _restore(trainable_before)
-            raise
-        finally:
+                self.model = place_adapter(model, plan, adapter_name, self.active_adapters)
+            check_placed(self.model, plan, adapter_name)
+            # A further adapter leaves alone what the others train. Without a PeftModel, each new one is active.
+            if first or self._alone:
+                self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            active = adapter_name in self.active_adapters
+            give_head(self.model, plan, adapter_name, active, named_by_tuner=not self._alone)
             self._switched = None
+            self.targeted_module_names[:] = adapted_modules(self.model)
+            if self._alone:
+                self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+                alone.prepare(model, plan.config, adapter_name)
+            elif config.weights_follow:
+                self._before_loading = {adapter_name: before}
 
-        # A further adapter leaves what others train as it was. The first one freezes the backbone, and without a
-        # PeftModel each becomes the only active one.
-        if layers and not self._direct:
-            _restore(trainable_before)
-            for layer, names in zip(layers, names_before, strict=True):
-                layer._trainable = layer._trainable | names
-        self.targeted_module_names[:] = [
-            canonical(name)
-            for name, module in model.named_modules()
-            if isinstance(module, ELPLayer) and module.adapter_layer_names
-        ]
-        if self._direct:
-            self._finish_alone(model, adapter_name, autocast_adapter_dtype)
+    @contextmanager
+    def _placing(self, adapter_name: str) -> Iterator[Snapshot]:
+        """Place an adapter in the block, or leave the model and its list of adapters as they were before."""
+        try:
+            with unchanged_on_error(self) as before:
+                yield before
+        except BaseException:
+            self._forget(adapter_name)
+            raise
 
-    def _finish_alone(self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool) -> None:
-        """Do for an adapter what a PeftModel does, for a model that goes on without one, as in Transformers' API."""
-        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for module in model.modules():
-            if isinstance(module, Wrapper):
-                module.keep_names()
-        config = self.peft_config[adapter_name]
-        kind = type(model)
-        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-        if config.inference_mode:
-            own = re.compile(rf"\.(elp_[a-z]+|modules_to_save)\.{re.escape(adapter_name)}\.")
-            expect_loading(parameter for name, parameter in model.named_parameters() if own.search(name))
-            if refuse_unloaded not in model._forward_pre_hooks.values():
-                model.register_forward_pre_hook(refuse_unloaded)
-        if self.get_input_embeddings() is None:  # which saving asks the model for, where a PeftModel asks the tuner
-            vars(model).update(get_input_embeddings=_no_embeddings, get_output_embeddings=_no_embeddings)
-
-    def _place(self, model: nn.Module, adapter_name: str, plan: Plan) -> None:
-        config, parts = plan.config, plan.parts
-        active, frozen = self.active_adapters, config.inference_mode
-        init_std = config.init_std if config.init_weights else None
-        for layer, part in plan.e_sites:
-            sublayer = wrap(parts.layers[layer], part, ELPSublayer, active)
-            adapter = EAdapter(parts.hidden_size, config.e_dim, config.e_activation, config.e_dropout, init_std)
-            sublayer.place("elp_e", adapter_name, adapter, frozen)
-        for layer, part in plan.norm_sites:
-            wrap(parts.layers[layer], part, ELPNorm, active).copy_for(adapter_name, frozen)
-
-        stack = wrap_stack(model, parts, active)
-        if config.window_s is not None:
-            stack.windows[adapter_name] = config.window_s
-        if "L" in config.adapters:
-            assert config.l_layers is not None
-            assert config.l_output is not None
-            assert config.l_input_norm is not None
-            stack.tapped_layers[adapter_name] = config.l_layers
-            if stack.layerdrop > 0:
-                warnings.warn(
-                    f"LayerDrop ({parts.family.layerdrop}={stack.layerdrop}) is off while an L-adapter is active: a "
-                    "layer that is skipped has no output to read. unload() restores it.",
-                    stacklevel=2,
-                )
-            adapter = LAdapter(
-                parts.hidden_size,
-                len(config.l_layers),
-                config.l_dim,
-                config.l_activation,
-                config.l_dropout,
-                init_std,
-                output="taps" if config.l_output == "head" else config.l_output,
-                input_norm=config.l_input_norm,
-            )
-            stack.place("elp_l", adapter_name, adapter, frozen)
-        if "P" in config.adapters:
-            adapter = PAdapter(parts.hidden_size, config.p_length, config.p_position, config.p_init_std)
-            stack.place("elp_p", adapter_name, adapter, frozen)
-        if not parts.stack_path:
-            self.model = stack
+    def _forget(self, adapter_name: str) -> None:
+        """Drop the configuration of an adapter that is not in the model any more, or not yet."""
+        self.peft_config.pop(adapter_name, None)
+        self._switched = None
+        if not self.peft_config:
+            for name in ("peft_config", "_hf_peft_config_loaded"):  # BaseTuner and Transformers set these.
+                vars(self.model).pop(name, None)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """What PEFT enters around each call: a batch whose utterances use different adapters, if the caller says so.
+        """Let the utterances of a batch use different adapters. PeftModel enters this private hook around each call.
 
         Raises:
+            TypeError: `adapter_names` is not a list of names.
             ValueError: The model is in training mode, or an adapter does not exist.
         """
-        self._unloaded.clear()  # what has answered is not taken out again
+        self._before_loading.clear()  # An adapter that has been called was loaded.
+        self._watch(self.active_adapters)
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"adapter_names is a list with one name an utterance, got {names!r}.")
+            raise TypeError(f"adapter_names is a list with one adapter name per utterance, got {names!r}.")
         if self.training:
             raise ValueError(
                 "adapter_names mixes adapters in one batch for inference only, and the model is in training mode. "
                 "Call model.eval() first, or train one adapter at a time."
             )
-        unknown = sorted({*names} - {*self.peft_config, BASE})
+        unknown = {*names} - {*self.peft_config, BASE}
         if unknown:
-            raise ValueError(
-                f"adapter_names asks for {', '.join(map(repr, unknown))}, and the model has "
-                f"{', '.join(map(repr, sorted(self.peft_config)))}; {BASE!r} stands for the backbone alone."
-            )
+            raise ValueError(f"{unknown_adapter(unknown, self.peft_config)} {BASE!r} stands for the backbone alone.")
         generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
         repeats = [kwargs.get(name, getattr(generation, name, None)) for name in ("num_beams", "num_return_sequences")]
         with current_route.set(Route(names, max(1, *(number or 1 for number in repeats)))):
             yield
 
+    def _watch(self, adapter_names: Sequence[str]) -> None:
+        """Say so if the first training step with these adapters does not reach all that they train."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            new = frozenset(adapter_names) - self._watched
+            if new:
+                watch_first_step(self.model, new)
+                self._watched |= new
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one, and the only trainable one unless `inference_mode` is set.
+        """Make an adapter the active one, and the only trained one unless `inference_mode` is set.
 
         PEFT searches the whole model for what has to be switched. This searches once.
 
         Args:
-            adapter_name: Its name. Or several: E-adapters then run one after the other and pseudo features join one
-                another; of L-adapters, trained layer norms and heads only one can be active.
-            inference_mode: Leave it frozen.
+            adapter_name: Its name, or several names. E-adapters then run one after the other, and pseudo features are
+                all joined. Of L-adapters, trained layer norms and heads only one can be active.
+            inference_mode: Do not train it.
 
         Raises:
-            ValueError: There is no adapter of that name, or several have a copy of the head. Nothing is switched then.
+            ValueError: There is no adapter of that name, or several cannot be active together. Nothing is switched
+                then.
         """
-        unknown = {adapter_name} if isinstance(adapter_name, str) else {*adapter_name}
-        unknown -= {*self.peft_config}
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        unknown = {*names} - {*self.peft_config}
         if unknown:
-            raise ValueError(
-                f"There is no adapter {', '.join(map(repr, sorted(unknown)))}; the model has "
-                f"{', '.join(map(repr, sorted(self.peft_config)))}."
-            )
+            raise ValueError(unknown_adapter(unknown, self.peft_config))
         if self._switched is None:
             modules = list(self.model.modules())
             self._switched = (
@@ -260,23 +203,36 @@ class ELPModel(BaseTuner):
             )
         heads, layers = self._switched
         copies = [head.check_set_adapter(adapter_name) for head in heads]
+        for layer in layers:
+            if isinstance(layer, ELPStack):
+                layer.check_set_adapter(names)
         for head, name in zip(heads, copies, strict=True):
-            head.set_adapter([name] if name and name in head._adapters else [], inference_mode=inference_mode)
+            head.set_adapter([name] if name and name in head.modules_to_save else [], inference_mode=inference_mode)
         for layer in layers:
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; where it was active, the first of the others is active then."""
+        """Delete an adapter. If it was active, the first of the others becomes active.
+
+        The backbone is as it was before, with no wrapper left in it, once the last adapter is deleted.
+
+        Raises:
+            ValueError: There is no adapter of that name.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(unknown_adapter(adapter_name, self.peft_config))
         active = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
-        super().delete_adapter(adapter_name)
-        self._switched = None
-        # In PEFT each layer chooses what comes next among its own, and the first layer for all: a part that only some
-        # adapters have would leave them mixed, or none of them active.
-        following = active or list(self.peft_config)[:1]
-        if was_active and following:
-            self.set_adapter(following)
+        with unchanged_on_error(self):
+            super().delete_adapter(adapter_name)
+            self.model = unwrap(self.model, only_unused=True)
+            self._switched = None
+            # In PEFT each layer chooses the next active adapter among its own. Layers that only some adapters have
+            # would then differ in their active adapter, or have none.
+            following = active or list(self.peft_config)[:1]
+            if was_active and following:
+                self.set_adapter(following)
 
     def forward_all(
         self,
@@ -311,7 +267,8 @@ class ELPModel(BaseTuner):
             )
         refuse_reports(self.model, kwargs)
         refuse_idle_labels(adapter_names, labels)
-        self._unloaded.clear()
+        self._before_loading.clear()
+        self._watch(adapter_names)
         parts, stack = parts_of(self)
         tasks: dict[str, Task] = {}
         for name in adapter_names:
@@ -333,28 +290,29 @@ class ELPModel(BaseTuner):
     def _as(self, adapter_name: str, stack: ELPStack, *args: Any, **kwargs: Any) -> Any:
         """Call the model with the settings of an adapter's head, on which its loss depends."""
         stack.task_head.follow([adapter_name], enabled=not stack.disable_adapters)
-        stack._switch_layerdrop(off=True)
+        stack.layer_drop.turn_off()
         try:
             return self.model(*args, **kwargs)
         finally:
-            stack._follow_adapters()
+            stack.follow_adapters()
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add the weighted average of adapters of one make as a further adapter, as model soups do.
+        """Add the weighted average of adapters that are configured alike as a further adapter, as model soups do.
 
         Computes `sum_i weights_i * adapters_i` over all tensors, those of the head included. As in PEFT, the new
-        adapter is frozen, and not active until `set_adapter`.
+        adapter is frozen, and it is not active until `set_adapter`.
 
         Args:
             adapters: Names of adapters with the same letters, sizes, layers and head.
             weights: One weight for each. They add up to 1; some may be negative.
             adapter_name: Name of the new adapter.
-            combination_type: "linear", the only one that has a meaning for ELP.
+            combination_type: "linear" is the only type that ELP has.
 
         Raises:
-            ValueError: The adapters are of different make, or another argument does not fit. Nothing is changed then.
+            ValueError: The adapters are configured differently, or another argument does not fit. Nothing is changed
+                then.
         """
         if combination_type != "linear":
             raise ValueError(
@@ -362,45 +320,42 @@ class ELPModel(BaseTuner):
                 "Write combination_type='linear'."
             )
         config = check_combination(self.peft_config, adapters, weights, adapter_name)
-        self.peft_config[adapter_name] = replace(config, inference_mode=True)
-        try:
+        with unchanged_on_error(self):
+            self.peft_config[adapter_name] = replace(config, inference_mode=True)
             self.inject_adapter(self.model, adapter_name)
-        except BaseException:
-            self.peft_config.pop(adapter_name)
-            raise
-        combine(self.model, adapters, weights, adapter_name)
+            combine(self.model, adapters, weights, adapter_name)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """The embeddings of a text vocabulary, None for an encoder of speech.
+        """The embeddings of a text vocabulary, or None for an encoder of speech.
 
-        PEFT asks for them when it saves a model whose vocabulary is not that of its base, such as a CTC head for a new
-        language. Transformers raises for most speech models.
+        PEFT asks for them when it saves a model whose vocabulary differs from that of its base, such as a CTC head for
+        a new language. Transformers raises for most speech models.
         """
-        base: Any = self.model
-        try:
-            return base.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
-            return None
+        return alone.input_embeddings(self.model)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> NoReturn:
+        # An abstract method of BaseTuner, which its inject_adapter would call for each module.
         raise NotImplementedError("ELP places its adapters in inject_adapter, by a plan.")
 
     def _check_merge_allowed(self) -> NoReturn:
+        # PEFT calls this before it merges.
         raise ValueError(WHY_NO_MERGE)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        # The private method behind `unload` and `merge_and_unload`.
         if merge:
             self._check_merge_allowed()
-        self.model = unwrap(self.model)
-        remove_head(self.model)
-        self._switched = None
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
+        with unchanged_on_error(self):
+            self.model = unwrap(self.model)
+            self._switched = None
+            if hasattr(self.model, "peft_config"):
+                del self.model.peft_config
         return self.model
 
-    # PEFT looks for an adapter's tensors under the names of its modules. Not every state dict has these: Transformers'
-    # leaves ELP's wrappers out, that of an FSDP1 unit or an activation checkpoint PyTorch's. And the saved name of a
-    # tensor must not depend on which other adapters wrap the same backbone.
+    # PEFT delegates the names of an adapter's tensors to these private class methods. Its own versions look for them
+    # under the names of modules, which not every state dict has: Transformers' leaves out ELP's wrappers, and the one
+    # of an FSDP1 unit or an activation checkpoint leaves out PyTorch's. The saved name of a tensor must not depend on
+    # which other adapters wrap the same backbone either.
 
     @classmethod
     def _get_adapter_state_dict(
@@ -427,43 +382,42 @@ class ELPModel(BaseTuner):
         Raises:
             ValueError: They are not. An adapter that was placed to be loaded is taken out again.
         """
-        own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict())
-        names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
-        outside = "base_model.model."  # which a saved name starts with, and a model without a PeftModel around lacks
-        names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
-        named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
         tuner = getattr(model, "base_model", None)
-        trainable = tuner._unloaded.pop(adapter_name, None) if isinstance(tuner, cls) else None
-
-        def refuse(what: str) -> None:
-            if what and isinstance(tuner, cls) and trainable is not None:
-                tuner._take_back(adapter_name, trainable)
-            if what:
-                raise misfit_error(model, adapter_name, what)
+        taking_back = tuner.taking_back(adapter_name) if isinstance(tuner, cls) else nullcontext
+        with taking_back():
+            own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict())
+            names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
+            outside = "base_model.model."  # Saved names start with it. A model without a PeftModel does not have it.
+            names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
+            named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
+            _refuse(model, adapter_name, misfits(model, adapter_name, named))
 
         def refuse_mismatches(_: nn.Module, tensors: dict[str, torch.Tensor], *args: Any) -> None:
             hook.remove()
-            refuse(mismatches(model, tensors))
+            with taking_back():
+                _refuse(model, adapter_name, mismatches(model, tensors))
 
-        refuse(misfits(model, adapter_name, named))
         # Only PEFT knows by now whether tensors of another size are to be passed over, and which.
         hook = model.register_load_state_dict_pre_hook(refuse_mismatches)
         return named
 
-    def _take_back(self, adapter_name: str, trainable: dict[nn.Parameter, bool]) -> None:
-        """Leave the model as it was before an adapter was placed."""
-        del self.peft_config[adapter_name]
-        self.model = remove_adapter(self.model, adapter_name)
-        self._switched = None
-        _restore(trainable)
-        if not self.peft_config and hasattr(self.model, "peft_config"):
-            del self.model.peft_config
+    def taking_back(self, adapter_name: str) -> Callable[[], AbstractContextManager[None]]:
+        """A context that leaves the model as it was before an adapter was placed, if its tensors are refused in it."""
+        before = self._before_loading.pop(adapter_name, None)
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            try:
+                yield
+            except BaseException:
+                if before is not None:
+                    before.restore()
+                    self._forget(adapter_name)
+                raise
+
+        return context
 
 
-def _no_embeddings() -> None:
-    """What a model of speech answers when it is asked for the embeddings of a text vocabulary."""
-
-
-def _restore(trainable: dict[nn.Parameter, bool]) -> None:
-    for parameter, requires_grad in trainable.items():
-        parameter.requires_grad_(requires_grad)
+def _refuse(model: nn.Module, adapter_name: str, what: str) -> None:
+    if what:
+        raise misfit_error(model, adapter_name, what)

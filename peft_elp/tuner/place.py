@@ -1,8 +1,8 @@
-"""Wrappers come into the model, are found there again, and leave it as it was."""
+"""Wrappers are put around the modules of a model, found there again, and removed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
 from operator import attrgetter
 from typing import Any
 
@@ -10,24 +10,117 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_elp.adapters import EAdapter, LAdapter, PAdapter
 from peft_elp.call.hidden_states import trim_hidden_states
+from peft_elp.wording import shortened
 
 from .find import Encoder
 from .guards import refuse_short_utterances
-from .head import original, remove_head, remove_head_copies
+from .head import original, place_head, remove_head, remove_head_copies
 from .head_config import remade_head
-from .layers import ELPLayer, ELPNorm, ELPSublayer, FrontEnd, TappedLayer, Wrapper
+from .layers import ELPLayer, ELPNorm, ELPSublayer, FrontEnd, TappedLayer
+from .patches import set_attribute, undo_patches
 from .paths import canonical, join
 from .plan import Plan
 from .stack import ELPStack
 
 
+def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapters: list[str]) -> nn.Module:
+    """Put an adapter into a model, without its head.
+
+    Args:
+        model: The model.
+        plan: What to place, and where.
+        adapter_name: The adapter's name.
+        active_adapters: The names of the adapters that are active in the model.
+
+    Returns:
+        The model. It is another object only if the model is an encoder stack itself, which is wrapped then.
+    """
+    config, encoder = plan.config, plan.encoder
+    frozen = config.inference_mode
+    init_std = config.init_std if config.init_weights else None
+    for layer, path in plan.e_sites:
+        sublayer = wrap(encoder.layers[layer], path, ELPSublayer, active_adapters)
+        adapter = EAdapter(encoder.hidden_size, config.e_dim, config.e_activation, config.e_dropout, init_std)
+        sublayer.place("elp_e", adapter_name, adapter, frozen)
+    for layer, path in plan.norm_sites:
+        wrap(encoder.layers[layer], path, ELPNorm, active_adapters).copy_for(adapter_name, frozen)
+
+    stack = wrap_stack(model, encoder, active_adapters)
+    if config.window_s is not None:
+        stack.windows[adapter_name] = config.window_s
+    if "L" in config.adapters:
+        assert config.l_layers is not None
+        assert config.l_output is not None
+        assert config.l_input_norm is not None
+        if stack.layer_drop.probability > 0:
+            warnings.warn(
+                f"LayerDrop ({encoder.family.layerdrop}={stack.layer_drop.probability}) is off while an L-adapter is "
+                "active: a layer that is skipped has no output to read. unload() restores it.",
+                stacklevel=2,
+            )
+        stack.tapped_layers[adapter_name] = config.l_layers
+        adapter = LAdapter(
+            encoder.hidden_size,
+            len(config.l_layers),
+            config.l_dim,
+            config.l_activation,
+            config.l_dropout,
+            init_std,
+            output="taps" if config.l_output == "head" else config.l_output,
+            input_norm=config.l_input_norm,
+        )
+        stack.place("elp_l", adapter_name, adapter, frozen)
+    if "P" in config.adapters:
+        adapter = PAdapter(encoder.hidden_size, config.p_length, config.p_position, config.p_init_std)
+        stack.place("elp_p", adapter_name, adapter, frozen)
+    return model if encoder.stack_path else stack
+
+
+def check_placed(model: nn.Module, plan: Plan, adapter_name: str) -> None:
+    """Compare what is in the model with what the plan asks for.
+
+    Raises:
+        RuntimeError: Something is missing.
+    """
+    expected = plan.expected()
+    missing = sorted(expected - placed(model, adapter_name))
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(expected)} adapters found no place: {shortened(missing)}. Are layers of this "
+            "model shared? Name the layers to adapt with e_layers and l_layers."
+        )
+
+
+def give_head(model: nn.Module, plan: Plan, adapter_name: str, active: bool, named_by_tuner: bool) -> None:
+    """Give an adapter its copies of the head, and tell the stack about them.
+
+    Args:
+        model: The model, with the adapter in place.
+        plan: The plan of the adapter.
+        adapter_name: The adapter's name.
+        active: Whether it is active.
+        named_by_tuner: Whether the tuner names the tensors of the head when they are loaded.
+    """
+    paths, inference_mode = plan.config.modules_to_save or [], plan.config.inference_mode
+    place_head(model, paths, adapter_name, active, inference_mode, new_head(model, plan), named_by_tuner)
+    join_head(model, plan, adapter_name)
+
+
+def adapted_modules(model: nn.Module) -> list[str]:
+    """The paths of the modules that hold adapters."""
+    return [
+        canonical(name)
+        for name, module in model.named_modules()
+        if isinstance(module, ELPLayer) and module.adapter_layer_names
+    ]
+
+
 def wrap(layer: nn.Module, part: str, wrapper: Any, active_adapters: list[str]) -> Any:
-    """The tuner layer around a part of an encoder layer; made if it is not there yet."""
+    """The tuner layer around a module inside an encoder layer. It is made if it is not there yet."""
     parent_path, _, name = part.rpartition(".")
     parent = layer.get_submodule(parent_path)
-    if isinstance(parent, Wrapper):  # what is set on a wrapper does not reach the module that runs
-        parent = parent.base_layer
     module = getattr(parent, name)
     if not isinstance(module, wrapper):
         module = wrapper(module, active_adapters).train(module.training)
@@ -35,30 +128,31 @@ def wrap(layer: nn.Module, part: str, wrapper: Any, active_adapters: list[str]) 
     return module
 
 
-def wrap_stack(model: nn.Module, parts: Encoder, active_adapters: list[str]) -> ELPStack:
-    """The tuner layer around the encoder stack; made if it is not there yet, with what it needs around it."""
-    parent_path, _, name = parts.stack_path.rpartition(".")
+def wrap_stack(model: nn.Module, encoder: Encoder, active_adapters: list[str]) -> ELPStack:
+    """The tuner layer around the encoder stack. It is made if it is not there yet, with the patches that it needs."""
+    parent_path, _, name = encoder.stack_path.rpartition(".")
     parent = model.get_submodule(parent_path)
     module = getattr(parent, name) if name else model
     if isinstance(module, ELPStack):
         return module
-    stack = ELPStack(module, parts.family, active_adapters).train(module.training)
-    if name:  # else the model is its own stack, and whoever holds it takes the wrapper in its place
+    stack = ELPStack(module, encoder.family, active_adapters).train(module.training)
+    if name:  # Else the model is its own stack, and whoever holds it puts the wrapper in its place.
         setattr(parent, name, stack)
     for index, layer in enumerate(stack.encoder_layers):
         stack.encoder_layers[index] = TappedLayer(layer, index, active_adapters)
-    cnn: Any = attrgetter(parts.family.feature_encoder)(parts.backbone) if parts.family.feature_encoder else None
+    path = encoder.family.feature_encoder
+    cnn: Any = attrgetter(path)(encoder.backbone) if path else None
     if hasattr(cnn, "_requires_grad"):
-        # Else the CNN, though frozen, would be recorded for a backward pass in every training step.
-        cnn._elp_requires_grad, cnn._requires_grad = cnn._requires_grad, False
-        parts.backbone.register_forward_pre_hook(refuse_short_utterances, with_kwargs=True)
-    parts.backbone.register_forward_hook(trim_hidden_states)
+        # While this private flag of Transformers is set, the convolutions record a graph in training, though frozen.
+        set_attribute(cnn, "_requires_grad", False)
+        encoder.backbone.register_forward_pre_hook(refuse_short_utterances, with_kwargs=True)
+    encoder.backbone.register_forward_hook(trim_hidden_states)
     return stack
 
 
 def join_head(model: nn.Module, plan: Plan, adapter_name: str) -> None:
     """Tell the stack which head goes along with its adapters."""
-    stack = model.get_submodule(plan.parts.stack_path)
+    stack = model.get_submodule(plan.encoder.stack_path)
     assert isinstance(stack, ELPStack)
     stack.task_head.config = getattr(model, "config", None)
     for path in plan.config.modules_to_save or ():
@@ -68,20 +162,20 @@ def join_head(model: nn.Module, plan: Plan, adapter_name: str) -> None:
             stack.task_head.copies.append(copies)
     if plan.config.head_config:
         stack.task_head.settings[adapter_name] = plan.config.head_config
-    stack._follow_adapters()
+    stack.follow_adapters()
 
 
-def wrap_front_end(parts: Encoder) -> None:
+def wrap_front_end(encoder: Encoder) -> None:
     """Let the convolutions over the waveform run once for all tasks that share a pass."""
-    if parts.family.feature_encoder:
-        path, _, name = parts.family.feature_encoder.rpartition(".")
-        holder = attrgetter(path)(parts.backbone) if path else parts.backbone
+    if encoder.family.feature_encoder:
+        path, _, name = encoder.family.feature_encoder.rpartition(".")
+        holder = attrgetter(path)(encoder.backbone) if path else encoder.backbone
         if not isinstance(getattr(holder, name), FrontEnd):
             setattr(holder, name, FrontEnd(getattr(holder, name)))
 
 
 def placed(model: nn.Module, adapter_name: str) -> set[str]:
-    """The names of the adapters of that name that are in the model, as `Plan.expected` names them."""
+    """The parts of an adapter that are in the model, named as `Plan.expected` names them."""
     names: set[str] = set()
     for name, module in model.named_modules():
         path = canonical(name)
@@ -102,80 +196,64 @@ def placed(model: nn.Module, adapter_name: str) -> set[str]:
     return names
 
 
-def _with_children(model: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module]]:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            yield parent, name, child
-
-
 def remove_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
-    """Take one adapter out again, with every wrapper that it alone needed; gives the model as `unwrap` does."""
-    for layer in model.modules():
+    """Take one adapter out of the model, with every wrapper that it alone needed.
+
+    Returns:
+        The model, as `unwrap` returns it.
+    """
+    for layer in list(model.modules()):
         if isinstance(layer, ELPLayer):
-            for container in layer.adapter_layer_names:
-                if adapter_name in getattr(layer, container):
-                    del getattr(layer, container)[adapter_name]
-        if isinstance(layer, ELPStack):
-            layer.forget(adapter_name)
+            layer.remove(adapter_name)
     remove_head_copies(model, adapter_name)
-    remove_head(model, only_unused=True)
     return unwrap(model, only_unused=True)
 
 
 def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
-    """Put the backbone's own modules back in place of ELP's wrappers, and its settings back to what they were.
+    """Put the backbone's own modules back in place of ELP's wrappers, and undo what ELP has patched.
 
     Args:
         model: The whole model.
-        only_unused: Leave those wrappers that hold an adapter, or one around which another holds one.
+        only_unused: Keep the wrappers that hold an adapter, and those around a wrapper that does.
 
     Returns:
-        The model, which is another object only if it was a wrapped stack itself.
+        The model. It is another object only if the model was a wrapped encoder stack itself.
     """
-
-    def kept(stack: ELPStack) -> bool:  # it serves E-adapters too, which it does not hold itself
-        layers = [layer for layer in stack.modules() if isinstance(layer, ELPLayer)]
-        return only_unused and any(layer._get_available_adapters() for layer in layers)
-
-    if isinstance(model, ELPStack) and not kept(model):
-        _unwrap_stack(model, model)
-        model = model.base_layer
-    for parent, name, child in _with_children(model):
-        if isinstance(child, ELPStack) and not kept(child):
-            _unwrap_stack(model, child)
-            setattr(parent, name, child.base_layer)
-    for parent, name, child in _with_children(model):
-        unused = isinstance(child, ELPLayer) and not (only_unused and child._get_available_adapters())
-        if isinstance(child, FrontEnd) or (unused and not isinstance(child, (ELPStack, TappedLayer))):
-            setattr(parent, name, child.base_layer)
-    return model
+    stacks = [module for module in model.modules() if isinstance(module, ELPStack)]
+    unused = {stack for stack in stacks if not (only_unused and _holds_adapters(stack))}
+    for stack in unused:
+        for backbone in _backbones_around(model, stack):
+            undo_patches(backbone.modules())
+        stack.release()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if _is_idle(child, unused, only_unused):
+                setattr(parent, name, child.base_layer)
+    remove_head(model, only_unused=only_unused)
+    unwrapped = model.base_layer if isinstance(model, ELPStack) and model in unused else model
+    if not any(isinstance(module, ELPStack) for module in unwrapped.modules()):
+        undo_patches(unwrapped.modules())
+    return unwrapped
 
 
-def _unwrap_stack(model: nn.Module, stack: ELPStack) -> None:
-    if stack._layerdrop is not None:
-        holder, attribute = stack._layerdrop_at()
-        setattr(holder, attribute, stack._layerdrop)
-    stack.window.restore()
-    stack.task_head.follow([], enabled=False)
-    for index, layer in enumerate(stack.encoder_layers):
-        if isinstance(layer, TappedLayer):
-            stack.encoder_layers[index] = layer.base_layer
-    for norm in stack.frozen_norms():
-        norm.train(stack.training)
-    for module in _around(model, stack):
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (trim_hidden_states, refuse_short_utterances)]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for part in module.modules():
-            if "_elp_requires_grad" in part.__dict__:
-                part.__dict__["_requires_grad"] = part.__dict__.pop("_elp_requires_grad")
+def _is_idle(module: nn.Module, unused_stacks: set[ELPStack], only_unused: bool) -> bool:
+    """Whether a module is a wrapper whose place its `base_layer` takes again."""
+    if isinstance(module, ELPStack):
+        return module in unused_stacks
+    if isinstance(module, TappedLayer):  # Its stack releases it.
+        return False
+    unused = isinstance(module, ELPLayer) and not (only_unused and module.adapter_names())
+    return unused or isinstance(module, FrontEnd)
 
 
-def _around(model: nn.Module, stack: ELPStack) -> list[nn.Module]:
-    """The base encoder that one stack belongs to: whatever carries ELP's hooks and holds the stack."""
-    hooked = [m for m in model.modules() if trim_hidden_states in m._forward_hooks.values()]
-    return [module for module in hooked if any(part in (stack, stack.base_layer) for part in module.modules())]
+def _holds_adapters(stack: ELPStack) -> bool:
+    return any(layer.adapter_names() for layer in stack.modules() if isinstance(layer, ELPLayer))
+
+
+def _backbones_around(model: nn.Module, stack: ELPStack) -> list[nn.Module]:
+    """The backbone that a stack belongs to: the module that carries ELP's hooks and contains the stack."""
+    hooked = [module for module in model.modules() if trim_hidden_states in module._forward_hooks.values()]
+    return [module for module in hooked if any(inner in (stack, stack.base_layer) for inner in module.modules())]
 
 
 def new_head(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from peft_elp.adapters import LAdapter, TapSum
 from peft_elp.backbones import Backbone
-from peft_elp.call.hidden_states import without_pseudo_features
+from peft_elp.call.hidden_states import mark_replaced, without_pseudo_features
 from peft_elp.call.outputs import another, hidden_states_of, with_hidden_states
 from peft_elp.call.route import Route, current_route
 from peft_elp.call.shared_pass import SharedPass, readers_of_pass
 from peft_elp.call.stack_call import Reader, StackCall, current_call
-from peft_elp.pseudo import join_each
+from peft_elp.pseudo import RealFrames, join_each
 
 from .guards import reentrant_checkpointing
 from .head_config import TaskHead
-from .layers import ELPLayer, ELPNorm, ELPSublayer, Wrapper
-from .window import Window
+from .layerdrop import LayerDrop
+from .layers import ELPLayer, ELPNorm, ELPSublayer, TappedLayer, Wrapper
+from .window import Window, common_window
 
 
 class ELPStack(ELPLayer):
@@ -31,21 +32,33 @@ class ELPStack(ELPLayer):
     Args:
         base_layer: The encoder stack.
         family: Its row in the table of backbones.
-        active_adapters: The names that are active in the model that gets the layer.
+        active_adapters: The names of the adapters that are active in the model.
     """
 
     adapter_layer_names = ("elp_l", "elp_p")
+    # Declared with values, so that they are never those of `base_layer`.
+    family: Backbone = Backbone()
+    depth: int = 0
 
     def __init__(self, base_layer: nn.Module, family: Backbone, active_adapters: Sequence[str] = ()) -> None:
         super().__init__(base_layer, active_adapters)
         self.family = family
-        self.tapped_layers: dict[str, list[int]] = {}  # by adapter name
-        self.windows: dict[str, int] = {}  # seconds by adapter name, where an adapter has a shorter window
+        self.tapped_layers = {}  # By adapter name.
+        self.windows: dict[str, int] = {}  # Seconds by adapter name, if an adapter has a shorter window.
         self.window = Window(base_layer, family.window)
         self.elp_l = nn.ModuleDict()
         self.elp_p = nn.ModuleDict()
         self.task_head = TaskHead(None)
-        self._layerdrop: float | None = None  # the backbone's own, while it is off
+        self.layer_drop = LayerDrop(base_layer, family.layerdrop)
+        self.depth = len(self.encoder_layers)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "layer_drop" not in state:  # Pickled by version 0.1.
+            self.layer_drop = LayerDrop(self.base_layer, self.family.layerdrop)
+            self.layer_drop.before = vars(self).pop("_layerdrop", None)
+            self.windows, self.window = {}, Window(self.base_layer, self.family.window)
+            self.depth = len(self.encoder_layers)
 
     @property
     def encoder_layers(self) -> nn.ModuleList:
@@ -54,93 +67,89 @@ class ELPStack(ELPLayer):
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    @property
-    def layerdrop(self) -> float:
-        """The probability with which the backbone skips a layer in training."""
-        holder, name = self._layerdrop_at()
-        return float(getattr(holder, name)) if name else 0.0
+    def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
+        """Check that adapters can be active together in this encoder.
+
+        Raises:
+            ValueError: They take windows of different lengths.
+        """
+        common_window(self.windows.get(name) for name in adapter_names)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._follow_adapters()
+        self.follow_adapters()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self._follow_adapters()
+        self.follow_adapters()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.forget(adapter_name)
+        self.remove(adapter_name)
 
-    def forget(self, adapter_name: str) -> None:
-        """Drop what the stack knows of an adapter that is gone."""
+    def remove(self, adapter_name: str) -> None:
+        super().remove(adapter_name)
         self.tapped_layers.pop(adapter_name, None)
         self.windows.pop(adapter_name, None)
         self.task_head.settings.pop(adapter_name, None)
-        self._follow_adapters()
+        self.follow_adapters()
 
-    def _follow_adapters(self) -> None:
+    def release(self) -> None:
+        self.layer_drop.restore()
+        self.window.restore()
+        self.task_head.follow([], enabled=False)
+        for index, layer in enumerate(self.encoder_layers):
+            if isinstance(layer, TappedLayer):
+                self.encoder_layers[index] = layer.base_layer
+        for norm in self.frozen_norms():
+            norm.train(self.training)
+
+    def follow_adapters(self) -> None:
+        """Let the head, LayerDrop and the window follow the active adapters."""
         self.task_head.follow(self.active_adapters, not self.disable_adapters)
-        self._switch_layerdrop()
-        self._switch_window()
-
-    def _switch_window(self) -> None:
-        windows = {self.windows.get(name) for name in self.active_adapters} if not self.disable_adapters else set()
-        if len(windows) > 1:
-            lengths = " and ".join("the whole window" if one is None else f"{one} s" for one in windows)
-            raise ValueError(
-                f"The active adapters take windows of different lengths: {lengths}. Activate one of them."
-            )
-        window_s = windows.pop() if windows else None
-        if window_s is None:
-            self.window.restore()
+        if self.running(self.elp_l):
+            self.layer_drop.turn_off()  # A skipped layer has no tap.
         else:
-            self.window.shorten(window_s)
+            self.layer_drop.restore()
+        self.window.follow([] if self.disable_adapters else [self.windows.get(name) for name in self.active_adapters])
 
-    def _layerdrop_at(self) -> tuple[Any, str]:
-        if self.family.layerdrop is None:
-            return None, ""
-        path, _, name = self.family.layerdrop.rpartition(".")
-        return self._attribute(path) if path else self.base_layer, name
+    def check_depth(self) -> None:
+        """Refuse an encoder whose layers have been cut after its adapters were placed.
 
-    def _switch_layerdrop(self, off: bool = False) -> None:
-        # A skipped layer has no tap. Off while an L-adapter is active, as the backbone has it otherwise.
-        holder, name = self._layerdrop_at()
-        if not name:
-            return
-        if off or self.running(self.elp_l):
-            if self._layerdrop is None:
-                self._layerdrop = getattr(holder, name)
-                setattr(holder, name, 0.0)
-        elif self._layerdrop is not None:
-            setattr(holder, name, self._layerdrop)
-            self._layerdrop = None
+        Raises:
+            RuntimeError: The encoder has another number of layers.
+        """
+        if len(self.encoder_layers) != self.depth:
+            raise RuntimeError(
+                f"The {type(self.base_layer).__name__} had {self.depth} layers when its adapters were placed and has "
+                f"{len(self.encoder_layers)} now. Cut layers before get_peft_model or after unload()."
+            )
 
     def _runs_in_layers(self) -> bool:
-        """Whether an active adapter has parameters inside of the encoder layers."""
-        parts = [module for module in self.modules() if isinstance(module, (ELPSublayer, ELPNorm))]
-        return any(self.running(getattr(part, name)) for part in parts for name in part.adapter_layer_names)
+        """Whether an active adapter has parameters inside the encoder layers."""
+        inside = [module for module in self.modules() if isinstance(module, (ELPSublayer, ELPNorm))]
+        return any(self.running(getattr(layer, name)) for layer in inside for name in layer.adapter_layer_names)
 
     def _keep_processes_in_step(self) -> None:
-        """Switch LayerDrop off where several processes train the layers: each waits for the gradients of all of them.
+        """Turn LayerDrop off if several processes train the layers: each waits for the gradients of all of them.
 
-        Here rather than in `set_adapter`, since processes may be joined after the adapters are placed.
+        This is not done in `set_adapter`, since processes may be joined after the adapters are placed.
         """
-        if not (self.training and self.layerdrop > 0 and self._layerdrop is None):
+        if not (self.training and self.layer_drop.before is None and self.layer_drop.probability > 0):
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized() and self._runs_in_layers():
             warnings.warn(
-                f"LayerDrop ({self.family.layerdrop}={self.layerdrop}) is off while adapters inside the encoder "
-                "layers are trained by several processes: in a skipped layer they have no gradient, and "
+                f"LayerDrop ({self.family.layerdrop}={self.layer_drop.probability}) is off while adapters inside the "
+                "encoder layers are trained by several processes: in a skipped layer they have no gradient, and "
                 "DistributedDataParallel waits for one. unload() restores it.",
                 stacklevel=3,
             )
-            self._switch_layerdrop(off=True)
+            self.layer_drop.turn_off()
 
     def train(self, mode: bool = True) -> ELPStack:
-        """Set the mode of training; batch norms of the frozen encoder stay in evaluation.
+        """Set the training mode. The batch norms of the frozen encoder stay in evaluation mode.
 
-        Their running statistics are not saved with an adapter, so a loaded one would not be the trained one.
+        Their running statistics are not saved with an adapter, so that a loaded one would not be the trained one.
         """
         super().train(mode)
         for norm in self.frozen_norms():
@@ -149,88 +158,103 @@ class ELPStack(ELPLayer):
 
     def frozen_norms(self) -> list[nn.Module]:
         """The batch norms of the encoder."""
+        # The common base class of BatchNorm1d to 3d and SyncBatchNorm is private to PyTorch.
         kind = nn.modules.batchnorm._BatchNorm
         return [module for module in self.base_layer.modules() if isinstance(module, kind)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the encoder; what comes back has as many frames as it has without adapters.
+        """Run the encoder. The output has as many frames as without adapters.
 
-        Takes what the encoder takes. Where the front end is outside: `hidden_states`, `(batch, frames, hidden)`,
-        `attention_mask`, `(batch, frames)` or None, and whatever the stack forwards to its layers.
+        Takes what the encoder takes. If the front end is outside the stack: `hidden_states`, `(batch, frames,
+        hidden)`, `attention_mask`, `(batch, frames)` or None, and whatever the stack forwards to its layers.
         """
+        self.check_depth()
         self._keep_processes_in_step()
         shared = None if self.disable_adapters else readers_of_pass()
         if shared is not None and shared.output is not None:
             return another(shared.output, shared.ends[shared.task])
-        # Readers have nothing inside of the layers. A layer that ran again for its gradients, in the backward pass,
-        # would know nothing of the shared one, and run with the adapters that are active.
-        needs_gradient = self._loses_gradients() and shared is None
-        call = StackCall(shared=shared, needs_gradient=needs_gradient, copy_taps=self.family.tap_in_place)
         route = None if self.disable_adapters else current_route.get()
-        args, kwargs = self._with_pseudo_features(call, route, args, kwargs)
-        call.taps = self._taps(route) if shared is None else _taps_of_all(shared)
-        call.last_layer = len(self.encoder_layers) - 1
-        call.ends_in_layer = self.family.taps_end == "last layer"
+        names = self.running(self.elp_p) if route is None else [name for name in route.adapters if name in self.elp_p]
+        inside, pseudo, counts = self.family.front_end_inside, None, None
+        real: tuple[RealFrames, ...] = ()
+        if names and inside:
+            pseudo, counts = self._carried_rows(route, names)
+        elif names:
+            args, kwargs, real = self._with_pseudo_features(route, names, args, kwargs)
+        call = StackCall(
+            taps=self._readers(route) if shared is None else _readers_of_all(shared),
+            shared=shared,
+            last_layer=self.depth - 1,
+            ends_in_layer=self.family.taps_end == "last layer",
+            copy_taps=self.family.tap_in_place,
+            real=real,
+            squeeze=self._squeeze,
+            pseudo=pseudo,
+            counts=counts,
+            positions=self._positions() if pseudo is not None else None,
+            # Readers have nothing inside the layers. A layer that runs again for its gradients, in the backward pass,
+            # would know nothing of the shared pass, and would run with the adapters that are active.
+            needs_gradient=self._loses_gradients() and shared is None,
+        )
         with current_call.set(call):
             output = self.base_layer(*args, **kwargs)
-        x = call.after_stack(hidden_states_of(output))
+        before = hidden_states_of(output)
+        x = call.after_stack(before)
+        if x is not before:
+            mark_replaced(before)
         if shared is not None and not call.ends_in_layer:
             shared.output = another(output, hidden_states_of(output))
-        # Carried pseudo features left the frames where each layer ended.
-        return with_hidden_states(output, x if self.family.front_end_inside else without_pseudo_features(x, call.real))
+        # Carried pseudo features left the frames at the end of each layer.
+        return with_hidden_states(output, x if inside else without_pseudo_features(x, call.real))
 
-    def _taps(self, route: Route | None) -> tuple[Reader, ...]:
+    def _readers(self, route: Route | None) -> tuple[Reader, ...]:
+        """The readers of the L-adapters at work."""
         if route is not None:
             return tuple(
-                self._taps_of(name, partial(route.rows, name)) for name in route.adapters if name in self.elp_l
+                self._reader(name, partial(route.rows, name)) for name in route.adapters if name in self.elp_l
             )
         name = self.only_running(self.elp_l, "The L-adapters")
-        return () if name is None else (self._taps_of(name),)
+        return () if name is None else (self._reader(name),)
 
-    def _taps_of(self, name: str, rows: Callable[[Tensor], Tensor] | None = None) -> Reader:
+    def _reader(self, name: str, rows: Callable[[Tensor], Tensor] | None = None) -> Reader:
         adapter = self.elp_l[name]
         assert isinstance(adapter, LAdapter)
         return Reader(TapSum(adapter), {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}, rows)
 
-    def _with_pseudo_features(
-        self, call: StackCall, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the stack with pseudo features among its frames, where they do not travel beside them."""
-        names = self.running(self.elp_p) if route is None else [name for name in route.adapters if name in self.elp_p]
-        if not names:
-            return args, kwargs
-        prompts: list[Any] = [self.elp_p[name] for name in names]
-        if self.family.front_end_inside:
-            call.positions = self._positions()
-            if route is None:
-                call.pseudo = torch.cat([adapter.rows for adapter in prompts])
-            else:
-                call.pseudo, counts, _ = self._own_rows(route, names)
-                call.counts = None if len(counts.unique()) == 1 else counts
-            return args, kwargs
+    def _carried_rows(self, route: Route | None, names: list[str]) -> tuple[Tensor, Tensor | None]:
+        """The pseudo features that travel through the layers, and how many each utterance has if that differs."""
+        if route is None:
+            prompts: list[Any] = [self.elp_p[name] for name in names]
+            return torch.cat([adapter.rows for adapter in prompts]), None
+        rows, counts, _ = self._rows_by_utterance(route, names)
+        return rows, None if len(counts.unique()) == 1 else counts
 
+    def _with_pseudo_features(
+        self, route: Route | None, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[RealFrames, ...]]:
+        """The arguments of the stack with pseudo features among its frames, and where the real frames are then."""
         inputs = {("hidden_states", "attention_mask")[place]: value for place, value in enumerate(args)} | kwargs
         x, mask = inputs.pop("hidden_states"), inputs.pop("attention_mask", None)
-        call.squeeze = int(self._attribute(self.family.squeeze) or 1)
+        real: tuple[RealFrames, ...] = ()
         if route is None:
+            prompts: list[Any] = [self.elp_p[name] for name in names]
             for adapter in prompts:
-                x, mask, real = adapter(x, mask, call.squeeze)
-                call.real += (real,)
+                x, mask, frames = adapter(x, mask, self._squeeze)
+                real += (frames,)
         else:
-            x, mask, real = join_each(x, mask, *self._own_rows(route, names), call.squeeze)
-            call.real = (real,)
+            x, mask, frames = join_each(x, mask, *self._rows_by_utterance(route, names), self._squeeze)
+            real = (frames,)
         chunk = self._attribute(self.family.attention_chunk)
         if chunk and x.shape[1] > chunk:
             raise ValueError(
                 f"With its pseudo features this batch has {x.shape[1]} frames, and the attention of "
-                f"{type(self.base_layer).__name__} sees {chunk} at a time ({self.family.attention_chunk}): most "
-                "frames would not see the pseudo features. Shorten the audio, raise the chunk, or leave P out of "
-                "adapters."
+                f"{type(self.base_layer).__name__} sees {chunk} at a time ({self.family.attention_chunk}), so most "
+                "frames would not see the pseudo features. Shorten the audio, or leave P out of adapters."
             )
-        return (x,), {**inputs, "attention_mask": mask}
+        return (x,), {**inputs, "attention_mask": mask}, real
 
-    def _own_rows(self, route: Route, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """For each utterance of a mixed batch: pseudo features, how many are its own, whether they come first."""
+    def _rows_by_utterance(self, route: Route, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """For each utterance of a mixed batch: pseudo features, how many of them count, whether they come first."""
         prompts: list[Any] = [self.elp_p[name] for name in names]
         length = max(len(adapter.rows) for adapter in prompts)
         none = torch.zeros_like(prompts[0].rows[:1]).expand(length, -1)
@@ -242,8 +266,13 @@ class ELPStack(ELPLayer):
         rows = torch.stack([*table, none])[which.to(device)]
         return rows, counts[:, None].to(device), before[:, None].to(device)
 
+    @property
+    def _squeeze(self) -> int:
+        """How many frames of the stack's input the layers take as one."""
+        return int(self._attribute(self.family.squeeze) or 1)
+
     def _positions(self) -> Callable[[Tensor, Tensor], Any] | None:
-        """How the stack computes what its layers know of positions, from hidden states and the numbers of frames."""
+        """Computes the positions that the stack gives its layers, from hidden states and frame numbers."""
         if self.family.rotary:
             return self._attribute(self.family.rotary)
         relative = self._attribute(self.family.positions)
@@ -256,7 +285,7 @@ class ELPStack(ELPLayer):
         return value if path else None
 
     def _loses_gradients(self) -> bool:
-        """Whether re-entrant checkpointing is on, which loses gradients inside of layers whose input needs none."""
+        """Whether re-entrant checkpointing is on, which loses gradients inside layers whose input needs none."""
         if not (self.training and torch.is_grad_enabled()):
             return False
         layer = self.encoder_layers[0]
@@ -265,15 +294,14 @@ class ELPStack(ELPLayer):
         if not self.family.reentrant_checkpointing:
             raise RuntimeError(
                 f"{type(self.base_layer).__name__} never returns under re-entrant gradient checkpointing, with or "
-                "without adapters. Enable the other form: "
-                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}), or with "
-                "Trainer TrainingArguments(gradient_checkpointing_kwargs={'use_reentrant': False})."
+                "without adapters. Use the other form: pass gradient_checkpointing_kwargs={'use_reentrant': False} to "
+                "gradient_checkpointing_enable or TrainingArguments."
             )
         return True
 
 
-def _taps_of_all(shared: SharedPass) -> tuple[Reader, ...]:
-    """The sums of all tasks that share a pass, where the layers run; of none, where they ran already."""
+def _readers_of_all(shared: SharedPass) -> tuple[Reader, ...]:
+    """The readers of all tasks that share a pass, or none if the layers ran already."""
     if shared.ends:
         return ()
     return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -67,6 +68,19 @@ def check_window(model: nn.Module, encoder: Encoder, window_s: int) -> None:
         raise ValueError(f"window_s={window_s} is longer than the window of {name}, {full_s:g} s.")
 
 
+def common_window(windows_s: Iterable[int | None]) -> int | None:
+    """The window that adapters have in common, in seconds; None for the whole one.
+
+    Raises:
+        ValueError: They take windows of different lengths.
+    """
+    windows = set(windows_s)
+    if len(windows) > 1:
+        lengths = " and ".join("the whole window" if one is None else f"{one} s" for one in windows)
+        raise ValueError(f"The active adapters take windows of different lengths: {lengths}. Activate one of them.")
+    return windows.pop() if windows else None
+
+
 class FirstPositions(nn.Embedding):
     """The positions of a shorter window, which know the number of positions in the whole one."""
 
@@ -85,6 +99,21 @@ class Window:
         self.stack: Any = stack
         self.path = path
         self.whole: nn.Embedding | None = None  # The positions of the whole window, while it is shorter.
+
+    def follow(self, windows_s: Iterable[int | None]) -> None:
+        """Give the encoder the window of the active adapters.
+
+        Args:
+            windows_s: The window of each active adapter in seconds. None: the whole one.
+
+        Raises:
+            ValueError: The adapters take windows of different lengths.
+        """
+        window_s = common_window(windows_s)
+        if window_s is None:
+            self.restore()
+        else:
+            self.shorten(window_s)
 
     def shorten(self, window_s: int) -> None:
         """Cut the window to the first seconds until `restore`."""
