@@ -139,7 +139,9 @@ class SpeechAdapter:
             raise ValueError(
                 f"The adapter in {str(saved.folder)!r} could not be loaded: {first_line(error)}"
             ) from error
-        extractor = _load(AutoFeatureExtractor, str(saved.folder) if saved.holds(*EXTRACTOR) else name, token)
+        window = {"chunk_length": seconds} if (seconds := saved.config.get("window_s")) else {}
+        source = str(saved.folder) if saved.holds(*EXTRACTOR) else name
+        extractor = _load(AutoFeatureExtractor, source, token, **window)
         if getattr(extractor, "sampling_rate", None) not in RATES_HZ:
             raise ValueError(
                 f"The feature extractor of {str(adapter)!r} has the sampling rate "
@@ -174,7 +176,7 @@ class SpeechAdapter:
             float32 `(samples,)`, mono, at `self.sampling_rate`.
 
         Raises:
-            ValueError: It is missing, broken, empty or too short, or an array comes without a sampling rate.
+            ValueError: It is missing, broken, empty, too short or too long, or an array comes without a sampling rate.
         """
         if isinstance(recording, (np.ndarray, Tensor)):
             name, waveform = "The array", _resampled(recording, sampling_rate, self.sampling_rate)
@@ -189,6 +191,12 @@ class SpeechAdapter:
             raise ValueError(
                 f"{name}: too short, {len(waveform) / self.sampling_rate:.3f} s. The model needs "
                 f"{least / self.sampling_rate:.3f} s or more."
+            )
+        window_s = self.saved.config.get("window_s")
+        if window_s is not None and len(waveform) > window_s * self.sampling_rate:
+            raise ValueError(
+                f"{name}: too long, {len(waveform) / self.sampling_rate:.3f} s. The adapter was trained on a window "
+                f"of {window_s} s, and the rest would be cut off."
             )
         return waveform
 
@@ -430,9 +438,9 @@ def _is_below(key: str, modules: Sequence[str]) -> bool:
     return any(f".{module}." in f".{key}." for module in modules)
 
 
-def _load(auto_class: Any, source: str, token: str | bool | None) -> Any:
+def _load(auto_class: Any, source: str, token: str | bool | None, **options: Any) -> Any:
     try:
-        return auto_class.from_pretrained(source, token=token, trust_remote_code=False)
+        return auto_class.from_pretrained(source, token=token, trust_remote_code=False, **options)
     except Exception as error:  # Whatever is wrong with files by a stranger.
         what = {AutoTokenizer: "tokenizer", AutoFeatureExtractor: "feature extractor"}[auto_class]
         raise ValueError(f"The {what} in {source!r} could not be loaded: {first_line(error)}") from error

@@ -900,6 +900,10 @@ def test_a_shorter_window_is_used_again_by_the_saved_adapter(module, run, wide_w
         column = "predicted_label" if module is intent else "predicted"
         answers = adapter.classify([row["file"] for row in rows], top_k=1)
         assert [answer["label"] for (answer,) in answers] == [row[column] for row in rows]
+    with pytest.raises(ValueError, match="trained on a window of 1 s"):
+        adapter.read(np.zeros(RATE_HZ + 1, dtype=np.float32), RATE_HZ)
+    (folder / "preprocessor_config.json").unlink()  # as a plain save_pretrained leaves the folder
+    assert SpeechAdapter.from_pretrained(folder, device="cpu").feature_extractor.n_samples == RATE_HZ
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
