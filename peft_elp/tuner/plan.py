@@ -205,7 +205,8 @@ def _without(marked: set[int], path: str, module: nn.Module, trained: set[str]) 
     ):
         return []
     parameters = list(module.parameters())
-    if parameters and not any(id(parameter) in marked for parameter in parameters):
+    holds_trained = any(name.startswith(f"{canonical(path)}.") for name in trained)  # As a list of modules does.
+    if parameters and not holds_trained and not any(id(parameter) in marked for parameter in parameters):
         return [canonical(path)]
     return [
         found
