@@ -18,7 +18,7 @@ from peft_elp.wording import brief, shortened
 
 from .find import Encoder, find_encoder
 from .head import find_head, original, resolve
-from .head_config import head_config, other_modules
+from .head_config import head_config, refuse_left_out, remade_modules
 from .paths import canonical, join
 from .window import check_window
 
@@ -161,7 +161,9 @@ def _choose_head(model: nn.Module, plan: Plan) -> None:
         config.modules_to_save = resolve(model, config.modules_to_save, encoder.stack_path, head)
         chosen = True
     if config.modules_to_save or config.head_config:
-        config.head_config = head_config(model, config.head_config)
+        given, config.head_config = config.head_config, head_config(model, config.head_config)
+        if given:
+            refuse_left_out(model, _head(model, encoder), config.modules_to_save, given)
     _refuse_quantised(model, config.modules_to_save)
     _name_new_and_frozen(model, plan, chosen)
 
@@ -330,7 +332,7 @@ def was_loaded(parameter: nn.Parameter) -> bool:
 
 def _is_new(model: nn.Module, path: str, config: ELPConfig) -> bool:
     """Whether the head's layer at `path` is newly initialised, so that nothing is lost if it is re-made."""
-    if other_modules(model, [path], config.head_config):
+    if remade_modules(model, [path], config.head_config):
         return True
     layer = original(model.get_submodule(path))
     if any(was_loaded(parameter) for parameter in model.parameters()):
