@@ -39,9 +39,9 @@ def logits(model):
 @pytest.mark.parametrize("trained", [[], None], ids=["without a head", "with a head"])
 def test_a_language_is_loaded_below_an_adapter_as_into_the_base(language, door, trained, languages, tmp_path):
     config = {"modules_to_save": trained, "l_output": "residual", **ELP}
+    there, plain = base(languages, language), base(languages)
     torch.manual_seed(0)
-    expected = get_peft_model(base(languages, language), ELPConfig(**config)).eval()
-    plain = base(languages)
+    expected = get_peft_model(there, ELPConfig(**config)).eval()
     torch.manual_seed(0)
     if door == "PEFT":
         model = get_peft_model(plain, ELPConfig(**config)).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,22 @@ from torch import Tensor
 from peft_elp.weights import described_tensors
 
 from .fit import SAVED_PREFIX, adapter_tensors, listed, misfit_error, mismatches, problems
+from .patches import set_attribute
 from .paths import canonical
 
 NAME = "_load_pretrained_model"
+
+
+def check_next_loading(model: Any, adapter_name: str, undo: Callable[[], None]) -> None:
+    """Check what Transformers loads into the model next, which is the adapter that was just placed.
+
+    Args:
+        model: The model.
+        adapter_name: Name of the adapter.
+        undo: Removes the adapter from the model.
+    """
+    if hasattr(model, NAME):
+        set_attribute(model, NAME, CheckedLoading(model, adapter_name, undo))
 
 
 @dataclass(eq=False)
@@ -69,12 +83,9 @@ class CheckedLoading:
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the adapter, by the names that they have in a file."""
-        return {
-            canonical(name)
-            .replace(f".modules_to_save.{self.adapter_name}.", ".")
-            .replace(f".{self.adapter_name}.", "."): x
-            for name, x in adapter_tensors(self.model, self.adapter_name).items()
-        }
+        container = re.compile(rf"(?:\.modules_to_save|(\.elp_[a-z]+))\.{re.escape(self.adapter_name)}(?=\.)")
+        tensors = adapter_tensors(self.model, self.adapter_name)
+        return {canonical(container.sub(r"\1", name, count=1)): tensor for name, tensor in tensors.items()}
 
     def _refuse(self, found: dict[str, list[str]]) -> None:
         what = listed(found)

@@ -66,4 +66,4 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
             setattr(child, inner, getattr(parent, name))
             setattr(parent, name, child)
         for stack in stacks:
-            stack._follow_adapters()
+            stack.follow_adapters()

@@ -20,6 +20,7 @@ from peft_elp.wording import unknown_adapter
 
 from . import alone
 from .averaging import check_combination, combine
+from .checked_loading import check_next_loading
 from .first_step import watch_first_step
 from .fit import adapter_tensors, listed, misfit_error, mismatches, problems, refuse_too_large, with_head
 from .head import Head
@@ -122,6 +123,7 @@ class ELPModel(BaseTuner):
             if self._alone:
                 self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
                 alone.prepare(model, plan.config, adapter_name)
+                check_next_loading(model, adapter_name, partial(self._return_to, before, adapter_name))
             elif config.as_read is not None:
                 self._before_loading = {adapter_name: before}
 
@@ -134,6 +136,11 @@ class ELPModel(BaseTuner):
         except BaseException:
             self._forget(adapter_name)
             raise
+
+    def _return_to(self, before: Snapshot, adapter_name: str) -> None:
+        """Bring the model back to what it was before an adapter was placed."""
+        before.restore()
+        self._forget(adapter_name)
 
     def _forget(self, adapter_name: str) -> None:
         """Drop the configuration of an adapter that is not in the model any more, or not yet."""
@@ -416,8 +423,7 @@ class ELPModel(BaseTuner):
                 yield
             except BaseException:
                 if before is not None:
-                    before.restore()
-                    self._forget(adapter_name)
+                    self._return_to(before, adapter_name)
                 raise
 
         return context

@@ -17,6 +17,7 @@ from .find import Encoder
 from .guards import refuse_short_utterances
 from .head import place_head, remove_head, remove_head_copies
 from .head_config import initialised, planned_head
+from .languages import LoadLanguage, has_languages
 from .layers import ELPLayer, ELPNorm, ELPSublayer, FrontEnd, TappedLayer
 from .patches import set_attribute, undo_patches
 from .paths import canonical, join
@@ -145,6 +146,8 @@ def join_head(model: nn.Module, plan: Plan, adapter_name: str) -> None:
         if all(copies is not known for known in stack.task_head.copies):
             stack.task_head.copies.append(copies)
     stack.task_head.join(adapter_name, plan.config.head_config)
+    if has_languages(model):
+        set_attribute(model, "load_adapter", LoadLanguage(model))
     stack.follow_adapters()
 
 
