@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from backbones import HEADS, NORMS, build, has, result, shaken, waveforms
+from backbones import HEADS, NORMS, build, has, labels_for, result, shaken, waveforms
 from families import FAMILIES
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,8 @@ MODELS = {
     if has(family, head)
 } | {name: (family.model, family.inputs) for name, family in (FAMILIES | TOWERS).items()}
 
-LAYERS = st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True)
+# The models have two or three layers. The heads of most of them have a projector or a classifier.
+LAYERS = st.sampled_from([None, [0], [1], [0, 1], [1, 2], [0, 2], [2], [0, 1, 2], [3]])
 CONFIGS = st.fixed_dictionaries(
     {"e_dim": st.integers(1, 6), "l_dim": st.integers(1, 6), "p_length": st.integers(1, 6)},
     optional={
@@ -46,8 +47,8 @@ CONFIGS = st.fixed_dictionaries(
         "l_dropout": st.sampled_from([0.0, 0.3]),
         "train_layer_norms": st.booleans(),
         "init_weights": st.booleans(),
-        "modules_to_save": st.sampled_from([None, None, [], ["projector"], ["classifier"], ["lm_head"], ["nothing"]]),
-        "head_config": st.sampled_from([None, None, {"num_labels": 3}, {"vocab_size": 5}, {"num_labels": 1}]),
+        "modules_to_save": st.sampled_from([None] * 5 + [[], ["projector"], ["classifier"], ["lm_head"], ["nothing"]]),
+        "head_config": st.sampled_from([None] * 4 + [{"num_labels": 3}, {"vocab_size": 5}, {"num_labels": 1}]),
         "exclude_modules": st.sampled_from([None, None, r".*layers\.0\..*", ["layer_norm"], ["feed_forward"]]),
     },
 )
@@ -66,6 +67,7 @@ def belongs_to_adapter(name):
 def keeps_its_promises(name, config):
     make, inputs = MODELS[name]
     base = make()
+    base.requires_grad_(False)  # A frozen WavLM rounds differently, with or without adapters.
     plain, names = answer(base, inputs), list(base.state_dict())
     before = snapshot(base)
     torch.manual_seed(0)
@@ -85,7 +87,10 @@ def keeps_its_promises(name, config):
     assert all(belongs_to_adapter(n) for n in trained)
     assert {n for n, _ in model.named_parameters() if belongs_to_adapter(n)} == set(trained)
     shaken(model)
-    output = model.train()(**inputs)
+    model.train()
+    if name.endswith("ForXVector"):  # Its loss has parameters.
+        model(**inputs, labels=labels_for(base, 2, 0)).loss.backward()
+    output = model(**inputs)
     score = output.logits if "logits" in output else encoded(output)
     (score * torch.randn(score.shape)).sum().backward()
     for n, parameter in trained.items():

@@ -33,7 +33,7 @@ def snapshot(model):
         {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()},
         copy.deepcopy(model.config.to_dict()),
         [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        getattr(getattr(model.base_model, "feature_extractor", None), "_requires_grad", None),
+        getattr(getattr(getattr(model, "base_model", None), "feature_extractor", None), "_requires_grad", None),
     )
 
 
