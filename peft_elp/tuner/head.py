@@ -137,18 +137,18 @@ class Head(KeepsTrained, ModulesToSaveWrapper):
         """The output for a batch whose utterances use different adapters."""
         outputs: list[tuple[Tensor, Tensor]] = []
         for name in dict.fromkeys(route.names):
-            rows = route.rows(name, x, axes=2)
+            indices = route.indices(name, x, axes=2)
             module: Any = copies.get(name, self.original_module)
             # Features that are narrower than the widest of the batch are padded.
-            features = x[rows, ..., : module.in_features] if isinstance(module, nn.Linear) else x[rows]
-            output = module(features, *(y[rows] if isinstance(y, Tensor) else y for y in others), **kwargs)
-            if not isinstance(output, Tensor) or output.shape[:1] != rows.shape:
+            features = x[indices, ..., : module.in_features] if isinstance(module, nn.Linear) else x[indices]
+            output = module(features, *(y[indices] if isinstance(y, Tensor) else y for y in others), **kwargs)
+            if not isinstance(output, Tensor) or output.shape[:1] != indices.shape:
                 raise ValueError(
                     f"A {type(self.original_module).__name__} of the head does not return one row per utterance, so a "
                     "batch with adapter_names cannot be put together again. If it computes a loss, call the model "
                     "without labels. Else call the model once per adapter."
                 )
-            outputs.append((rows, output))
+            outputs.append((indices, output))
         shapes = {tuple(output.shape[1:]) for _, output in outputs}
         if len(shapes) > 1:
             raise ValueError(
@@ -157,8 +157,8 @@ class Head(KeepsTrained, ModulesToSaveWrapper):
                 "adapter."
             )
         y = outputs[0][1].new_empty(len(x), *shapes.pop())
-        for rows, output in outputs:
-            y = y.index_copy(0, rows, output)
+        for indices, output in outputs:
+            y = y.index_copy(0, indices, output)
         return y
 
 

@@ -19,6 +19,7 @@ from .head import place_head, remove_head, remove_head_copies
 from .head_config import initialised, planned_head
 from .languages import LoadLanguage, has_languages
 from .layers import ELPLayer, ELPNorm, ELPSublayer, FrontEnd, TappedLayer
+from .long_form import GenerateSegment, generates_long_form
 from .patches import set_attribute, undo_patches
 from .paths import canonical, join
 from .plan import Plan
@@ -146,6 +147,8 @@ def join_head(model: nn.Module, plan: Plan, adapter_name: str) -> None:
         if all(copies is not known for known in stack.task_head.copies):
             stack.task_head.copies.append(copies)
     stack.task_head.join(adapter_name, plan.config.head_config)
+    if generates_long_form(model):
+        set_attribute(model, "generate_with_fallback", GenerateSegment(model))
     if has_languages(model):
         set_attribute(model, "load_adapter", LoadLanguage(model))
     stack.follow_adapters()
