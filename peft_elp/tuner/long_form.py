@@ -21,8 +21,8 @@ def generates_long_form(model: nn.Module) -> bool:
 class GenerateSegment:
     """`generate_with_fallback` of one model: generates from one segment of each recording that has not ended yet.
 
-    Transformers drops the recordings that have ended from the batch. This relies on the argument `batch_idx_map`, which
-    gives the index of each recording that is left, and on `batch_size`, the size of the batch at the beginning.
+    Transformers drops the recordings that have ended from the batch. This relies on its arguments `batch_idx_map`, the
+    index of each recording that is left, and `batch_size`, the size of the batch at the beginning.
 
     Args:
         model: The model.

@@ -24,7 +24,7 @@ PATCHES: tuple[Callable[..., Any] | str, ...] = (
     "get_input_embeddings",
     "get_output_embeddings",
     "load_adapter",  # Of a wav2vec 2.0 model: Transformers' method for languages, which needs plain names of modules.
-    "generate_with_fallback",  # Of Whisper: its method for a segment of long recordings, in a batch that mixes adapters.
+    "generate_with_fallback",  # Of Whisper: its method for a segment of long recordings, which mixes adapters then.
     "_load_pretrained_model",  # Of the model, without a PeftModel: Transformers' way to read an adapter's file.
     "delete_adapter",  # Of the model, without a PeftModel: Transformers' method, which leaves wrappers in the model.
 )
