@@ -10,10 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from backbones import ELP, build, shaken
+from families import FAMILIES
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_life_cycle import assert_untouched, logits, snapshot
 from torch.overrides import TorchFunctionMode
+from transformers import WhisperForConditionalGeneration
 
 from peft_elp import ELPConfig, hotswap_adapter
 
@@ -282,3 +284,19 @@ def test_an_adapter_may_be_started_from_the_configuration_of_a_saved_one(tmp_pat
     model = build("wavlm", "ForCTC")
     model.add_adapter(config)
     assert model.wavlm.encoder.layers[0].feed_forward.elp_e["default"].down.weight.shape == (30, 24)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_the_embeddings_of_a_resized_vocabulary_are_saved_if_they_are_trained(trained, tmp_path):
+    FAMILIES["whisper"].model().save_pretrained(tmp_path / "base")
+    base = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(34)
+    config = ELPConfig(adapters="E", e_dim=4, modules_to_save=["proj_out"] if trained else None)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert ("base_model.model.proj_out.weight" in names) == trained
+    assert not any("embed_tokens" in name for name in names)
+    again = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")
+    again.resize_token_embeddings(34)
+    PeftModel.from_pretrained(again, tmp_path / "adapter")

@@ -337,13 +337,15 @@ class ELPModel(BaseTuner):
             self.inject_adapter(self.model, adapter_name)
             combine(self.model, adapters, weights, adapter_name)
 
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The embeddings of a text vocabulary, or None for an encoder of speech.
+    def get_input_embeddings(self) -> None:
+        """None. PEFT asks for the embeddings when it saves an adapter of a model with a resized vocabulary.
 
-        PEFT asks for them when it saves a model whose vocabulary differs from that of its base, such as a CTC head for
-        a new language. Transformers raises for most speech models.
+        It would save the frozen embeddings with the adapter, and write them into the base of whoever loads it. If they
+        are to be trained, they belong to `modules_to_save`. Besides, Transformers raises for most speech models.
         """
-        return alone.input_embeddings(self.model)
+
+    def get_output_embeddings(self) -> None:
+        """None, as `get_input_embeddings`."""
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> NoReturn:
         # An abstract method of BaseTuner, which its inject_adapter would call for each module.
