@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .pseudo import RealFrames, end_of, row_places
+from .pseudo import RealFrames, end_of, row_places, start_of
 from .shapes import FrameMask, HiddenStates, JoinedMask, JoinedStates, LayerShares, TapFrames
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -283,16 +283,15 @@ class PAdapter(nn.Module):
         batch, frames, _ = x.shape
         length = self.rows.shape[0]
         rows = self.rows.to(x).expand(batch, -1, -1)
-        if self.position == "prepend":
-            joined = torch.cat([rows, x], dim=1)
-            joined_mask = None if mask is None else torch.cat([mask.new_ones(batch, length), mask], dim=1)
-            return joined, joined_mask, RealFrames(frames + length, None, length, frames)
-        padding = -frames % squeeze
+        if self.position == "prepend" and mask is None:
+            return torch.cat([rows, x], dim=1), None, RealFrames(frames + length, None, length, frames)
+        padding = -frames % squeeze if self.position == "append" else 0
         joined = torch.cat([nn.functional.pad(x, (0, 0, 0, padding)), rows], dim=1)
         if mask is None:
             return joined, None, RealFrames(frames + padding + length, None, 0, frames)
         mask = nn.functional.pad(mask, (0, padding))
-        source, real, _ = row_places(end_of(mask, squeeze), frames + padding, length, length)
+        begin = end_of(mask, squeeze) if self.position == "append" else start_of(mask, squeeze)
+        source, real, _ = row_places(begin, frames + padding, length, length)
         joined = joined.gather(1, source.unsqueeze(-1).expand_as(joined))
         joined_mask = torch.cat([mask, mask.new_ones(batch, length)], dim=1).gather(1, source)
         return joined, joined_mask, RealFrames(joined.shape[1], real[:, :frames], 0, frames)

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
+import numpy as np
 from peft import PeftConfig, PeftType
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
-from safetensors import SafetensorError
+from peft.utils import CONFIG_NAME
+from torch import Tensor
 
 from .adapters import ACTIVATIONS
 from .heads import HEAD_SETTINGS
 from .published import SETTINGS
+from .weights import described_tensors, find_weights
+from .wording import brief
 
 LETTERS = "ELP"
 E_PLACES = ("feed_forward", "attention")
 L_OUTPUTS = ("head", "project", "residual")
 P_POSITIONS = ("append", "prepend")
 FORMAT = 2  # of adapter_config.json; version 0.1 wrote no number
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Far above what is of use. A configuration from the Hub may ask for any size, and memory for it would be allocated.
+LARGEST_SIZE, MOST_OUTPUTS = 2**14, 2**20
+
+
+# What a field decides: the `role` in its metadata. "computation", which a field without a role has: what an adapter
+# computes, or the shapes of its tensors. "selection": which modules have tensors, which the names of the tensors tell
+# too. "training": only how training starts, and its dropout. "use": nothing in the model.
+ROLES = ("computation", "selection", "training", "use")
 
 
 @dataclass
@@ -83,7 +96,9 @@ class ELPConfig(PeftConfig):
     e_activation: str = field(
         default="gelu", metadata={"help": f"Activation of the E-adapters: {', '.join(sorted(ACTIVATIONS))}."}
     )
-    e_dropout: float = field(default=0.0, metadata={"help": "Dropout in the E-adapters' bottleneck, in [0, 1)."})
+    e_dropout: float = field(
+        default=0.0, metadata={"role": "training", "help": "Dropout in the E-adapters' bottleneck, in [0, 1)."}
+    )
     e_layers: list[int] | None = field(
         default=None,
         metadata={
@@ -98,7 +113,9 @@ class ELPConfig(PeftConfig):
     l_activation: str = field(
         default="gelu", metadata={"help": f"Activation of the L-adapter: {', '.join(sorted(ACTIVATIONS))}."}
     )
-    l_dropout: float = field(default=0.0, metadata={"help": "Dropout in the L-adapter's taps, in [0, 1)."})
+    l_dropout: float = field(
+        default=0.0, metadata={"role": "training", "help": "Dropout in the L-adapter's taps, in [0, 1)."}
+    )
     l_layers: list[int] | None = field(
         default=None, metadata={"help": "0-based layers that the L-adapter taps. None: all."}
     )
@@ -127,7 +144,8 @@ class ELPConfig(PeftConfig):
         },
     )
     p_init_std: float = field(
-        default=0.02, metadata={"help": "Standard deviation of the pseudo features at the start, at least 0."}
+        default=0.02,
+        metadata={"role": "training", "help": "Standard deviation of the pseudo features at the start, at least 0."},
     )
     train_layer_norms: bool = field(
         default=True,
@@ -138,17 +156,22 @@ class ELPConfig(PeftConfig):
     )
     init_weights: bool = field(
         default=True,
-        metadata={"help": "True: linear weights N(0, init_std^2), a near-identity start. False: PyTorch's default."},
+        metadata={
+            "role": "training",
+            "help": "True: linear weights N(0, init_std^2), a near-identity start. False: PyTorch's default.",
+        },
     )
     init_std: float = field(
-        default=1e-3, metadata={"help": "Standard deviation of the linear weights where init_weights is True."}
+        default=1e-3,
+        metadata={"role": "training", "help": "Standard deviation of the linear weights where init_weights is True."},
     )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
+            "role": "selection",
             "help": "Modules trained whole and saved with the adapter. None: every module of the model outside its "
             "base encoder (the head), but no decoder or language model. A list: exactly that; full paths, or endings "
-            "of paths as elsewhere in PEFT."
+            "of paths as elsewhere in PEFT.",
         },
     )
     head_config: dict[str, Any] | None = field(
@@ -162,15 +185,17 @@ class ELPConfig(PeftConfig):
     target: str | None = field(
         default=None,
         metadata={
+            "role": "selection",
             "help": "Which speech encoder to adapt, where the model holds several: its path in the model or the name "
-            "of its class. None: the only one."
+            "of its class. None: the only one.",
         },
     )
     exclude_modules: list[str] | str | None = field(
         default=None,
         metadata={
+            "role": "selection",
             "help": "Modules inside the encoder layers that get neither an E-adapter nor a trained layer norm: a "
-            "regular expression for the whole path, or a list of paths or path endings."
+            "regular expression for the whole path, or a list of paths or path endings.",
         },
     )
 
@@ -184,16 +209,18 @@ class ELPConfig(PeftConfig):
     verification_threshold: float | None = field(
         default=None,
         metadata={
+            "role": "use",
             "help": "The cosine score, from -1 to 1, from which two voices count as one: for whoever uses an adapter "
-            "that tells speakers apart. It changes nothing in the model. None: nobody has said."
+            "that tells speakers apart. It changes nothing in the model. None: nobody has said.",
         },
     )
     config_format: int | None = field(
-        default=None, metadata={"help": "Format of the saved configuration; leave empty to auto-fill."}
+        default=None, metadata={"role": "use", "help": "Format of the saved configuration; leave empty to auto-fill."}
     )
     description: ClassVar[Any] = None  # for the card alone; `describe` sets it on one configuration
-    # Whether this was read from beside weights, which are loaded next. No field: it is not saved.
-    weights_follow: ClassVar[bool] = False
+    # Set by from_pretrained, and no field, so not saved: the configuration as it was read, and the description of the
+    # tensors beside it.
+    as_read: ClassVar[tuple[ELPConfig, dict[str, Tensor]] | None] = None
 
     def __post_init__(self) -> None:
         # PEFT fills peft_version in: a configuration that comes with it was saved, by version 0.1 if without a format.
@@ -208,7 +235,7 @@ class ELPConfig(PeftConfig):
         self.e_layers = _layers("e_layers", self.e_layers)
         self.l_layers = _layers("l_layers", self.l_layers)
         for name in ("e_dim", "l_dim", "p_length"):
-            _whole(name, getattr(self, name), 1)
+            _whole(name, getattr(self, name), 1, LARGEST_SIZE)
         for name in ("e_activation", "l_activation"):
             _one_of(name, getattr(self, name), sorted(ACTIVATIONS))
         for name in ("e_dropout", "l_dropout"):
@@ -260,10 +287,11 @@ class ELPConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Load the configuration of a saved adapter, and see that the weights beside it can be read.
+        """Load the configuration of a saved adapter, and check that its weights are there and complete.
 
-        PEFT puts the adapter and its head into the model before it fetches the weights, and leaves them there,
-        untrained, where that breaks. So the weights are fetched first: they are in the cache when PEFT wants them.
+        PEFT downloads the weights after it has placed the adapter in the model, and leaves the untrained adapter there
+        if the download fails. So the weights are downloaded first: PEFT finds them in the cache. Only their names,
+        shapes and dtypes are read here.
 
         Args:
             pretrained_model_name_or_path: A folder, which may hold a configuration alone, or a repository on the Hub.
@@ -271,23 +299,28 @@ class ELPConfig(PeftConfig):
             **kwargs: What `huggingface_hub.hf_hub_download` takes, such as `token` and `revision`.
 
         Raises:
-            ValueError: The configuration or the weights are not there, or the weights are broken.
-            OSError: The download broke. Errors of the Hub are passed on as they are.
+            ValueError: The configuration or the weights are missing, or the weights are broken.
+            OSError: The download failed. Other errors of the Hub are passed on as they are.
         """
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if folder.is_dir() and not any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-            return config
         hub_options, *_ = cls._split_kwargs(kwargs)
-        try:
-            load_peft_weights(pretrained_model_name_or_path, device="cpu", subfolder=subfolder, **hub_options)
-        except SafetensorError as error:
-            raise ValueError(
-                f"The weights of the adapter '{folder}' are broken or cut short ({error}). From the Hub, fetch them "
-                "again with force_download=True; in a folder, save them again."
-            ) from error
-        config.weights_follow = True
+        path = find_weights(pretrained_model_name_or_path, subfolder, **hub_options)
+        if path is not None:
+            config.as_read = (
+                copy(config),
+                described_tensors(path, str(Path(pretrained_model_name_or_path, subfolder or ""))),
+            )
         return config
+
+    def tensors_to_load(self) -> dict[str, Tensor] | None:
+        """The tensors that are loaded next, on the meta device: those beside the file that this was read from.
+
+        Returns:
+            None if there are none, or if the configuration was changed since, to be used for a new adapter.
+        """
+        if self.as_read is None or differing_fields(self, self.as_read[0], "computation", "selection"):
+            return None
+        return self.as_read[1]
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ELPConfig:
@@ -313,19 +346,71 @@ class ELPConfig(PeftConfig):
         return cls(**{**SETTINGS[name], **overrides})
 
 
+def differing_fields(one: ELPConfig, other: ELPConfig, *roles: str) -> dict[str, tuple[Any, Any]]:
+    """The fields of two configurations that differ, with both values.
+
+    Args:
+        one: A configuration.
+        other: Another one.
+        roles: The roles of the fields to compare, out of `ROLES`.
+
+    Examples:
+        >>> differing_fields(ELPConfig(e_dim=8, e_dropout=0.1), ELPConfig(), "computation")
+        {'e_dim': (8, 256)}
+    """
+    inherited = {field.name for field in fields(PeftConfig)}
+    compared = [
+        field.name
+        for field in fields(ELPConfig)
+        if field.name not in inherited and field.metadata.get("role", "computation") in roles
+    ]
+    values = {name: (getattr(one, name), getattr(other, name)) for name in compared}
+    return {name: (value, another) for name, (value, another) in values.items() if value != another}
+
+
+def plain_settings(value: Any) -> Any:
+    """The value with lists in place of tuples and Python's numbers in place of NumPy's, as JSON takes them.
+
+    Examples:
+        >>> plain_settings({"id2label": {np.int64(0): np.str_("no")}, "tdnn_dim": (8, 8)})
+        {'id2label': {0: 'no'}, 'tdnn_dim': [8, 8]}
+    """
+    if isinstance(value, dict):
+        return {plain_settings(key): plain_settings(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_settings(entry) for entry in value]
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
+
 def _head_config(value: Any) -> dict[str, Any]:
-    unknown = sorted(set(value) - set(HEAD_SETTINGS)) if isinstance(value, dict) else value
+    unknown = sorted(map(str, set(value) - set(HEAD_SETTINGS))) if isinstance(value, dict) else value
     if not isinstance(value, dict) or unknown:
         raise ValueError(
-            f"head_config is a dictionary of settings that a head is made from, got {unknown!r}. It takes "
+            f"head_config is a dictionary of settings that a head is made from, got {brief(unknown)}. It takes "
             f"{', '.join(HEAD_SETTINGS)}, as in head_config={{'num_labels': 10}}."
         )
-    settings = dict(value)
-    if "id2label" in settings:  # JSON makes strings of the numbers
-        settings["id2label"] = {int(number): label for number, label in settings["id2label"].items()}
+    settings = plain_settings(value)
+    if settings.get("id2label") is not None:
+        settings["id2label"] = _labels(settings["id2label"])
         settings["label2id"] = {label: number for number, label in settings["id2label"].items()}
         settings["num_labels"] = len(settings["id2label"])
+    if settings.get("problem_type") is not None:
+        _one_of("problem_type in head_config", settings["problem_type"], PROBLEM_TYPES)
+    for name, setting in settings.items():
+        if name not in ("id2label", "label2id", "problem_type"):
+            for size in setting if isinstance(setting, list) else [setting]:
+                _whole(f"{name} in head_config", size, 1, MOST_OUTPUTS)
     return {name: settings[name] for name in HEAD_SETTINGS if name in settings}
+
+
+def _labels(value: Any) -> dict[int, str]:
+    try:
+        return {int(number): label for number, label in value.items()}  # JSON makes strings of the numbers.
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"id2label in head_config maps whole numbers to labels, got {brief(value)}. Write for example "
+            "head_config={'id2label': dict(enumerate(['no', 'yes']))}."
+        ) from None
 
 
 def _letters(value: Any) -> str:
@@ -333,7 +418,7 @@ def _letters(value: Any) -> str:
     if not letters or set(letters) - set(LETTERS) or len(set(letters)) < len(letters):
         wanted = "".join(letter for letter in LETTERS if letter in letters.upper())
         raise ValueError(
-            f"adapters is a non-empty subset of the letters E, L and P, each at most once, got {value!r}. "
+            f"adapters is a non-empty subset of the letters E, L and P, each at most once, got {brief(value)}. "
             f"Write adapters={wanted or LETTERS!r}."
         )
     return "".join(letter for letter in LETTERS if letter in letters)
@@ -343,7 +428,7 @@ def _places(value: Any) -> tuple[str, ...]:
     places = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if not places or set(places) - set(E_PLACES) or len(set(places)) < len(places):
         raise ValueError(
-            f"e_after takes 'feed_forward', 'attention' or both, each at most once, got {value!r}. "
+            f"e_after takes 'feed_forward', 'attention' or both, each at most once, got {brief(value)}. "
             "Write e_after=('feed_forward',), or leave it out."
         )
     return tuple(place for place in E_PLACES if place in places)
@@ -354,13 +439,13 @@ def _layers(name: str, value: Any) -> list[int] | None:
         return None
     layers = list(value) if isinstance(value, Iterable) else [value]
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise ValueError(f"{name} holds whole numbers, got {value!r}. Write for example {name}=[0, 1].")
+        raise ValueError(f"{name} holds whole numbers, got {brief(value)}. Write for example {name}=[0, 1].")
     if any(layer < 0 for layer in layers):
         raise ValueError(
-            f"{name} counts from 0, negative numbers name no layer, got {value!r}. Name layers as 0, 1, ..."
+            f"{name} counts from 0, negative numbers name no layer, got {brief(value)}. Name layers as 0, 1, ..."
         )
     if len(set(layers)) < len(layers):
-        raise ValueError(f"{name} names a layer twice, got {value!r}. Write {name}={sorted(set(layers))}.")
+        raise ValueError(f"{name} names a layer twice, got {brief(value)}. Write {name}={sorted(set(layers))}.")
     if not layers:
         raise ValueError(
             f"{name} is empty. Leave it at None for the default, or drop {name[0].upper()} from adapters."
@@ -368,17 +453,21 @@ def _layers(name: str, value: Any) -> list[int] | None:
     return sorted(layers)
 
 
-def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is a whole number of {least} or more, got {value!r}. Write for example {name}=64.")
+def _whole(name: str, value: Any, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(
+            f"{name} is a whole number from {least} to {most}, got {brief(value)}. Write for example {name}=64."
+        )
 
 
 def _number(name: str, value: Any, least: float, below: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < below:
         upper = "finite" if below == float("inf") else f"less than {below:g}"
-        raise ValueError(f"{name} is at least {least:g} and {upper}, got {value!r}. Write for example {name}=0.1.")
+        raise ValueError(
+            f"{name} is at least {least:g} and {upper}, got {brief(value)}. Write for example {name}=0.1."
+        )
 
 
 def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
     if value not in known:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}. Choose one of them.")
+        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {brief(value)}. Choose one of them.")

@@ -11,20 +11,25 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .tuner.find import Encoder
-from .tuner.one_pass import Task, parts_of, refuse_idle_labels, refuse_reports, run
+from .tuner.one_pass import Task, adapted_encoder, refuse_idle_labels, refuse_reports, run
 from .tuner.paths import canonical
+from .wording import shortened
 
 
 class MultiTaskModel(nn.Module):
     """Models for several tasks, with heads of any kind, that share the tensors of one frozen backbone.
 
-    Each is an ordinary PEFT model with its own head, adapters and active adapter, as trained and loaded on its own. In
-    memory there is one backbone. In a call the convolutions over the waveform run once; models whose active adapter is
-    an L-adapter without trained layer norms share one pass through the layers; each other one has its own.
+    Each is an ordinary PEFT model with its own head, adapters and active adapter, as it was trained and loaded alone.
+    The backbone is in memory once. In a call, the convolutions over the waveform run once. Models whose active adapter
+    is an L-adapter without trained layer norms share one pass through the encoder layers. Each other model has its
+    own.
 
     Args:
-        models: PEFT models with ELP-adapters by task, on the same base checkpoint. Their backbones' tensors are
+        models: PEFT models with ELP-adapters by task, on the same base checkpoint. The tensors of their backbones are
             replaced by those of the first.
+
+    Shape:
+        Takes what each of the models takes, and returns the output of each model by task.
 
     Raises:
         ValueError: The backbones differ, or a model has no ELP-adapters.
@@ -47,81 +52,90 @@ class MultiTaskModel(nn.Module):
         super().__init__()
         if not models:
             raise ValueError("MultiTaskModel needs at least one model, by the name of its task.")
-        found = {task: parts_of(model.base_model) for task, model in models.items()}
-        (first, (parts, _)), *others = found.items()
+        found = {task: adapted_encoder(model.base_model) for task, model in models.items()}
+        (first, (encoder, _)), *others = found.items()
         for task, (other, _) in others:
-            share_tensors(parts, other, first, task)
+            share_tensors(encoder, other, first, task)
         self.models = nn.ModuleDict(models)
-        self._parts = {task: (parts.backbone, stack) for task, (parts, stack) in found.items()}  # registered already
+        # `models` registers these modules. Here they are only looked up.
+        self._encoders = {task: (encoder.backbone, stack) for task, (encoder, stack) in found.items()}
 
     def forward(
         self, *args: Any, tasks: Iterable[str] | None = None, labels: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The output of each task's model, by task.
+        """Run the models of several tasks on the same input.
 
         Args:
             args: What each of the models takes.
             tasks: Names of the tasks to run. None: all.
-            labels: For each task that is to have a loss, its labels.
+            labels: Labels by task, for the tasks whose loss is wanted.
             kwargs: What each of the models takes.
 
+        Returns:
+            The output of each task's model, by task.
+
         Raises:
-            ValueError: A task is unknown, its model has no active adapter, or hidden states or `adapter_names` are
-                asked for.
+            ValueError: A task is unknown, its model has no or several active adapters, or hidden states or
+                `adapter_names` are asked for.
         """
         names = list(self.models) if tasks is None else list(tasks)
         unknown = [name for name in (*names, *(labels or ())) if name not in self.models]
         if unknown:
-            raise ValueError(f"There is no task {unknown[0]!r}; there are {', '.join(map(repr, self.models))}.")
+            raise ValueError(f"There is no task {unknown[0]!r}; the tasks are {shortened(map(repr, self.models))}.")
         if "adapter_names" in kwargs:
             raise ValueError(
                 "adapter_names mixes the adapters of one model in a batch, and here each model has one active "
-                "adapter. Call set_adapter(name) on it, or the model by itself with adapter_names."
+                "adapter. Call set_adapter(name) on that model, or call it alone with adapter_names."
             )
         refuse_idle_labels(names, labels)
         chosen: dict[str, Task] = {}
         for name in names:
             model: Any = self.models[name]
             refuse_reports(model, kwargs)
-            encoder, stack = self._parts[name]
+            backbone, stack = self._encoders[name]
             if len(model.active_adapters) != 1:
                 raise ValueError(
-                    f"The model of {name!r} has the active adapters {model.active_adapters}; tasks share a pass with "
-                    "one each. Call set_adapter(name) on it."
+                    f"The model of {name!r} has the active adapters {model.active_adapters}, and a task needs exactly "
+                    "one. Call set_adapter(name) on that model."
                 )
-            own = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
-            call = partial(model, *args, **own)
-            chosen[name] = Task(encoder, stack, model.active_adapters[0], call)
+            inputs = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
+            chosen[name] = Task(backbone, stack, model.active_adapters[0], partial(model, *args, **inputs))
         return run(chosen)
 
 
-def share_tensors(parts: Encoder, other: Encoder, first: str, task: str) -> None:
-    """Put the tensors of one backbone in place of another's, which have to be equal.
+def share_tensors(encoder: Encoder, other: Encoder, task: str, other_task: str) -> None:
+    """Replace the tensors of one backbone by those of another, which have to be equal.
+
+    Args:
+        encoder: The encoder whose tensors stay.
+        other: The encoder whose tensors are replaced.
+        task: The task of `encoder`, for the error.
+        other_task: The task of `other`, for the error.
 
     Raises:
-        ValueError: The backbones are of different make, or have different weights.
+        ValueError: The backbones are configured differently, or have different weights.
     """
-    tensors, others = _tensors(parts.backbone), _tensors(other.backbone)
-    differ = sorted(tensors.keys() ^ others.keys()) or [
+    kept, replaced = _backbone_tensors(encoder.backbone), _backbone_tensors(other.backbone)
+    differing = sorted(kept.keys() ^ replaced.keys()) or [
         name
-        for name, (_, _, tensor) in tensors.items()
-        if tensor.shape != others[name][2].shape or not torch.equal(tensor, others[name][2].to(tensor))
+        for name, (_, _, tensor) in kept.items()
+        if tensor.shape != replaced[name][2].shape or not torch.equal(tensor, replaced[name][2].to(tensor))
     ]
-    if differ:
+    if differing:
         raise ValueError(
-            f"The backbones of {first!r} and {task!r} differ, in {len(differ)} of {len(tensors)} tensors (such as "
-            f"{', '.join(differ[:3])}). Load both models from the same base checkpoint."
+            f"The backbones of {task!r} and {other_task!r} differ in {len(differing)} of {len(kept)} tensors: "
+            f"{shortened(differing, shown=3)}. Load both models from the same base checkpoint."
         )
-    for name, (module, attribute, _) in others.items():
-        holder, own, _ = tensors[name]
-        kind = "_parameters" if own in holder._parameters else "_buffers"
-        getattr(module, kind)[attribute] = getattr(holder, kind)[own]
+    for name, (module, attribute, _) in replaced.items():
+        holder, held, _ = kept[name]
+        kind = "_parameters" if held in holder._parameters else "_buffers"
+        getattr(module, kind)[attribute] = getattr(holder, kind)[held]
 
 
-def _tensors(encoder: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """The backbone's own tensors: for each name, the module that holds it, its name there, and itself."""
+def _backbone_tensors(backbone: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """The tensors of the backbone, by name: the module that holds each, its name in that module, and the tensor."""
     found: dict[str, tuple[nn.Module, str, Tensor]] = {}
-    for path, module in encoder.named_modules():
+    for path, module in backbone.named_modules():
         if ".elp_" in f".{path}" or ".modules_to_save" in f".{path}":
             continue
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

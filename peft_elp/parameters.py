@@ -1,35 +1,51 @@
-"""The parameters of one adapter by part: E, L, P, layer norms and head."""
+"""The parameters of one adapter, by its parts: E, L, P, layer norms and head."""
 
 from __future__ import annotations
 
 from torch import nn
+
+from .wording import unknown_adapter
 
 CONTAINERS = {"elp_e": "E", "elp_l": "L", "elp_p": "P", "elp_norm": "layer norms", "modules_to_save": "head"}
 PARTS = tuple(CONTAINERS.values())
 
 
 def belongs_to(adapter_name: str, name: str) -> bool:
-    """Whether a parameter or tensor of that name is a part of the adapter."""
+    """Whether a tensor belongs to an adapter, by its name in the model.
+
+    Examples:
+        >>> belongs_to("asr", "encoder.elp_p.asr.rows"), belongs_to("asr", "encoder.elp_p.emotion.rows")
+        (True, False)
+    """
     return any(f"{container}.{adapter_name}." in f".{name}" for container in CONTAINERS)
 
 
 def parameters_by_part(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters that an adapter holds: for each part, parameters by name.
+    """The parameters of an adapter, by part and name.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
-        adapter_name: The adapter.
+        adapter_name: The adapter's name.
 
     Returns:
-        Under each of `PARTS`, what `model.named_parameters()` has of it; nothing where the adapter lacks the part. "L"
-        includes the layer weights.
+        For each of `PARTS`, the parameters under their names in `model.named_parameters()`. It is empty for a part
+        that the adapter does not have. "L" includes the layer weights.
 
     Raises:
         ValueError: The model has no adapter of that name.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import WavLMConfig, WavLMModel
+        >>> from peft_elp import ELPConfig
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, layerdrop=0.0)
+        >>> model = get_peft_model(WavLMModel(WavLMConfig(**size)), ELPConfig(adapters="P", p_length=4))
+        >>> {name: tuple(parameter.shape) for name, parameter in parameters_by_part(model)["P"].items()}
+        {'base_model.model.encoder.elp_p.default.rows': (4, 32)}
     """
     peft_config = getattr(model, "peft_config", {})
     if adapter_name not in peft_config:
-        raise ValueError(f"No adapter named {adapter_name!r}; the model has {sorted(peft_config) or 'none'}.")
+        raise ValueError(unknown_adapter(adapter_name, peft_config))
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
     for name, parameter in model.named_parameters():
         for container, part in CONTAINERS.items():
@@ -39,17 +55,25 @@ def parameters_by_part(model: nn.Module, adapter_name: str = "default") -> dict[
 
 
 def count_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
-    """How many parameters an adapter holds, by part.
+    """The number of parameters of an adapter, by part.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
-        adapter_name: The adapter to count.
+        adapter_name: The adapter's name.
 
     Returns:
-        Numbers under "E", "L" (with its layer weights), "P", "layer norms" and "head".
+        The numbers under "E", "L" (with its layer weights), "P", "layer norms" and "head".
 
     Raises:
         ValueError: The model has no adapter of that name.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import WavLMConfig, WavLMModel
+        >>> from peft_elp import ELPConfig
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, layerdrop=0.0)
+        >>> count_parameters(get_peft_model(WavLMModel(WavLMConfig(**size)), ELPConfig(adapters="P", p_length=4)))
+        {'E': 0, 'L': 0, 'P': 128, 'layer norms': 0, 'head': 0}
     """
     parts = parameters_by_part(model, adapter_name)
     return {part: sum(parameter.numel() for parameter in held.values()) for part, held in parts.items()}

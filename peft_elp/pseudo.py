@@ -1,4 +1,4 @@
-"""Index arithmetic of pseudo features: where they join the frames of a batch, and where the frames are then."""
+"""Index arithmetic of pseudo features: where they are put among the frames, and where the frames are then."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .shapes import FrameIndex, FrameMask, HiddenStates, JoinedIndex, JoinedMask
 
 @dataclass(frozen=True)
 class RealFrames:
-    """Where the frames of the utterances are among all frames, once pseudo features have joined them.
+    """Where the frames of the utterances are, once they are joined with pseudo features.
 
     Args:
-        joined: Number of frames with the pseudo features.
-        index: The place of each real frame, `(batch, frames)`, where it differs between utterances; else None.
-        start: Place of the first real frame, where `index` is None.
+        joined: Number of frames and pseudo features together.
+        index: Position of each real frame, `(batch, frames)`, or None if it is the same in all utterances.
+        start: Position of the first real frame. Used if `index` is None.
         frames: Number of real frames.
     """
 
@@ -35,7 +35,7 @@ class RealFrames:
         return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
     def squeezed(self, factor: int) -> RealFrames:
-        """The same at a rate where `factor` frames count as one."""
+        """The same for an encoder that takes `factor` frames as one."""
         frames = self.frames // factor
         index = None if self.index is None else self.index[:, ::factor][:, :frames] // factor
         return RealFrames(self.joined // factor, index, self.start // factor, frames)
@@ -43,13 +43,14 @@ class RealFrames:
 
 @dataclass(frozen=True)
 class Carried:
-    """Where pseudo features sit that travel through the layers beside the frames of an encoder.
+    """Pseudo features that are carried through the encoder layers beside the frames.
 
     Args:
-        real: Where the real frames are among all.
-        source: For each place, which of `[frames ; rows]` goes there, `(batch, joined)`; None: as they stand.
-        rows: The place of each pseudo feature, `(batch, rows)`; None: at the end.
-        mask: The attention mask of all of them, `(batch, heads, queries, keys)`, or None.
+        real: Where the real frames are.
+        source: For each position, which of `[frames ; pseudo features]` is put there, `(batch, joined)`. None if the
+            pseudo features stay behind the frames.
+        rows: Position of each pseudo feature, `(batch, rows)`. None if they stay behind the frames.
+        mask: The attention mask of frames and pseudo features, `(batch, heads, queries, keys)`, or None.
     """
 
     real: RealFrames
@@ -59,16 +60,18 @@ class Carried:
 
     @classmethod
     def beside(cls, x: Tensor, pseudo: Tensor, counts: Tensor | None, mask: Any) -> Carried:
-        """Behind each utterance's last valid frame, which the first frame's row of the attention mask tells.
+        """Put pseudo features behind the last valid frame of each utterance.
+
+        Which frames are valid is read from what the first frame may attend to.
 
         Args:
             x: The frames, `(batch, frames, hidden)`.
             pseudo: The pseudo features, `(rows, hidden)` or `(batch, rows, hidden)`.
-            counts: How many of them each utterance has, `(batch, 1)`; None: all.
+            counts: How many pseudo features each utterance has, `(batch, 1)`. None if it has all.
             mask: The attention mask of the frames, boolean or additive, or None.
 
         Raises:
-            ValueError: The mask is of a kind that cannot be extended.
+            ValueError: The mask is neither None nor a tensor with four axes.
         """
         (batch, frames, _), length = x.shape, pseudo.shape[-2]
         if mask is None:
@@ -77,9 +80,9 @@ class Carried:
             mask = x.new_zeros(batch, 1, 1, frames)
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             raise ValueError(
-                "Pseudo features are carried through the layers of this encoder, and its attention mask is a "
-                f"{type(mask).__name__} that cannot be extended. Use attn_implementation='sdpa' or 'eager', or leave "
-                "P out of adapters."
+                "Pseudo features are carried through the layers of this encoder, and its attention mask, a "
+                f"{type(mask).__name__}, cannot be extended. Use attn_implementation='sdpa' or 'eager', or leave P "
+                "out of adapters."
             )
         boolean = mask.dtype == torch.bool
         seen = mask[:, 0, 0] if boolean else mask[:, 0, 0] == 0
@@ -87,7 +90,7 @@ class Carried:
             end_of(seen.expand(batch, -1)), frames, length, length if counts is None else counts
         )
         mask = mask.expand(batch, -1, -1, -1)
-        # All queries see the pseudo features, but those of padding that see nothing at all.
+        # All queries attend to the pseudo features, except queries in padding that attend to nothing at all.
         sight = mask.any(dim=-1, keepdim=True) if boolean else mask.new_zeros(*mask.shape[:-1], 1)
         sight = sight.expand(*mask.shape[:-1], length)
         if counts is not None:
@@ -101,13 +104,13 @@ class Carried:
         return cls(RealFrames(frames + length, real, 0, frames), source, rows, mask)
 
     def join(self, x: Tensor, pseudo: Tensor) -> Tensor:
-        """Frames and pseudo features in their places."""
+        """Join the frames with the pseudo features."""
         pseudo = pseudo.to(x)
         joined = torch.cat([x, pseudo if pseudo.dim() == 3 else pseudo.expand(x.shape[0], -1, -1)], dim=1)
         return joined if self.source is None else joined.gather(1, self.source[:, :, None].expand_as(joined))
 
     def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames, and pseudo features."""
+        """Split what `join` returned, or a layer made of it, into frames and pseudo features."""
         if self.rows is None:
             return self.real.of(joined), joined[:, self.real.frames :]
         return self.real.of(joined), joined.gather(1, self.rows[:, :, None].expand(-1, -1, joined.shape[-1]))
@@ -121,27 +124,27 @@ def join_each(
     before: Bool[Tensor, "batch 1"],
     squeeze: int = 1,
 ) -> tuple[JoinedStates, JoinedMask, RealFrames]:
-    """Join each utterance of a batch with pseudo features of its own, as `PAdapter` joins all with the same.
+    """Join each utterance of a batch with different pseudo features, as `PAdapter` joins all with the same.
 
     Args:
         x: The frames, `(batch, frames, hidden)`.
-        mask: Which of them are valid, or None.
-        rows: For each utterance, as many pseudo features as the one with the most has.
-        counts: How many of them are its own; the others are masked.
-        before: Whether they come before its first frame, rather than after its last valid one.
+        mask: Which frames are valid, `(batch, frames)`, or None if all are.
+        rows: The pseudo features of each utterance, padded to the largest number of them.
+        counts: How many of them are not padding. The padding is masked.
+        before: Whether they are put before the first valid frame of the utterance, rather than after the last.
         squeeze: How many frames the encoder takes as one.
 
     Returns:
-        As `PAdapter` does, always with a mask.
+        What `PAdapter` returns, always with a mask.
     """
     frames = x.shape[1]
     padding = -frames % squeeze
     x = nn.functional.pad(x, (0, 0, 0, padding))
-    if mask is None:  # without one, what follows the frames up to the pseudo features counts as frames
+    if mask is None:  # Then the padding between the frames and the pseudo features counts as frames.
         mask = torch.arange(frames + padding, device=x.device) < torch.where(counts > 0, frames + padding, frames)
     else:
         mask = nn.functional.pad(mask, (0, padding))
-    begin = torch.where(before, 0, end_of(mask, squeeze))
+    begin = torch.where(before, start_of(mask, squeeze), end_of(mask, squeeze))
     source, real, _ = row_places(begin, frames + padding, rows.shape[1], counts)
     joined = torch.cat([x, rows.to(x)], dim=1)
     joined = joined.gather(1, source.unsqueeze(-1).expand_as(joined))
@@ -150,8 +153,23 @@ def join_each(
     return joined, joined_mask, RealFrames(joined.shape[1], real[:, :frames], 0, frames)
 
 
+def start_of(mask: FrameMask, squeeze: int = 1) -> Int[Tensor, "batch 1"]:
+    """The last position up to the first valid frame of each utterance that is a multiple of `squeeze`.
+
+    Examples:
+        >>> start_of(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
+        [[0], [1]]
+    """
+    return (mask != 0).to(torch.long).argmax(dim=1, keepdim=True) // squeeze * squeeze
+
+
 def end_of(mask: FrameMask, squeeze: int = 1) -> Int[Tensor, "batch 1"]:
-    """The first place behind each utterance's last valid frame that is a multiple of `squeeze`."""
+    """The first position behind the last valid frame of each utterance that is a multiple of `squeeze`.
+
+    Examples:
+        >>> end_of(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
+        [[2], [3]]
+    """
     step = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     valid = torch.where(mask != 0, step, 0).amax(dim=1, keepdim=True)
     return (valid + squeeze - 1) // squeeze * squeeze
@@ -160,21 +178,27 @@ def end_of(mask: FrameMask, squeeze: int = 1) -> Int[Tensor, "batch 1"]:
 def row_places(
     begin: Int[Tensor, "batch 1"], frames: int, length: int, counts: Int[Tensor, "batch 1"] | int
 ) -> tuple[JoinedIndex, FrameIndex, Int[Tensor, "batch rows"]]:
-    """Indices that move rows from the end of a batch in between each utterance's frames.
+    """Indices that move rows of pseudo features from the end of a batch to a position among the frames.
 
     Args:
-        begin: Where the first row of each utterance goes.
+        begin: Position of the first row of each utterance.
         frames: Number of frames.
         length: Number of rows at the end of the batch.
-        counts: How many of them move; the others stay.
+        counts: How many of them are moved. The others stay at the end.
 
     Returns:
-        `(batch, frames + length)`: for each place, which of `[frames ; rows]` goes there; `(batch, frames)`: for each
-        frame, its place; `(batch, length)`: for each row, its place.
+        Three tensors. `(batch, frames + length)`: for each position, which of `[frames ; rows]` is put there.
+        `(batch, frames)`: the position of each frame. `(batch, length)`: the position of each row.
+
+    Examples:
+        >>> source, frames, rows = row_places(torch.tensor([[2]]), frames=3, length=2, counts=2)
+        >>> source.tolist(), frames.tolist(), rows.tolist()
+        ([[0, 1, 3, 4, 2]], [[0, 1, 4]], [[2, 3]])
     """
-    place = torch.arange(frames + length, device=begin.device)
-    step, row = place[:frames], place[:length]
-    shifted = torch.where(place < frames + counts, place - counts, place)
-    source = torch.where(place < begin, place, torch.where(place < begin + counts, place - begin + frames, shifted))
+    position = torch.arange(frames + length, device=begin.device)
+    step, row = position[:frames], position[:length]
+    shifted = torch.where(position < frames + counts, position - counts, position)
+    inserted = torch.where(position < begin + counts, position - begin + frames, shifted)
+    source = torch.where(position < begin, position, inserted)
     real = torch.where(step < begin, step, step + counts)
     return source, real, torch.where(row < counts, begin + row, frames + row)

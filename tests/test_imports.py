@@ -10,7 +10,7 @@ import peft_elp
 
 PACKAGE = Path(peft_elp.__file__).parent
 
-FACTS = {"backbones", "heads", "parameters", "published", "wording"}
+FACTS = {"backbones", "heads", "parameters", "published", "weights", "wording"}
 USED_IN_TRAINING_AND_EVALUATION = {
     "audio", "cli", "corpora", "data", "inference", "metrics", "optim", "plots", "recipes", "speakers",
 }  # fmt: skip

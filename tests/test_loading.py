@@ -3,15 +3,21 @@
 import json
 import os
 import pickle
+import re
 
+import peft
 import pytest
+import safetensors.torch
 import torch
 from backbones import ELP, build, shaken
+from families import FAMILIES
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_life_cycle import assert_untouched, logits, snapshot
+from torch.overrides import TorchFunctionMode
+from transformers import WhisperForConditionalGeneration
 
-from peft_elp import ELPConfig
+from peft_elp import ELPConfig, hotswap_adapter
 
 E = "base_model.model.wavlm.encoder.layers.0.feed_forward.elp_e.down.weight"
 HEAD = "base_model.model.lm_head.bias"
@@ -139,3 +145,158 @@ def test_loading_runs_no_code_from_a_pickle(tmp_path, monkeypatch):
     with pytest.raises(pickle.UnpicklingError):
         PeftModel.from_pretrained(build("wavlm", "ForCTC"), folder)
     assert not (tmp_path / "executed").exists()
+
+
+# Files by strangers --------------------------------------------------------------------------------------------------
+
+
+FOREIGN = {
+    "the backbone's": "base_model.model.wavlm.feature_projection.projection.weight",
+    "a wrapped module's": "base_model.model.wavlm.encoder.base_layer.layer_norm.weight",
+    "the original head's": "base_model.model.classifier.original_module.weight",
+    "another adapter's head's": "base_model.model.classifier.modules_to_save.other.weight",
+    "another adapter's": "base_model.model.wavlm.encoder.elp_p.other.rows",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_a_tensor_that_is_not_the_adapters_is_refused_by_name(name, prefix, tmp_path):
+    key = prefix + name.removeprefix("base_model.model.")
+
+    def with_foreign(tensors, settings):
+        tensors[key] = torch.ones(2)
+
+    folder = saved(tmp_path, with_foreign, base=build("wavlm", "ForSequenceClassification"))
+    model = get_peft_model(build("wavlm", "ForSequenceClassification"), ELPConfig(**ELP), adapter_name="other")
+    assert name in model.state_dict()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"1 left over \(" + re.escape(key)) as error:
+        model.load_adapter(folder, "new")
+    assert len(str(error.value)) < 500
+    assert_untouched(model, before)
+
+
+def with_dtype(dtype):
+    def change(tensors, settings):
+        tensors[E] = tensors[E].to(dtype)
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_weights_of_a_dtype_without_meaning_are_refused(dtype, tmp_path):
+    folder, base = saved(tmp_path, with_dtype(dtype)), build("wavlm", "ForCTC")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"float64, float32, float16 or bfloat16.*down\.weight"):
+        PeftModel.from_pretrained(base, folder)
+    assert_untouched(base, before)
+    model = get_peft_model(base, ELPConfig(**ELP))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"1 not floating-point \(.*down\.weight"):
+        set_peft_model_state_dict(model, tensors)
+    with pytest.raises(ValueError, match=r"1 not floating-point \(.*down\.weight"):
+        hotswap_adapter(model, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "value", "base_dtype"),
+    [
+        (E, torch.float64, 1e300, torch.float32),
+        (HEAD, torch.float32, 3e38, torch.float16),
+        (HEAD, torch.bfloat16, 1e30, torch.float16),
+    ],
+    ids=["E", "head", "head of bfloat16"],
+)
+def test_values_that_overflow_in_the_model_are_refused(name, dtype, value, base_dtype, tmp_path):
+    def change(tensors, settings):
+        tensors[name] = torch.full_like(tensors[name], value, dtype=dtype)
+
+    base = build("wavlm", "ForCTC").to(base_dtype)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"1 not finite \("):
+        PeftModel.from_pretrained(base, saved(tmp_path, change))
+    assert_untouched(base, before)
+
+
+def test_double_precision_is_loaded_if_it_fits(tmp_path):
+    folder = saved(tmp_path / "double", with_dtype(torch.float64))
+    model = PeftModel.from_pretrained(build("wavlm", "ForCTC"), folder)
+    expected = PeftModel.from_pretrained(build("wavlm", "ForCTC"), saved(tmp_path / "single"))
+    assert torch.equal(logits(model), logits(expected))
+
+
+HUGE = [
+    ({"e_dim": 16_000}, r"of another shape \(.*elp_e.*in place of \(16000"),
+    ({"l_dim": 16_000}, r"of another shape \(.*elp_l.*in place of \(16000"),
+    ({"p_length": 16_000}, r"of another shape \(.*elp_p.*in place of \(16000"),
+    ({"head_config": {"vocab_size": 1_000_000}}, r"of another shape \(.*lm_head.*in place of \(1000000"),
+    ({"e_dim": 10**9}, r"e_dim is a whole number from 1 to 16384, got 1000000000"),
+    ({"head_config": {"vocab_size": 10**9}}, r"vocab_size in head_config is a whole number from 1 to 1048576"),
+    ({"head_config": {"num_labels": 10**9}}, r"num_labels in head_config is a whole number from 1 to 1048576"),
+    ({"e_layers": list(range(10**6))}, r"e_layers="),
+    ({"e_layers": [0] * 10**6}, r"names a layer twice"),
+    ({"l_layers": ["x"] * 10**6}, r"holds whole numbers"),
+    ({"modules_to_save": ["x" * 10**6]}, r"modules_to_save names"),
+    ({"adapters": "E" * 10**6}, r"adapters is"),
+    ({"e_after": ["x"] * 10**6}, r"e_after takes"),
+    ({"head_config": {str(i): 1 for i in range(10**6)}}, r"head_config is a dictionary"),
+    ({"target": "x" * 10**6}, r"target="),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), HUGE, ids=[str(settings)[:30] for settings, _ in HUGE])
+def test_sizes_without_sense_are_refused_before_memory_is_allocated(settings, message, tmp_path):
+    folder, base = saved(tmp_path, lambda tensors, known: known.update(settings)), build("wavlm", "ForCTC")
+    before = snapshot(base)
+    largest = 0
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            made = function(*args, **kwargs or {})
+            if isinstance(made, torch.Tensor) and not made.is_meta:
+                largest = max(largest, made.numel())
+            return made
+
+    with Watch(), pytest.raises(ValueError, match=message) as error:
+        PeftModel.from_pretrained(base, folder)
+    assert len(str(error.value)) < 1500
+    assert largest < 10**6
+    assert_untouched(base, before)
+
+
+def test_the_weights_are_read_once(tmp_path, monkeypatch):
+    folder, read = saved(tmp_path), []
+    for module in (peft.utils.save_and_load, safetensors.torch):
+        name = "safe_load_file" if hasattr(module, "safe_load_file") else "load_file"
+        load = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, load=load, **kwargs: read.append(args) or load(*args, **kwargs)
+        )
+    PeftModel.from_pretrained(build("wavlm", "ForCTC"), folder)
+    assert len(read) == 1
+
+
+def test_an_adapter_may_be_started_from_the_configuration_of_a_saved_one(tmp_path):
+    config = ELPConfig.from_pretrained(saved(tmp_path))
+    config.inference_mode, config.e_dim = False, 30
+    model = build("wavlm", "ForCTC")
+    model.add_adapter(config)
+    assert model.wavlm.encoder.layers[0].feed_forward.elp_e["default"].down.weight.shape == (30, 24)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_the_embeddings_of_a_resized_vocabulary_are_saved_if_they_are_trained(trained, tmp_path):
+    FAMILIES["whisper"].model().save_pretrained(tmp_path / "base")
+    base = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(34)
+    config = ELPConfig(adapters="E", e_dim=4, modules_to_save=["proj_out"] if trained else None)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert ("base_model.model.proj_out.weight" in names) == trained
+    assert not any("embed_tokens" in name for name in names)
+    again = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")
+    again.resize_token_embeddings(34)
+    PeftModel.from_pretrained(again, tmp_path / "adapter")

@@ -52,11 +52,11 @@ def test_an_average_is_the_weighted_sum_of_all_tensors_the_heads_included():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["one", "other"], [0.5, 0.5], "soup"), "different make: e_dim is 8 and 4"),
-        ((["one", "third"], [0.5, 0.5], "soup"), r"names \['third'\], and the model has 'one', 'other', 'two'"),
-        ((["one", "two"], [1.0, 1.0], "soup"), r"weights that add up to 1: got \[1.0, 1.0\]"),
-        ((["one", "two"], [1.0], "soup"), r"one weight for each adapter.*got \[1.0\]"),
-        ((["one", "two"], [0.5, 0.5], "one"), "There is an adapter 'one' already"),
+        ((["one", "other"], [0.5, 0.5], "soup"), "configured differently: e_dim is 8 and 4"),
+        ((["one", "third"], [0.5, 0.5], "soup"), r"no adapter 'third'; the model has 'one', 'other', 'two'"),
+        ((["one", "two"], [1.0, 1.0], "soup"), r"weights that sum to 1, got \[1.0, 1.0\]"),
+        ((["one", "two"], [1.0], "soup"), r"one finite weight for each adapter.*got \[1.0\]"),
+        ((["one", "two"], [0.5, 0.5], "one"), "There is already an adapter 'one'"),
         ((["one", "two"], [0.5, 0.5], "soup", "svd"), "combination_type='svd' combines low-rank factors"),
         ((["one", "two"], [0.5, 0.5], "norm"), "cannot be named 'norm'"),
     ],
@@ -175,8 +175,8 @@ def test_tasks_train_together_in_one_pass():
         (["one", "three"], {}, r"got \['one', 'three'\]; the model has 'norms', 'one', 'rest', 'two'"),
         ("one", {}, "takes a list of adapter names, got 'one'"),
         (["one", "norms"], {}, r"'norms' changes what the layers compute \(adapters='L', train_layer_norms=True, "),
-        (["one"], {"labels": {"two": torch.tensor([0])}}, "labels for 'two', which is not among what is run: 'one'"),
-        (["one"], {"output_hidden_states": True}, "no hidden states and attentions of their own"),
+        (["one"], {"labels": {"two": torch.tensor([0])}}, "labels for 'two', which is not run. What is run: 'one'"),
+        (["one"], {"output_hidden_states": True}, "no hidden states or attentions of their own"),
     ],
 )
 def test_what_has_no_common_pass_is_refused(names, options, message):
@@ -292,9 +292,9 @@ def test_models_with_different_heads_share_one_backbone():
 
 def test_models_of_different_checkpoints_are_refused():
     asr, other = models()["asr"], get_peft_model(build("wavlm", "ForSequenceClassification", seed=5), ELPConfig(**ELP))
-    with pytest.raises(ValueError, match=r"backbones of 'asr' and 'emotion' differ, in \d+ of \d+ tensors"):
+    with pytest.raises(ValueError, match=r"backbones of 'asr' and 'emotion' differ in \d+ of \d+ tensors"):
         MultiTaskModel({"asr": asr, "emotion": other})
-    with pytest.raises(ValueError, match=r"There is no task 'speaker'; there are 'asr'"):
+    with pytest.raises(ValueError, match=r"There is no task 'speaker'; the tasks are 'asr'"):
         MultiTaskModel({"asr": asr})(waveforms()[0], tasks=["speaker"])
 
 

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from test_families import TOWERS, encoded
 
 from peft_elp import ELPConfig
+from peft_elp.call.route import Route
 
 FAMILIES = FAMILIES | TOWERS
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -21,7 +22,7 @@ ADAPTERS = {
 }
 
 
-PACKED = "packs utterances into one sequence"
+PACKED = "packs utterances into one sequence"  # The end of the message names what cannot mix adapters.
 CANNOT = {
     "glmasr": "take no attention mask",
     "qwen2_5_omni": PACKED,
@@ -130,7 +131,7 @@ def small():
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        (["asr", "asr"], ValueError, "holds 2 names, and a tensor of shape"),
+        (["asr", "asr"], ValueError, r"holds 2 names, and the batch has the shape \(3, "),
         (["asr", "emotoin", "asr"], ValueError, "There is no adapter 'emotoin'; the model has 'asr', 'emotion'"),
         ("asr", TypeError, "one adapter name per utterance, got 'asr'"),
     ],
@@ -179,3 +180,49 @@ def test_generation_mixes_adapters(beams):
             model.set_adapter(name)
             own = model.generate(**inputs)[row]
         assert together[row].tolist() == own.tolist()
+
+
+def long_recordings(lengths=(140, 60, 100)):
+    """A Whisper for windows of 40 frames, and recordings that end after different numbers of windows."""
+    base = FAMILIES["whisper"].model()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(5)  # Else the text hardly depends on the recording.
+    model = adapted(base, {"one": {"adapters": "ELP"}, "two": {"adapters": "EP", "p_length": 5}})
+    known = {"no_timestamps_token_id": 9, "is_multilingual": False, "max_initial_timestamp_index": 3}
+    for name, value in known.items():
+        setattr(model.generation_config, name, value)
+    torch.manual_seed(0)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    features = torch.randn(len(lengths), 8, max(lengths)) * mask[:, None]
+    options = {"return_timestamps": True, "max_new_tokens": 6}
+    return model, {"input_features": features, "attention_mask": mask, **options}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_generation_from_long_recordings_mixes_adapters(options):
+    model, inputs = long_recordings()
+    names = ["one", "two", "__base__"]
+    together = model.generate(**inputs, **options, adapter_names=names)
+    own = []
+    for name in names:
+        if name == "__base__":
+            with model.disable_adapter():
+                own.append(model.generate(**inputs, **options))
+        else:
+            model.set_adapter(name)
+            own.append(model.generate(**inputs, **options))
+    assert not torch.equal(own[0][0], own[1][0])
+    for row in range(3):
+        length = min(together.shape[1], own[row].shape[1])
+        assert together[row, :length].tolist() == own[row][row, :length].tolist()
+        assert not together[row, length:].any()  # Only padding follows.
+        assert not own[row][row, length:].any()
+
+
+def test_a_batch_that_lost_utterances_says_that_the_sizes_differ():
+    route = Route(["one", "two", "one"], beams=2)
+    assert route.check(torch.zeros(6, 4), axes=2) == 2
+    for shape in ((2, 4), (4, 4), (9, 4), (3,)):
+        with pytest.raises(ValueError, match=r"adapter_names holds 3 names, and the batch has the shape \(\d,"):
+            route.check(torch.zeros(shape), axes=2)

@@ -116,9 +116,9 @@ def test_trainable_tensors_outside_of_the_adapter_are_named():
 
 
 def test_an_unknown_adapter_or_a_plain_model_is_named():
-    with pytest.raises(ValueError, match=r"No adapter named 'mine'; the model has \['default'\]"):
+    with pytest.raises(ValueError, match="There is no adapter 'mine'; the model has 'default'"):
         create_optimizer(adapted(), rates=RATES, adapter_name="mine")
-    with pytest.raises(ValueError, match="No adapter named 'default'; the model has none"):
+    with pytest.raises(ValueError, match="There is no adapter 'default'; the model has none"):
         create_optimizer(build(), rates=RATES)
 
 

@@ -10,6 +10,7 @@ from backbones import ELP, HEADS, build, has, labels_for, result, shaken, wavefo
 from packaging.version import Version
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_life_cycle import assert_untouched, snapshot
 from transformers import (
     AutoModel,
     AutoModelForAudioClassification,
@@ -207,22 +208,65 @@ def test_a_transformers_that_cannot_load_an_adapter_does_not_answer_with_a_fresh
     assert torch.equal(logits(PeftModel.from_pretrained(base, folder)), expected)
 
 
-def test_an_adapter_with_tensors_missing_does_not_answer(tmp_path):
+BIAS = "base_model.model.lm_head.bias"
+MISFITS = {
+    "missing": (lambda tensors: tensors.pop(BIAS), r"1 missing \(lm_head\.bias \(9,\)\)"),
+    "the backbone's": (
+        lambda tensors: tensors.update({"base_model.model.wavlm.feature_projection.projection.weight": torch.ones(2)}),
+        r"1 left over \(wavlm\.feature_projection",
+    ),
+    "the original head's": (
+        lambda tensors: tensors.update({"base_model.model.lm_head.original_module.weight": torch.ones(2)}),
+        r"1 left over \(lm_head\.original_module",
+    ),
+    "another adapter's": (
+        lambda tensors: tensors.update({"wavlm.encoder.elp_p.first.rows": torch.ones(2)}),
+        r"1 left over \(wavlm\.encoder\.elp_p\.first\.rows",
+    ),
+    "of another shape": (lambda tensors: tensors.update({BIAS: torch.ones(2)}), r"\(2,\) in place of \(9,\)"),
+    "of whole numbers": (
+        lambda tensors: tensors.update({BIAS: torch.ones(9, dtype=torch.int8)}),
+        "saved in float64, float32, float16 or bfloat16",
+    ),
+    "not finite": (lambda tensors: tensors[BIAS].fill_(float("nan")), r"1 not finite \(lm_head\.bias\)"),
+}
+
+
+@needs_loading
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_tensors_that_are_not_the_adapters_are_refused(change, message, is_trainable, tmp_path):
     folder, _ = peft_folder(tmp_path)
     tensors = load_file(folder / "adapter_model.safetensors")
-    del tensors["base_model.model.lm_head.bias"]
+    change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model = AutoModelForCTC.from_pretrained(folder)
-    with pytest.raises(RuntimeError, match=r"tensors of an adapter .* never loaded: .*"):
-        logits(model)
+
+    base = AutoModelForCTC.from_pretrained(tmp_path / "base")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=message):
+        base.load_adapter(folder, is_trainable=is_trainable)
+    assert_untouched(base, before)
+    assert not hasattr(base, "peft_config")
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCTC.from_pretrained(folder)
+
+    base.add_adapter(ELPConfig(**ELP), "first")
+    before, answer = snapshot(base), logits(base)
+    with pytest.raises(ValueError, match=message):
+        base.load_adapter(folder, adapter_name="second", is_trainable=is_trainable)
+    assert_untouched(base, before)
+    assert list(base.peft_config) == base.active_adapters() == ["first"]
+    assert torch.equal(logits(base), answer)
 
 
 @needs_loading
 def test_an_adapter_of_another_model_is_refused_while_loading(tmp_path):
     folder, _ = peft_folder(tmp_path)
     model = build(hidden_size=32)
-    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"of another shape \(.*in place of"):
         model.load_adapter(folder)
+    assert_untouched(model, before)
 
 
 @needs_loading

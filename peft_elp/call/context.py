@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -14,23 +14,34 @@ T = TypeVar("T")
 
 
 class Current(Generic[T]):
-    """A value that holds for the duration of a `with` block, and for the thread that set it alone.
+    """A value that is set for a `with` block, in the thread that entered the block.
 
-    torch.compile cannot trace a context variable. It traces in one thread at a time, so that what is set while it does
-    may live here; and where no thread holds a value, there is no need to look.
+    torch.compile cannot trace a context variable. It traces in one thread at a time, so a value that is set during
+    tracing is kept in an attribute. `_held` tells without a context variable whether any thread has set a value.
+
+    Args:
+        name: Name of the context variable.
+
+    Examples:
+        >>> language = Current("language")
+        >>> with language.set("fi"):
+        ...     language.get()
+        'fi'
+        >>> language.get() is None
+        True
     """
 
     def __init__(self, name: str) -> None:
         self._variable: ContextVar[T | None] = ContextVar(name, default=None)
         self._traced: T | None = None
         self._lock = Lock()
-        self._holders = 0
+        self._tokens: set[int] = set()  # Of the blocks that hold a value, by identity.
         self._held = False
 
     def get(self) -> T | None:
         if torch.compiler.is_dynamo_compiling() and (self._traced is not None or not self._held):
             return self._traced
-        # Layers that are compiled one by one, or behind a break of the graph, are called by an untraced stack.
+        # Layers that are compiled one by one, or after a graph break, are called by a stack that is not traced.
         return self._variable.get()
 
     @contextmanager
@@ -42,15 +53,20 @@ class Current(Generic[T]):
             finally:
                 self._traced = before
             return
-        token = self._variable.set(value)
-        self._hold(1)
+        token = None
         try:
+            token = self._variable.set(value)
+            self._hold(token, True)
             yield
-        finally:
-            self._hold(-1)
-            self._variable.reset(token)
+        finally:  # An error at any line above leaves nothing set.
+            if token is not None:
+                self._hold(token, False)
+                self._variable.reset(token)
 
-    def _hold(self, change: int) -> None:
+    def _hold(self, token: Token[T | None], held: bool) -> None:
         with self._lock:
-            self._holders += change
-            self._held = self._holders > 0
+            if held:
+                self._tokens.add(id(token))
+            else:
+                self._tokens.discard(id(token))
+            self._held = bool(self._tokens)

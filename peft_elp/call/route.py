@@ -1,4 +1,4 @@
-"""Which adapter answers for which utterance of a batch, where a call says so rather than the model."""
+"""Which adapter serves which utterance of a batch, if the call names the adapters."""
 
 from __future__ import annotations
 
@@ -17,43 +17,69 @@ class Route:
     """The adapters of one call, by utterance.
 
     Args:
-        names: The name of each utterance's adapter, or "__base__" for the backbone alone.
+        names: The adapter name of each utterance, or "__base__" for the backbone alone.
         beams: How often generation repeats each utterance behind the encoder.
+
+    Examples:
+        >>> Route(["asr", "emotion", "asr"]).indices("asr", torch.zeros(3, 49, 768))
+        tensor([0, 2])
     """
 
     def __init__(self, names: Sequence[str], beams: int = 1) -> None:
         self.names = tuple(names)
         self.beams = beams
         self.adapters = tuple(dict.fromkeys(name for name in names if name != BASE))
-        self._rows: dict[tuple[str, Any, int], Tensor] = {}
-        self.whole: str | None = None
+        self.whole: str | None = None  # The adapter of all utterances, however many there are.
+        self._indices: dict[tuple[str, Any, int], Tensor] = {}
 
     @classmethod
     def only(cls, name: str) -> Route:
-        """One adapter for all utterances of any batch."""
+        """One adapter for all utterances of a batch of any size."""
         route = cls([name])
         route.whole = name
         return route
 
-    def rows(self, name: str, x: Tensor, axes: int = 3) -> Tensor:
-        """The places in the batch `x`, a tensor of at least so many axes, of the utterances that use an adapter.
+    def check(self, x: Tensor, axes: int) -> int:
+        """Compare the size of a batch with the number of names.
+
+        Args:
+            x: The batch.
+            axes: The least number of axes that a batch has at this point.
+
+        Returns:
+            How often each utterance is repeated in the batch.
 
         Raises:
-            ValueError: The batch is of another size.
+            ValueError: The sizes differ.
         """
         repeats = len(x) // len(self.names)
         if x.dim() < axes or len(x) != repeats * len(self.names) or repeats not in (1, self.beams):
             raise ValueError(
-                f"adapter_names holds {len(self.names)} names, and a tensor of shape {tuple(x.shape)} came where each "
-                "utterance has one row. Give one name an utterance. An encoder that packs utterances into one "
-                "sequence, or folds long ones, cannot mix adapters: call it once for each."
+                f"adapter_names holds {len(self.names)} names, and the batch has the shape {tuple(x.shape)}. Pass one "
+                "adapter name per utterance. An encoder that packs utterances into one sequence, or splits long ones, "
+                "cannot mix adapters. Nor can generation that falls back to other temperatures for some utterances. "
+                "Call the model once per adapter then."
             )
+        return repeats
+
+    def indices(self, name: str, x: Tensor, axes: int = 3) -> Tensor:
+        """The indices of the utterances that use an adapter.
+
+        Args:
+            name: The adapter's name.
+            x: The batch.
+            axes: The least number of axes that a batch has at this point.
+
+        Raises:
+            ValueError: The size of the batch is not the number of names.
+        """
+        repeats = self.check(x, axes)
         key = (name, x.device, repeats)
-        if key not in self._rows:
-            rows = [row for row, known in enumerate(self.names) if known == name]
-            places = [row * repeats + copy for row in rows for copy in range(repeats)]
-            self._rows[key] = torch.tensor(places, device=x.device)
-        return self._rows[key]
+        if key not in self._indices:
+            utterances = [index for index, known in enumerate(self.names) if known == name]
+            repeated = [index * repeats + copy for index in utterances for copy in range(repeats)]
+            self._indices[key] = torch.tensor(repeated, device=x.device)
+        return self._indices[key]
 
 
 current_route: Current[Route] = Current("peft_elp_route")

@@ -1,7 +1,7 @@
 """One pass through a frozen backbone that serves several L-adapters.
 
-The first of them runs the backbone and reads the taps of all. For each further one the model is called again, with
-what the first call found in place of the backbone's convolutions and layers.
+The call for the first adapter runs the backbone and reads the taps of all adapters. The model is called again for each
+further adapter, and reuses what the first call computed instead of running the convolutions and layers again.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .outputs import another
 
 @dataclass
 class SharedPass:
-    """What one pass leaves behind for the calls that follow it.
+    """What one pass computes for the calls that follow it.
 
     Args:
-        readers: For each task that shares the layers, its L-adapter and the layers that this taps.
+        readers: For each task that shares the layers, its L-adapter and the layers that the adapter taps.
         task: The task whose call is under way.
-        features: What the convolutions over the waveform gave, once they ran.
-        ends: For each task, what takes the place of the encoder's output, once the layers ran.
-        output: What the stack gave, where the sums of taps take the place of its output: it is not called again.
-        layer_outputs: What each layer gave beside the hidden states, by its number, for a stack that goes on after
-            them: it is called again, without its layers.
+        features: The output of the convolutions over the waveform, once they have run.
+        ends: For each task, what replaces the encoder's output, once the layers have run.
+        output: The output of the stack, if the sums of taps replace it. The stack is not called again then.
+        layer_outputs: The output of each layer apart from its hidden states, by the number of the layer. It is kept
+            for a stack that goes on after its layers, which is called again without them.
     """
 
     readers: dict[str, tuple[LAdapter, list[int]]] = field(default_factory=dict)
@@ -39,11 +39,11 @@ class SharedPass:
     layer_outputs: dict[int, Any] = field(default_factory=dict)
 
     def keep(self, layer: int, output: Any) -> None:
-        """Remember what a layer gave, but for its hidden states."""
+        """Keep the output of a layer, apart from its hidden states."""
         self.layer_outputs[layer] = None if isinstance(output, Tensor) else another(output, None)
 
     def replay(self, layer: int, x: Tensor) -> Any:
-        """What a layer gave, with hidden states `x`, which nothing reads any more."""
+        """The output that `keep` has kept, with hidden states `x`, which nothing reads."""
         output = self.layer_outputs[layer]
         return x if output is None else another(output, x)
 
@@ -52,6 +52,6 @@ current_pass: Current[SharedPass] = Current("peft_elp_shared_pass")
 
 
 def readers_of_pass() -> SharedPass | None:
-    """The pass under way whose layers several tasks share, None where there is none."""
+    """The current pass if several tasks share its layers, else None."""
     shared = current_pass.get()
     return shared if shared is not None and shared.readers else None

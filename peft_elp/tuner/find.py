@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_elp.backbones import BACKBONES, REFUSED, Backbone, family
-from peft_elp.wording import shortened
+from peft_elp.wording import brief, shortened
 
 from .head import original
 from .layers import Wrapper
@@ -68,7 +68,7 @@ def find_encoder(model: nn.Module, target: str | None = None) -> Encoder:
         named = {path: row for path, row in stacks.items() if target in (path, type(modules[path]).__name__)}
         if not named:
             raise ValueError(
-                f"target={target!r} does not name a speech encoder of {type(model).__name__}, which has "
+                f"target={brief(target)} does not name a speech encoder of {type(model).__name__}, which has "
                 f"{_named(modules, stacks) or 'none'}. Use the path or class of one of them."
             )
         stacks = named

@@ -1,9 +1,11 @@
-"""What an adapter's head is made from, and what follows in the model when another adapter becomes active."""
+"""The settings that an adapter's head is made from, and the model's configuration while that adapter is in use."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Collection, Iterable, Sequence
+from copy import copy, deepcopy
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,16 +13,18 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_elp.config import plain_settings
 from peft_elp.heads import HEAD_SETTINGS, head_input
+from peft_elp.wording import brief, shortened
 
 from .head import original
 
 
 def head_config(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The settings that an adapter's head has: those of the model, with `given` in place of some.
+    """The settings that an adapter's head is made from: the model's, with `given` in place of some.
 
     Returns:
-        None where the head is none that Transformers makes from settings.
+        None if the head is not one that Transformers makes from settings.
 
     Raises:
         ValueError: There is no such head, and yet settings are given.
@@ -28,106 +32,224 @@ def head_config(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any
     if not isinstance(model, PreTrainedModel) or head_input(type(model)) is None:
         if given:
             raise ValueError(
-                f"head_config={given!r} describes a head that Transformers makes, and {type(model).__name__} has none "
-                "that ELP knows. Load the model with such a head, as AutoModelForCTC does, or leave head_config out."
+                f"head_config={brief(given)} describes a head that Transformers makes, and {type(model).__name__} has "
+                "none that ELP knows. Load the model with such a head, as AutoModelForCTC does, or leave head_config "
+                "out."
             )
         return None
-    own = _settings(_own_config(model))
-    if given and given.get("num_labels", own["num_labels"]) != own["num_labels"]:
-        own = {name: value for name, value in own.items() if name not in ("id2label", "label2id")}
-    return own | (given or {})
+    settings = _settings(_config_without_adapters(model))
+    if given and given.get("num_labels", settings["num_labels"]) != settings["num_labels"]:
+        settings = {name: value for name, value in settings.items() if name not in ("id2label", "label2id")}
+    return settings | (given or {})
 
 
-def _own_config(model: PreTrainedModel) -> Any:
-    """A copy of the model's configuration as it is without adapters."""
-    config = deepcopy(model.config)
-    for head in (vars(module).get("task_head") for module in model.modules()):
-        if isinstance(head, TaskHead):
-            config.update(head.own)
-    return config
+def refuse_left_out(model: nn.Module, head: Iterable[str], trained: Collection[str], settings: dict[str, Any]) -> None:
+    """Refuse settings that change a module of the head which is not trained, and would stay as the model has it.
+
+    Args:
+        model: The model.
+        head: The paths of all modules of the head.
+        trained: The paths of those that the adapter has its own copy of.
+        settings: The settings of the adapter's head.
+
+    Raises:
+        ValueError: The settings change such a module.
+    """
+    left_out = sorted(remade_modules(model, [path for path in head if path not in trained], settings))
+    if left_out:
+        raise ValueError(
+            f"head_config changes {shortened(map(repr, left_out))}, which modules_to_save={brief(list(trained))} "
+            "leaves out, so the model's own would be used. Add it to modules_to_save, or leave modules_to_save at "
+            "None to train the whole head."
+        )
 
 
-def _settings(config: Any) -> dict[str, Any]:
-    found = {name: _plain(getattr(config, name)) for name in HEAD_SETTINGS if getattr(config, name, None) is not None}
-    if found.get("id2label") == {i: f"LABEL_{i}" for i in range(found.get("num_labels", 0))}:
-        del found["id2label"], found["label2id"]  # nobody has named the labels
-    return found
+def remade_modules(model: nn.Module, paths: Iterable[str], settings: dict[str, Any] | None) -> dict[str, nn.Module]:
+    """The modules of a head that are different under the given settings, on the meta device.
 
+    They are taken from a second model of the same class, no tensor of which is allocated.
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else deepcopy(value)
+    Args:
+        model: The model.
+        paths: The paths of the modules to look at.
+        settings: The settings of the adapter's head.
 
-
-def remade_head(model: nn.Module, paths: Sequence[str], settings: dict[str, Any] | None) -> dict[str, nn.Module]:
-    """Those of a head's modules that come out otherwise under the given settings, by path; newly initialised."""
-    fresh: dict[str, nn.Module] = {}
-    for path, new in other_modules(model, paths, settings).items():
-        assert isinstance(model, PreTrainedModel)
-        old = original(model.get_submodule(path))
-        like = next(old.parameters())
-        new = new.to_empty(device=like.device).to(like.dtype)
-        with torch.no_grad():
-            for parameter in new.parameters():
-                parameter.normal_()  # as a bare parameter starts; layers are initialised next
-            for name, buffer in new.named_buffers():
-                buffer.copy_(old.get_buffer(name))
-            fresh[path] = new.apply(model._init_weights)
-    return fresh
-
-
-def other_modules(model: nn.Module, paths: Sequence[str], settings: dict[str, Any] | None) -> dict[str, nn.Module]:
-    """Those of a head's modules that come out otherwise under the given settings, by path; without memory.
-
-    They are taken from a second model of the class, of which nothing is given memory.
+    Returns:
+        The new modules by path.
     """
     if not settings or not isinstance(model, PreTrainedModel):
         return {}
-    config = _own_config(model)
+    config = _config_without_adapters(model)
     if settings.items() <= _settings(config).items():
         return {}
     config.update(settings)
     with torch.device("meta"):
         other = type(model)(config)
-    found = {path: (original(model.get_submodule(path)), other.get_submodule(path)) for path in paths}
-    return {path: new for path, (old, new) in found.items() if _make(old) != _make(new)}
+    modules = {path: (original(model.get_submodule(path)), other.get_submodule(path)) for path in paths}
+    return {path: new for path, (old, new) in modules.items() if _description(old) != _description(new)}
 
 
-def _make(module: nn.Module) -> list[Any]:
-    """What tells two modules of different make apart: classes, shapes, and the plain values that they hold."""
+def planned_head(
+    model: nn.Module,
+    paths: Iterable[str],
+    settings: dict[str, Any] | None,
+    input_path: str | None,
+    input_size: int,
+) -> dict[str, nn.Module]:
+    """The modules of the head that an adapter does not copy from the model, by path, on the meta device.
 
-    def values(part: nn.Module) -> dict[str, Any]:
-        named = {name: value for name, value in vars(part).items() if name != "training" and not name.startswith("_")}
+    Args:
+        model: The model.
+        paths: The paths of the head's modules that the adapter has.
+        settings: The settings of the adapter's head.
+        input_path: The path of the head's first linear layer, if the L-adapter feeds it.
+        input_size: The width of what it is fed then.
+    """
+    modules = remade_modules(model, paths, settings)
+    if input_path is not None:
+        linear = modules.get(input_path, original(model.get_submodule(input_path)))
+        assert isinstance(linear, nn.Linear)
+        modules[input_path] = nn.Linear(input_size, linear.out_features, linear.bias is not None, device="meta")
+    return modules
+
+
+def initialised(model: nn.Module, path: str, planned: nn.Module) -> nn.Module:
+    """A module of `planned_head` with tensors, initialised as Transformers initialises modules of that model."""
+    old = original(model.get_submodule(path))
+    like = next(old.parameters())
+    module = planned.to_empty(device=like.device).to(like.dtype)
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(old.get_buffer(name))
+        if isinstance(model, PreTrainedModel):
+            for parameter in module.parameters():
+                parameter.normal_()  # As a bare parameter starts. The layers are initialised next.
+            # `_init_weights` is private. It initialises one module in place, and PreTrainedModel applies it to each.
+            return module.apply(model._init_weights)
+    assert isinstance(module, nn.Linear)
+    module.reset_parameters()
+    return module
+
+
+def _config_without_adapters(model: PreTrainedModel) -> Any:
+    """A copy of the model's configuration as it is without adapters."""
+    config = deepcopy(model.config)
+    for head in (vars(module).get("task_head") for module in model.modules()):
+        if isinstance(head, TaskHead):
+            head.restore(config)
+    return config
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The settings of a configuration that are set, in plain Python values."""
+    found = plain_settings(
+        {name: getattr(config, name) for name in HEAD_SETTINGS if getattr(config, name, None) is not None}
+    )
+    if found.get("id2label") == {i: f"LABEL_{i}" for i in range(found.get("num_labels", 0))}:
+        del found["id2label"], found["label2id"]  # These are the names that Transformers gives.
+    return found
+
+
+def _description(module: nn.Module) -> list[Any]:
+    """What distinguishes modules that are configured differently: classes, shapes, and the plain values they hold."""
+
+    def values(inner: nn.Module) -> dict[str, Any]:
+        named = {name: value for name, value in vars(inner).items() if name != "training" and not name.startswith("_")}
         return {name: value for name, value in named.items() if isinstance(value, (int, float, str, tuple))}
 
-    parts = [(name, type(part), values(part)) for name, part in module.named_modules()]
-    return [*parts, *((name, parameter.shape) for name, parameter in module.named_parameters())]
+    modules = [(name, type(inner), values(inner)) for name, inner in module.named_modules()]
+    return [*modules, *((name, parameter.shape) for name, parameter in module.named_parameters())]
+
+
+class Absent:
+    """Stands for a setting that a configuration does not have."""
 
 
 class TaskHead:
-    """A model's head, which goes along with the adapters of the encoder stack.
+    """A model's head, which follows the active adapter of the encoder stack.
 
-    PEFT switches the copies of the head's modules. Transformers leaves them out when it enables adapters again, and
-    neither tells the model's configuration of the labels or the vocabulary of the active one.
+    PEFT switches the copies of the head's modules. Transformers does not enable them again together with the other
+    adapters, and neither of them tells the model's configuration about the labels or the vocabulary of the active
+    adapter. `problem_type` needs care: Transformers guesses it from the first labels and writes the guess into the
+    configuration, where the next adapter would find it.
 
     Args:
-        config: The model's configuration, None if it has none.
+        config: The model's configuration, or None if it has none.
+        model: The model, which holds `num_labels` beside its configuration in some classes.
     """
 
-    def __init__(self, config: Any) -> None:
+    model: nn.Module | None = None  # Heads that version 0.1 pickled have none.
+    problem_type: Any = Absent
+
+    def __init__(self, config: Any, model: nn.Module | None = None) -> None:
         self.config = config
+        self.model = model
         self.copies: list[ModulesToSaveWrapper] = []
-        self.settings: dict[str, dict[str, Any]] = {}  # by adapter name
-        self.own: dict[str, Any] = {}  # the model's settings, while others are in their place
+        self.settings: dict[str, dict[str, Any]] = {}  # By adapter name.
+        self.own: dict[str, Any] = {}  # What the model has instead, while an adapter's settings are in its place.
+
+    def join(self, adapter_name: str, settings: dict[str, Any] | None) -> None:
+        """Remember the settings of an adapter's head."""
+        if settings and self.config is not None:
+            if self.problem_type is Absent:
+                self.problem_type = getattr(self.config, "problem_type", Absent)
+            self.settings[adapter_name] = settings
 
     def follow(self, active_adapters: Sequence[str], enabled: bool) -> None:
         """Enable or disable the copies, and give the configuration the settings of the active adapter."""
-        for copy in self.copies:
-            if copy.disable_adapters == enabled:
-                copy.enable_adapters(enabled)
-        wanted = next((self.settings[name] for name in active_adapters if enabled and name in self.settings), {})
-        if self.own:
-            self.config.update(self.own)
-            self.own = {}
-        if wanted and not wanted.items() <= _settings(self.config).items():
-            self.own = {name: getattr(self.config, name) for name in HEAD_SETTINGS if hasattr(self.config, name)}
-            self.config.update(wanted)
+        for module in self.copies:
+            if module.disable_adapters == enabled:
+                module.enable_adapters(enabled)
+        if self.config is None:
+            return
+        self.restore(self.config)
+        self.own = {}
+        wanted = next((self.settings[name] for name in active_adapters if enabled and name in self.settings), None)
+        if wanted is not None:
+            if not _without_problem_type(wanted).items() <= _settings(self.config).items():
+                self.own = {name: getattr(self.config, name, Absent) for name in HEAD_SETTINGS}
+                self.config.update(_without_problem_type(wanted))
+            self.config.problem_type = wanted.get("problem_type")
+        self._tell(self.model)
+
+    def restore(self, config: Any) -> None:
+        """Give a configuration the settings that the model has without adapters."""
+        for name, value in self.own.items():
+            if value is not Absent:
+                setattr(config, name, value)
+            elif hasattr(config, name):
+                delattr(config, name)
+        if self.problem_type is not Absent:
+            config.problem_type = self.problem_type
+
+    def seen_by(self, adapter_name: str, model: nn.Module) -> nn.Module:
+        """The model with the settings of an adapter's head, for one call: everything else is the same objects.
+
+        Another thread that calls the model does not see these settings, and what Transformers writes into the
+        configuration during the call is gone after it.
+        """
+        settings = self.settings.get(adapter_name)
+        if settings is None:
+            return model
+        view: Any = copy(model)
+        view.config = copy(self.config)
+        self.restore(view.config)
+        view.config.update(_without_problem_type(settings))
+        view.config.problem_type = settings.get("problem_type")
+        self._tell(view)
+        forward = vars(view).get("forward")
+        if isinstance(forward, partial):
+            # accelerate's `add_hook_to_module` binds the module into `forward` and `_old_forward`.
+            view.forward = partial(forward.func, view)
+            view._old_forward = MethodType(view._old_forward.__func__, view)
+        return view
+
+    def _tell(self, model: Any) -> None:
+        # Heads that classify frames read the number of labels from here, not from the configuration.
+        if model is not None and "num_labels" in vars(model):
+            model.num_labels = model.config.num_labels
+
+
+def _without_problem_type(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without `problem_type`, which every adapter has, if only as None."""
+    return {name: value for name, value in settings.items() if name != "problem_type"}

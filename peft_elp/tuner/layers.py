@@ -147,7 +147,7 @@ class ELPLayer(KeepsTrained, Wrapper, BaseTunerLayer):
         route = None if self.disable_adapters else current_route.get()
         if route is None:
             return None
-        return [(name, route.rows(name, x)) for name in route.adapters if name in container]
+        return [(name, route.indices(name, x)) for name in route.adapters if name in container]
 
     def only_running(self, container: nn.ModuleDict, what: str) -> str | None:
         """The one active adapter in `container`, or None if there is none.

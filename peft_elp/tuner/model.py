@@ -20,11 +20,12 @@ from peft_elp.wording import unknown_adapter
 
 from . import alone
 from .averaging import check_combination, combine
+from .checked_loading import check_next_loading
 from .first_step import watch_first_step
-from .fit import misfit_error, misfits, mismatches, with_head
+from .fit import adapter_tensors, listed, misfit_error, mismatches, problems, refuse_too_large, with_head
 from .head import Head
 from .layers import WHY_NO_MERGE, ELPLayer
-from .one_pass import Task, parts_of, refuse_idle_labels, refuse_reports, run
+from .one_pass import Task, adapted_encoder, refuse_idle_labels, refuse_reports, run
 from .paths import canonical
 from .place import adapted_modules, check_placed, give_head, place_adapter, unwrap
 from .plan import check_adapter_name, make_plan
@@ -103,6 +104,9 @@ class ELPModel(BaseTuner):
                 )
             if plan.config != config:  # Else the caller's own object, as from_pretrained(..., config=config) promises.
                 self.peft_config[adapter_name] = plan.config
+            described = config.tensors_to_load()
+            if described is not None:
+                refuse_too_large(model, plan, adapter_name, described)
             first = not any(isinstance(module, ELPLayer) for module in model.modules())
             if first:
                 model.requires_grad_(False)
@@ -119,7 +123,8 @@ class ELPModel(BaseTuner):
             if self._alone:
                 self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
                 alone.prepare(model, plan.config, adapter_name)
-            elif config.weights_follow:
+                check_next_loading(model, adapter_name, partial(self._return_to, before, adapter_name))
+            elif config.as_read is not None:
                 self._before_loading = {adapter_name: before}
 
     @contextmanager
@@ -131,6 +136,11 @@ class ELPModel(BaseTuner):
         except BaseException:
             self._forget(adapter_name)
             raise
+
+    def _return_to(self, before: Snapshot, adapter_name: str) -> None:
+        """Bring the model back to what it was before an adapter was placed."""
+        before.restore()
+        self._forget(adapter_name)
 
     def _forget(self, adapter_name: str) -> None:
         """Drop the configuration of an adapter that is not in the model any more, or not yet."""
@@ -269,14 +279,14 @@ class ELPModel(BaseTuner):
         refuse_idle_labels(adapter_names, labels)
         self._before_loading.clear()
         self._watch(adapter_names)
-        parts, stack = parts_of(self)
+        encoder, stack = adapted_encoder(self)
         tasks: dict[str, Task] = {}
         for name in adapter_names:
             own = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
             tasks[name] = Task(
-                parts.backbone, stack, name, partial(self._as, name, stack, *args, **own), Route.only(name)
+                encoder.backbone, stack, name, partial(self._as, name, stack, *args, **own), Route.only(name)
             )
-            if not tasks[name].leaves_backbone_alone():
+            if not tasks[name].leaves_layers_alone():
                 config: Any = self.peft_config[name]
                 raise ValueError(
                     f"{name!r} changes what the layers compute (adapters={config.adapters!r}, "
@@ -289,10 +299,12 @@ class ELPModel(BaseTuner):
 
     def _as(self, adapter_name: str, stack: ELPStack, *args: Any, **kwargs: Any) -> Any:
         """Call the model with the settings of an adapter's head, on which its loss depends."""
-        stack.task_head.follow([adapter_name], enabled=not stack.disable_adapters)
+        model: Any = self.model if stack.disable_adapters else stack.task_head.seen_by(adapter_name, self.model)
+        if not self.training:
+            return model(*args, **kwargs)
         stack.layer_drop.turn_off()
         try:
-            return self.model(*args, **kwargs)
+            return model(*args, **kwargs)
         finally:
             stack.follow_adapters()
 
@@ -325,13 +337,15 @@ class ELPModel(BaseTuner):
             self.inject_adapter(self.model, adapter_name)
             combine(self.model, adapters, weights, adapter_name)
 
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The embeddings of a text vocabulary, or None for an encoder of speech.
+    def get_input_embeddings(self) -> None:
+        """None. PEFT asks for the embeddings when it saves an adapter of a model with a resized vocabulary.
 
-        PEFT asks for them when it saves a model whose vocabulary differs from that of its base, such as a CTC head for
-        a new language. Transformers raises for most speech models.
+        It would save the frozen embeddings with the adapter, and write them into the base of whoever loads it. If they
+        are to be trained, they belong to `modules_to_save`. Besides, Transformers raises for most speech models.
         """
-        return alone.input_embeddings(self.model)
+
+    def get_output_embeddings(self) -> None:
+        """None, as `get_input_embeddings`."""
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> NoReturn:
         # An abstract method of BaseTuner, which its inject_adapter would call for each module.
@@ -390,12 +404,12 @@ class ELPModel(BaseTuner):
             outside = "base_model.model."  # Saved names start with it. A model without a PeftModel does not have it.
             names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
             named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
-            _refuse(model, adapter_name, misfits(model, adapter_name, named))
+            _refuse(model, adapter_name, problems(adapter_tensors(model, adapter_name), named))
 
         def refuse_mismatches(_: nn.Module, tensors: dict[str, torch.Tensor], *args: Any) -> None:
             hook.remove()
             with taking_back():
-                _refuse(model, adapter_name, mismatches(model, tensors))
+                _refuse(model, adapter_name, mismatches(adapter_tensors(model, adapter_name), tensors))
 
         # Only PEFT knows by now whether tensors of another size are to be passed over, and which.
         hook = model.register_load_state_dict_pre_hook(refuse_mismatches)
@@ -411,13 +425,12 @@ class ELPModel(BaseTuner):
                 yield
             except BaseException:
                 if before is not None:
-                    before.restore()
-                    self._forget(adapter_name)
+                    self._return_to(before, adapter_name)
                 raise
 
         return context
 
 
-def _refuse(model: nn.Module, adapter_name: str, what: str) -> None:
-    if what:
-        raise misfit_error(model, adapter_name, what)
+def _refuse(model: nn.Module, adapter_name: str, found: dict[str, list[str]]) -> None:
+    if any(found.values()):
+        raise misfit_error(model, adapter_name, listed(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
@@ -12,6 +13,7 @@ from torch import nn
 
 from peft_elp.call.route import Route, current_route
 from peft_elp.call.shared_pass import SharedPass, current_pass
+from peft_elp.wording import shortened
 
 from .find import Encoder, encoder_of
 from .layers import ELPNorm, ELPSublayer
@@ -21,79 +23,98 @@ from .stack import ELPStack
 
 @dataclass(frozen=True)
 class Task:
-    """One of the tasks of a pass.
+    """One task of a call that serves several.
 
     Args:
-        encoder: The base encoder of its model.
+        backbone: The speech encoder of the task's model, as a whole.
         stack: The encoder stack in it.
-        adapter: The adapter that it uses.
-        call: Calls its model.
-        route: What makes the model use that adapter, where it is not the active one.
+        adapter: The adapter that the task uses.
+        call: Calls the model.
+        route: Makes the model use `adapter`, if it is not the active one.
     """
 
-    encoder: nn.Module
+    backbone: nn.Module
     stack: ELPStack
     adapter: str
     call: Callable[[], Any]
     route: Route | None = None
 
-    def leaves_backbone_alone(self) -> bool:
-        """Whether the adapter changes nothing that a layer computes."""
-        parts = [getattr(part, name) for part in self.stack.modules() for name in _inside(part)]
-        alone = self.adapter in self.stack.elp_l and not any(self.adapter in adapters for adapters in parts)
-        return alone and not self.trains_backbone()
+    def leaves_layers_alone(self) -> bool:
+        """Whether the adapter reads the encoder layers and changes nothing that they compute."""
+        changing = [getattr(module, name) for module in self.stack.modules() for name in _changing(module)]
+        reads_only = self.adapter in self.stack.elp_l and not any(self.adapter in adapters for adapters in changing)
+        return reads_only and not self.trains_backbone()
 
     def trains_backbone(self) -> bool:
-        """Whether the adapter has its own copy of a module of the encoder, such as the projection of its features."""
-        copies = [part for part in self.encoder.modules() if isinstance(part, ModulesToSaveWrapper)]
-        return any(self.adapter in part.modules_to_save for part in copies)
+        """Whether the adapter has its own copy of a module of the backbone, such as the feature projection."""
+        copies = [module for module in self.backbone.modules() if isinstance(module, ModulesToSaveWrapper)]
+        return any(self.adapter in module.modules_to_save for module in copies)
 
 
-def _inside(part: nn.Module) -> tuple[str, ...]:
-    if isinstance(part, ELPStack):
+def _changing(module: nn.Module) -> tuple[str, ...]:
+    """The containers of a tuner layer whose adapters change what the encoder layers compute."""
+    if isinstance(module, ELPStack):
         return ("elp_p",)
-    return part.adapter_layer_names if isinstance(part, (ELPSublayer, ELPNorm)) else ()
+    return module.adapter_layer_names if isinstance(module, (ELPSublayer, ELPNorm)) else ()
 
 
 def run(tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """The output of each task.
+    """Run several tasks on the same input.
 
-    The convolutions over the waveform run once. Tasks that leave the backbone alone share one pass through its layers,
-    each other one has a pass of its own.
+    The convolutions over the waveform run once. The tasks that leave the encoder layers alone share one pass through
+    them; each other task has its own.
+
+    Args:
+        tasks: The tasks by name.
+
+    Returns:
+        The output of each task.
     """
     shared = SharedPass()
     for name, task in tasks.items():
-        if task.leaves_backbone_alone() and not task.stack.disable_adapters:
+        if task.leaves_layers_alone() and not task.stack.disable_adapters:
             adapter: Any = task.stack.elp_l[task.adapter]
             shared.readers[name] = (adapter, task.stack.tapped_layers[task.adapter])
     outputs: dict[str, Any] = {}
     for name in [*shared.readers, *(name for name in tasks if name not in shared.readers)]:
         task = tasks[name]
         trains = task.trains_backbone()
-        own = shared if name in shared.readers else SharedPass(features=None if trains else shared.features)
-        own.task = name
-        with current_pass.set(own), current_route.set(task.route) if task.route else nullcontext():
+        passed = shared if name in shared.readers else SharedPass(features=None if trains else shared.features)
+        passed.task = name
+        with current_pass.set(passed), current_route.set(task.route) if task.route else nullcontext():
             outputs[name] = task.call()
         if not trains:
-            shared.features = own.features
+            shared.features = passed.features
     return {name: outputs[name] for name in tasks}
 
 
-def parts_of(model: nn.Module) -> tuple[Encoder, ELPStack]:
-    """The parts of a model with ELP-adapters, and its encoder stack."""
+_wrapping = Lock()
+
+
+def adapted_encoder(model: nn.Module) -> tuple[Encoder, ELPStack]:
+    """The encoder of a model that has ELP-adapters, ready for tasks that share a pass, and its wrapped stack.
+
+    Raises:
+        ValueError: The model has no encoder with ELP-adapters, or several.
+    """
     stacks = [module for module in model.modules() if isinstance(module, ELPStack)]
     if len(stacks) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(stacks)} encoders with ELP-adapters, and tasks share one. Place "
-            "adapters with get_peft_model(model, ELPConfig()) first."
+            f"{type(model).__name__} has {len(stacks)} encoders with ELP-adapters, and tasks share the passes through "
+            "one. Place adapters with get_peft_model(model, ELPConfig()) first."
         )
-    parts = encoder_of(model, stacks[0])
-    wrap_front_end(parts)
-    return parts, stacks[0]
+    encoder = encoder_of(model, stacks[0])
+    with _wrapping:  # Two threads may make the first call of a model.
+        wrap_front_end(encoder)
+    return encoder, stacks[0]
 
 
 def refuse_reports(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Refuse to report hidden states: a task that shares a pass has none of its own.
+    """Refuse to report hidden states or attentions: tasks that share a pass have none of their own.
+
+    Args:
+        model: The model, whose configuration may ask for them.
+        kwargs: The arguments of the call, which may ask for them as well.
 
     Raises:
         ValueError: Hidden states or attentions are asked for.
@@ -103,20 +124,24 @@ def refuse_reports(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
         asked = kwargs.get(name)
         if asked or (asked is None and getattr(config, name, False)):
             raise ValueError(
-                f"{name}=True: tasks that share one pass have no hidden states and attentions of their own. Call the "
-                "model once with one of the adapters for them."
+                f"{name}=True: tasks that share one pass have no hidden states or attentions of their own. Leave it "
+                "out here, and call the model with one adapter to get them."
             )
 
 
 def refuse_idle_labels(names: Iterable[str], labels: Mapping[str, Any] | None) -> None:
     """Refuse labels of tasks that are not run.
 
+    Args:
+        names: The tasks that are run.
+        labels: Labels by task.
+
     Raises:
-        ValueError: There are some.
+        ValueError: There are labels of another task.
     """
     idle = sorted({*(labels or ())} - {*names})
     if idle:
         raise ValueError(
-            f"There are labels for {', '.join(map(repr, idle))}, which is not among what is run: "
-            f"{', '.join(map(repr, names))}. Run it too, or leave its labels out."
+            f"There are labels for {shortened(map(repr, idle))}, which is not run. What is run: "
+            f"{shortened(map(repr, names))}. Run that task as well, or leave its labels out."
         )

@@ -23,6 +23,9 @@ PATCHES: tuple[Callable[..., Any] | str, ...] = (
     # Of the model, without a PeftModel. Saving asks for the embeddings, and most speech models raise.
     "get_input_embeddings",
     "get_output_embeddings",
+    "load_adapter",  # Of a wav2vec 2.0 model: Transformers' method for languages, which needs plain names of modules.
+    "generate_with_fallback",  # Of Whisper: its method for a segment of long recordings, which mixes adapters then.
+    "_load_pretrained_model",  # Of the model, without a PeftModel: Transformers' way to read an adapter's file.
     "delete_adapter",  # Of the model, without a PeftModel: Transformers' method, which leaves wrappers in the model.
 )
 _KEPT = "_elp_"  # How the name starts under which a module keeps the attribute that it had before.

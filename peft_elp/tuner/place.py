@@ -8,17 +8,18 @@ from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
 
-from peft_elp.adapters import EAdapter, LAdapter, PAdapter
 from peft_elp.call.hidden_states import trim_hidden_states
 from peft_elp.wording import shortened
 
+from .build import new_e_adapter, new_l_adapter, new_p_adapter
 from .find import Encoder
 from .guards import refuse_short_utterances
-from .head import original, place_head, remove_head, remove_head_copies
-from .head_config import remade_head
+from .head import place_head, remove_head, remove_head_copies
+from .head_config import initialised, planned_head
+from .languages import LoadLanguage, has_languages
 from .layers import ELPLayer, ELPNorm, ELPSublayer, FrontEnd, TappedLayer
+from .long_form import GenerateSegment, generates_long_form
 from .patches import set_attribute, undo_patches
 from .paths import canonical, join
 from .plan import Plan
@@ -39,11 +40,9 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
     """
     config, encoder = plan.config, plan.encoder
     frozen = config.inference_mode
-    init_std = config.init_std if config.init_weights else None
     for layer, path in plan.e_sites:
         sublayer = wrap(encoder.layers[layer], path, ELPSublayer, active_adapters)
-        adapter = EAdapter(encoder.hidden_size, config.e_dim, config.e_activation, config.e_dropout, init_std)
-        sublayer.place("elp_e", adapter_name, adapter, frozen)
+        sublayer.place("elp_e", adapter_name, new_e_adapter(plan), frozen)
     for layer, path in plan.norm_sites:
         wrap(encoder.layers[layer], path, ELPNorm, active_adapters).copy_for(adapter_name, frozen)
 
@@ -52,8 +51,6 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
         stack.windows[adapter_name] = config.window_s
     if "L" in config.adapters:
         assert config.l_layers is not None
-        assert config.l_output is not None
-        assert config.l_input_norm is not None
         if stack.layer_drop.probability > 0:
             warnings.warn(
                 f"LayerDrop ({encoder.family.layerdrop}={stack.layer_drop.probability}) is off while an L-adapter is "
@@ -61,20 +58,9 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
                 stacklevel=2,
             )
         stack.tapped_layers[adapter_name] = config.l_layers
-        adapter = LAdapter(
-            encoder.hidden_size,
-            len(config.l_layers),
-            config.l_dim,
-            config.l_activation,
-            config.l_dropout,
-            init_std,
-            output="taps" if config.l_output == "head" else config.l_output,
-            input_norm=config.l_input_norm,
-        )
-        stack.place("elp_l", adapter_name, adapter, frozen)
+        stack.place("elp_l", adapter_name, new_l_adapter(plan), frozen)
     if "P" in config.adapters:
-        adapter = PAdapter(encoder.hidden_size, config.p_length, config.p_position, config.p_init_std)
-        stack.place("elp_p", adapter_name, adapter, frozen)
+        stack.place("elp_p", adapter_name, new_p_adapter(plan), frozen)
     return model if encoder.stack_path else stack
 
 
@@ -154,14 +140,17 @@ def join_head(model: nn.Module, plan: Plan, adapter_name: str) -> None:
     """Tell the stack which head goes along with its adapters."""
     stack = model.get_submodule(plan.encoder.stack_path)
     assert isinstance(stack, ELPStack)
-    stack.task_head.config = getattr(model, "config", None)
+    stack.task_head.config, stack.task_head.model = getattr(model, "config", None), model
     for path in plan.config.modules_to_save or ():
         copies = model.get_submodule(path)
         assert isinstance(copies, ModulesToSaveWrapper)
         if all(copies is not known for known in stack.task_head.copies):
             stack.task_head.copies.append(copies)
-    if plan.config.head_config:
-        stack.task_head.settings[adapter_name] = plan.config.head_config
+    stack.task_head.join(adapter_name, plan.config.head_config)
+    if generates_long_form(model):
+        set_attribute(model, "generate_with_fallback", GenerateSegment(model))
+    if has_languages(model):
+        set_attribute(model, "load_adapter", LoadLanguage(model))
     stack.follow_adapters()
 
 
@@ -257,19 +246,7 @@ def _backbones_around(model: nn.Module, stack: ELPStack) -> list[nn.Module]:
 
 
 def new_head(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The modules of the head that an adapter does not copy from the model, by path.
-
-    They are what its own settings make otherwise, and the first linear layer at width `l_dim` where the plan says so,
-    which starts as Transformers starts the layers of that model.
-    """
-    fresh = remade_head(model, plan.config.modules_to_save or (), plan.config.head_config)
-    path = plan.new_head_input
-    if path is None:
-        return fresh
-    old = fresh.get(path, original(model.get_submodule(path)))
-    assert isinstance(old, nn.Linear)
-    bias = old.bias is not None
-    new = nn.Linear(plan.config.l_dim, old.out_features, bias, device=old.weight.device, dtype=old.weight.dtype)
-    if isinstance(model, PreTrainedModel):
-        model._init_weights(new)
-    return {**fresh, path: new}
+    """The modules of the head that an adapter does not copy from the model, by path."""
+    config = plan.config
+    modules = planned_head(model, config.modules_to_save or (), config.head_config, plan.new_head_input, config.l_dim)
+    return {path: initialised(model, path, module) for path, module in modules.items()}

@@ -18,7 +18,7 @@ from peft_elp.wording import brief, shortened
 
 from .find import Encoder, find_encoder
 from .head import find_head, original, resolve
-from .head_config import head_config, other_modules
+from .head_config import head_config, refuse_left_out, remade_modules
 from .paths import canonical, join
 from .window import check_window
 
@@ -93,6 +93,7 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
     _choose_head(model, plan)
     if "L" in config.adapters:
         _resolve_l_output(model, plan)
+        _leave_out_what_nothing_reads(plan, chosen=config.e_layers)
     return plan
 
 
@@ -161,7 +162,9 @@ def _choose_head(model: nn.Module, plan: Plan) -> None:
         config.modules_to_save = resolve(model, config.modules_to_save, encoder.stack_path, head)
         chosen = True
     if config.modules_to_save or config.head_config:
-        config.head_config = head_config(model, config.head_config)
+        given, config.head_config = config.head_config, head_config(model, config.head_config)
+        if given:
+            refuse_left_out(model, _head(model, encoder), config.modules_to_save, given)
     _refuse_quantised(model, config.modules_to_save)
     _name_new_and_frozen(model, plan, chosen)
 
@@ -213,6 +216,29 @@ def _without(marked: set[int], path: str, module: nn.Module, trained: set[str]) 
         for name, child in module.named_children()
         for found in _without(marked, join(path, name), child, trained)
     ]
+
+
+def _leave_out_what_nothing_reads(plan: Plan, chosen: list[int] | None) -> None:
+    """Leave out the E-adapters behind the last tapped layer if the sum of taps replaces the encoder's output.
+
+    Raises:
+        ValueError: The user has chosen these layers for E-adapters, which would never be trained.
+    """
+    config = plan.config
+    last = max(config.l_layers or [0])
+    unread = [layer for layer in config.e_layers or () if layer > last]
+    if config.l_output == "residual" or "E" not in config.adapters or not unread:
+        return
+    if chosen is None:
+        config.e_layers = [layer for layer in config.e_layers or () if layer <= last]
+        plan.e_sites = [(layer, path) for layer, path in plan.e_sites if layer <= last]
+        plan.norm_sites = [(layer, path) for layer, path in plan.norm_sites if layer <= last]
+    elif config.auto_mapping is None:  # Else it was saved, by an earlier version, and is loaded as it is.
+        raise ValueError(
+            f"e_layers={brief(chosen)} names {brief(unread)}, and l_layers={brief(config.l_layers)} ends with {last}: "
+            f"with l_output={config.l_output!r} nothing reads the layers behind it, and these E-adapters would never "
+            "be trained. Tap a later layer, leave them out of e_layers, or write l_output='residual'."
+        )
 
 
 def _refuse_quantised(model: nn.Module, head: list[str]) -> None:
@@ -331,7 +357,7 @@ def was_loaded(parameter: nn.Parameter) -> bool:
 
 def _is_new(model: nn.Module, path: str, config: ELPConfig) -> bool:
     """Whether the head's layer at `path` is newly initialised, so that nothing is lost if it is re-made."""
-    if other_modules(model, [path], config.head_config):
+    if remade_modules(model, [path], config.head_config):
         return True
     layer = original(model.get_submodule(path))
     if any(was_loaded(parameter) for parameter in model.parameters()):

@@ -174,6 +174,10 @@ class ELPStack(ELPLayer):
         if shared is not None and shared.output is not None:
             return another(shared.output, shared.ends[shared.task])
         route = None if self.disable_adapters else current_route.get()
+        if route is not None and route.whole is None:
+            # The attention mask is not cut where Whisper drops recordings from a batch.
+            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+            route.check(inputs[0], axes=2)
         names = self.running(self.elp_p) if route is None else [name for name in route.adapters if name in self.elp_p]
         inside, pseudo, counts = self.family.front_end_inside, None, None
         real: tuple[RealFrames, ...] = ()
@@ -182,7 +186,7 @@ class ELPStack(ELPLayer):
         elif names:
             args, kwargs, real = self._with_pseudo_features(route, names, args, kwargs)
         call = StackCall(
-            taps=self._readers(route) if shared is None else _readers_of_all(shared),
+            readers=self._readers(route) if shared is None else _readers_of_all(shared),
             shared=shared,
             last_layer=self.depth - 1,
             ends_in_layer=self.family.taps_end == "last layer",
@@ -211,7 +215,7 @@ class ELPStack(ELPLayer):
         """The readers of the L-adapters at work."""
         if route is not None:
             return tuple(
-                self._reader(name, partial(route.rows, name)) for name in route.adapters if name in self.elp_l
+                self._reader(name, partial(route.indices, name)) for name in route.adapters if name in self.elp_l
             )
         name = self.only_running(self.elp_l, "The L-adapters")
         return () if name is None else (self._reader(name),)
