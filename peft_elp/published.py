@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from typing import Any
 
 _SIZES = {"e_dim": 256, "l_dim": 512, "e_activation": "gelu", "l_activation": "gelu"}
-_START = {"train_layer_norms": True, "init_weights": True, "init_std": 1e-3}
+_START = {"train_layer_norms": True, "init_weights": "paper", "init_std": 1e-3}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "e+l": {"adapters": "EL", **_SIZES, **_START},
     "conventional": {"adapters": "E", "e_after": ("attention", "feed_forward"), **_SIZES, **_START},
     "e-only": {"adapters": "E", **_SIZES, **_START},
     "l-only": {"adapters": "L", **_SIZES, **_START},
-    "e+l+p": {"adapters": "ELP", **_SIZES, **_START},
+    "e+l+p": {"adapters": "ELP", "p_init_std": 0.02, **_SIZES, **_START},
 }
 
 # By setting and task: head, then L, E and layer norms as far as the setting has them.

@@ -39,10 +39,11 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
     """
     config, encoder = plan.config, plan.encoder
     frozen = config.inference_mode
-    init_std = config.init_std if config.init_weights else None
+    paper, default = config.init_weights == "paper", config.init_weights is True
+    e_start = {"init_std": config.init_std if paper else None, "norm_gain": 0.0 if default else 1.0}
     for layer, path in plan.e_sites:
         sublayer = wrap(encoder.layers[layer], path, ELPSublayer, active_adapters)
-        adapter = EAdapter(encoder.hidden_size, config.e_dim, config.e_activation, config.e_dropout, init_std)
+        adapter = EAdapter(encoder.hidden_size, config.e_dim, config.e_activation, config.e_dropout, **e_start)
         sublayer.place("elp_e", adapter_name, adapter, frozen)
     for layer, path in plan.norm_sites:
         wrap(encoder.layers[layer], path, ELPNorm, active_adapters).copy_for(adapter_name, frozen)
@@ -67,7 +68,7 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
             config.l_dim,
             config.l_activation,
             config.l_dropout,
-            init_std,
+            config.init_std if config.init_weights else None,
             output="taps" if config.l_output == "head" else config.l_output,
             input_norm=config.l_input_norm,
         )
