@@ -68,25 +68,29 @@ _CONVENTIONAL_ASR = tuple(0.3 ** (epoch // 25) for epoch in range(100))
 def published_rates(setting: str, task: str) -> dict[str, float]:
     """The published learning rates of a setting for a task.
 
-    For "e+l+p" they are those of "e+l", with P at the rate of E: our choice, as no rate was found published for P.
+    The layer weights have the rate of L, at which they were trained. For "e+l+p" the rates are those of "e+l", with P
+    at the rate of E: our choice, as no rate was found published for P.
 
     Args:
         setting: "e+l", "conventional", "e-only", "l-only" or "e+l+p", as in `ELPConfig.preset`.
         task: "asr", "asv", "er" or "ic".
 
     Returns:
-        Rates by part, for `create_optimizer`: "head" and, as far as the setting has them, "L", "E", "P" and "layer
-        norms". A new dictionary at each call.
+        Rates by part, for `create_optimizer`: "head" and, as far as the setting has them, "L" and "layer weights",
+        "E", "P" and "layer norms". A new dictionary at each call.
 
     Raises:
         ValueError: The setting or the task is unknown.
 
     Examples:
         >>> published_rates("e+l", "asv")
-        {'head': 0.0005, 'L': 0.0001, 'E': 1e-05, 'layer norms': 1e-05}
+        {'head': 0.0005, 'L': 0.0001, 'layer weights': 0.0001, 'E': 1e-05, 'layer norms': 1e-05}
     """
     by_task = RATES[_known("setting", setting, RATES)]
-    return dict(by_task[_known("task", task, by_task)])
+    rates = {}
+    for part, rate in by_task[_known("task", task, by_task)].items():
+        rates |= {part: rate, "layer weights": rate} if part == "L" else {part: rate}
+    return rates
 
 
 def published_factors(setting: str, task: str) -> tuple[float, ...]:

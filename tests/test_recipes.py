@@ -407,7 +407,11 @@ def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
     assert rates("asr", "--adapters", "EL") == published_rates("e+l", "asr")
     assert rates("asv") == published_rates("e+l+p", "asv")
     assert rates("er", "--preset", "conventional") == published_rates("conventional", "er")
-    assert rates("ic", "--adapters", "L", "--train_layer_norms", "False") == {"head": 5e-4, "L": 1e-4}
+    only_l = ("--adapters", "L", "--train_layer_norms", "False")
+    assert rates("ic", *only_l) == {"head": 5e-4, "L": 1e-4, "layer weights": 1e-4}
+    assert rates("ic", *only_l, "--l_learning_rate", "1e-3") == {"head": 5e-4, "L": 1e-3}  # the optimizer decides
+    assert rates("ic", *only_l, "--learning_rate", "1e-3") == {"head": 1e-3, "L": 1e-3}
+    assert rates("ic", *only_l, "--layer_weights_learning_rate", "1e-2")["layer weights"] == 1e-2
     assert rates("asr", "--method", "full") == {"head": 1e-2, "encoder": 1e-4}
     assert rates("asr", "--method", "head") == {"head": 2e-3}
     assert rates("asr", "--method", "full", "--learning_rate", "1e-3", "--head_learning_rate", "2e-3") == {
