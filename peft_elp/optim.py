@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from .parameters import parameters_by_part
 
 LAYER_WEIGHTS = "layer weights"  # for optimizers a part of its own, elsewhere counted with L
-# How many times the rate of L they get unless they are given one. docs/reference/starts.md has what was measured.
+# How many times the rate of L they get unless they are given one.
 LAYER_WEIGHTS_RATIO = 30.0
 # What Trainer spares from weight decay, besides `nn.LayerNorm`: it asks for these patterns in a method of its own.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]

@@ -42,7 +42,7 @@ def _elp_options() -> Iterator[tuple[str, Any, Any]]:
         kind = next(kind for kind in get_args(hint) or [hint] if kind is not NoneType)
         if get_origin(kind) in (Sequence, list):
             kind = list[get_args(kind)[0]]
-        elif kind not in (str, int, float, bool):
+        elif kind not in (str, int, float, bool) or setting.name == "config_format":
             continue
         yield setting.name, kind | None, field(default=None, metadata=dict(setting.metadata))
 
