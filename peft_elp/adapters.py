@@ -50,8 +50,9 @@ class EAdapter(nn.Module):
     """Encoder adapter: a residual bottleneck on the output of one feed-forward (or attention) module.
 
     Computes `E(z) = z + norm(up(dropout(activation(down(z)))))`, the E-adapter of Inoue et al. 2024
-    ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). With the paper's initialisation the branch enters `norm` so
-    small that its `eps` of 1e-5 keeps it near zero: a fresh adapter is near the identity, not exactly it.
+    ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). With the paper's initialisation, the default, the branch
+    enters `norm` so small that its `eps` of 1e-5 keeps it near zero: a fresh adapter is near the identity, not exactly
+    it. With `init_std=None, norm_gain=0.0` it is exactly the identity.
 
     Args:
         hidden_size: Width of the backbone's hidden states.
@@ -59,6 +60,7 @@ class EAdapter(nn.Module):
         activation: A name from `ACTIVATIONS`.
         dropout: Probability, in training, that an element of the bottleneck is dropped.
         init_std: Standard deviation of the linear weights, biases being 0; None keeps PyTorch's initialisation.
+        norm_gain: The weight of `norm` at the start.
 
     Shape:
         `(batch, frames, hidden)` to the same.
@@ -78,6 +80,7 @@ class EAdapter(nn.Module):
         activation: str = "gelu",
         dropout: float = 0.0,
         init_std: float | None = 1e-3,
+        norm_gain: float = 1.0,
     ) -> None:
         super().__init__()
         _at_least_one(bottleneck_size, "bottleneck_size", "E-adapter")
@@ -86,6 +89,7 @@ class EAdapter(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.up = _linear(bottleneck_size, hidden_size, init_std)
         self.norm = nn.LayerNorm(hidden_size)
+        nn.init.constant_(self.norm.weight, norm_gain)
 
     def forward(self, z: HiddenStates) -> HiddenStates:
         return z + self.norm(self.up(self.dropout(self.activation(self.down(z)))))
@@ -246,7 +250,9 @@ class PAdapter(nn.Module):
 
     Computes `[X_0 ; P]` along time with a trained `P: (length, hidden)`, rows drawn from N(0, init_std^2): the
     P-adapter of Inoue et al. 2024 ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). In a padded batch the rows
-    follow each utterance's own last valid frame, so that the length a batch is padded to changes nothing.
+    follow each utterance's own last valid frame, so that the length a batch is padded to changes nothing. In a
+    pre-norm encoder the first norm brings the rows to full size unless `init_std` is far below the root of its `eps`,
+    0.003. Rows of exactly 0 would stay equal to one another where they have no positions, as in Whisper.
 
     Args:
         hidden_size: Width of the backbone's hidden states.

@@ -61,11 +61,13 @@ class ELPConfig(PeftConfig):
             initialised reads the encoder, else "residual", which leaves the output of a fresh adapter as it was.
         p_length: Number of pseudo features of the P-adapter.
         p_position: "append" puts them after each utterance's last valid frame, "prepend" before its first.
-        p_init_std: Standard deviation of the pseudo features at the start.
+        p_init_std: Standard deviation of the pseudo features at the start: so small that they change next to nothing.
         train_layer_norms: Whether the layer norms of each layer with an E- or L-adapter are trained, as copies that
             belong to the adapter.
-        init_weights: True: the paper's near-identity. False: PyTorch's default.
-        init_std: Standard deviation of the linear weights where `init_weights` is True.
+        init_weights: How E- and L-adapters start. True: E as PyTorch initialises it but for a norm with gain 0, which
+            makes it exactly the identity; the taps of L from N(0, init_std^2). "paper": both from N(0, init_std^2).
+            False: both as PyTorch initialises them.
+        init_std: Standard deviation of the linear weights that start from a normal distribution.
         modules_to_save: None: every module of the model outside its base encoder, but no decoder or language model. A
             list: exactly that.
         head_config: The settings of the model's configuration that its head is made from, such as
@@ -144,8 +146,12 @@ class ELPConfig(PeftConfig):
         },
     )
     p_init_std: float = field(
-        default=0.02,
-        metadata={"role": "training", "help": "Standard deviation of the pseudo features at the start, at least 0."},
+        default=1e-4,
+        metadata={
+            "role": "training",
+            "help": "Standard deviation of the pseudo features at the start, at least 0. A few thousandths and more "
+            "derail a pre-norm encoder until they are trained.",
+        },
     )
     train_layer_norms: bool = field(
         default=True,
@@ -154,16 +160,21 @@ class ELPConfig(PeftConfig):
             "adapter. With L alone, False spares the backward pass through the backbone."
         },
     )
-    init_weights: bool = field(
+    init_weights: bool | str = field(
         default=True,
         metadata={
             "role": "training",
-            "help": "True: linear weights N(0, init_std^2), a near-identity start. False: PyTorch's default.",
+            "help": "True: E-adapters start as PyTorch initialises them, but for a norm with gain 0: exactly the "
+            "identity; the taps of L from N(0, init_std^2). 'paper': both from N(0, init_std^2). False: PyTorch's "
+            "initialisation.",
         },
     )
     init_std: float = field(
         default=1e-3,
-        metadata={"role": "training", "help": "Standard deviation of the linear weights where init_weights is True."},
+        metadata={
+            "role": "training",
+            "help": "Standard deviation of the linear weights that start from a normal distribution.",
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None,
@@ -242,6 +253,7 @@ class ELPConfig(PeftConfig):
             _number(name, getattr(self, name), 0.0, 1.0)
         for name in ("p_init_std", "init_std"):
             _number(name, getattr(self, name), 0.0, float("inf"))
+        _one_of("init_weights", self.init_weights, (True, False, "paper"))
         _one_of("l_input_norm", self.l_input_norm, (None, False, True))
         if self.l_output is not None:
             _one_of("l_output", self.l_output, L_OUTPUTS)

@@ -12,8 +12,11 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_pt_utils import get_parameter_names
 
-from .parameters import PARTS, parameters_by_part
+from .parameters import parameters_by_part
 
+LAYER_WEIGHTS = "layer weights"  # for optimizers a part of its own, elsewhere counted with L
+# How many times the rate of L they get unless they are given one.
+LAYER_WEIGHTS_RATIO = 30.0
 # What Trainer spares from weight decay, besides `nn.LayerNorm`: it asks for these patterns in a method of its own.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
@@ -25,8 +28,8 @@ def parameter_groups(
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
-        rates: The learning rate of each part that is trained: "head", "L" (with its layer weights), "E", "P" and
-            "layer norms". `published_rates` has those of the publications.
+        rates: The learning rate of each part that is trained: "head", "L", "layer weights" (those of L; left out, they
+            get 30 times the rate of L), "E", "P" and "layer norms". `published_rates` has those of the publications.
         adapter_name: The adapter.
         weight_decay: Of all but biases and the weights of norms, which have none, as in Transformers' `Trainer`.
 
@@ -38,11 +41,8 @@ def parameter_groups(
         ValueError: `rates` names what is no part, or a part of which nothing is trained, or lacks a part that is; a
             rate is not a positive number; a trainable parameter is in no part; or the model has no such adapter.
     """
-    parts = {
-        part: {name: p for name, p in held.items() if p.requires_grad}
-        for part, held in parameters_by_part(model, adapter_name).items()
-    }
-    trained = [part for part in PARTS if parts[part]]
+    parts = _trained_by_part(model, adapter_name)
+    trained = [part for part in parts if parts[part]]
     for part, rate in rates.items():
         if part not in trained:
             raise ValueError(
@@ -53,6 +53,8 @@ def parameter_groups(
             raise ValueError(
                 f"The learning rate of {part!r} is a positive number, got {rate!r}. Write for example 1e-4."
             )
+    if "L" in rates and LAYER_WEIGHTS in trained and LAYER_WEIGHTS not in rates:
+        rates = {**rates, LAYER_WEIGHTS: LAYER_WEIGHTS_RATIO * rates["L"]}
     for part in trained:
         if part not in rates:
             raise ValueError(
@@ -82,6 +84,17 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def _trained_by_part(model: nn.Module, adapter_name: str) -> dict[str, dict[str, nn.Parameter]]:
+    """The trainable parameters of an adapter by part, the layer weights apart from the rest of L."""
+    parts: dict[str, dict[str, nn.Parameter]] = {}
+    for part, held in parameters_by_part(model, adapter_name).items():
+        trained = {name: p for name, p in held.items() if p.requires_grad}
+        parts[part] = {name: p for name, p in trained.items() if not name.endswith(".layer_weights")}
+        if part == "L":
+            parts[LAYER_WEIGHTS] = {name: p for name, p in trained.items() if name not in parts[part]}
+    return parts
+
+
 def create_optimizer(
     model: nn.Module,
     optimizer_cls: type[Optimizer] = AdamW,
@@ -98,8 +111,8 @@ def create_optimizer(
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
         optimizer_cls: The optimizer. AdamW without weight decay, the default, is the Adam of the publications.
-        rates: The learning rate of each part that is trained: "head", "L" (with its layer weights), "E", "P" and
-            "layer norms". `published_rates` has those of the publications.
+        rates: The learning rate of each part that is trained: "head", "L", "layer weights" (those of L; left out, they
+            get 30 times the rate of L), "E", "P" and "layer norms". `published_rates` has those of the publications.
         adapter_name: The adapter.
         weight_decay: Of all but biases and the weights of norms, which have none, as in `Trainer`.
         kwargs: Further arguments of `optimizer_cls`, such as `betas`.
@@ -116,7 +129,7 @@ def create_optimizer(
         >>> model = get_peft_model(WavLMForCTC(WavLMConfig(vocab_size=8, **size)), ELPConfig.preset("e+l"))
         >>> optimizer = create_optimizer(model, rates=published_rates("e+l", "asr"))
         >>> [(group["part"], group["lr"]) for group in optimizer.param_groups]
-        [('head', 0.002), ('L', 0.001), ('E', 0.001), ('layer norms', 0.001)]
+        [('head', 0.002), ('L', 0.001), ('layer weights', 0.001), ('E', 0.001), ('layer norms', 0.001)]
     """
     if "lr" in kwargs:
         raise TypeError(f"lr={kwargs['lr']!r} would reach no parameter: rates has the learning rate of each part.")

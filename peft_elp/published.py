@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from typing import Any
 
 _SIZES = {"e_dim": 256, "l_dim": 512, "e_activation": "gelu", "l_activation": "gelu"}
-_START = {"train_layer_norms": True, "init_weights": True, "init_std": 1e-3}
+_START = {"train_layer_norms": True, "init_weights": "paper", "init_std": 1e-3}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "e+l": {"adapters": "EL", **_SIZES, **_START},
     "conventional": {"adapters": "E", "e_after": ("attention", "feed_forward"), **_SIZES, **_START},
     "e-only": {"adapters": "E", **_SIZES, **_START},
     "l-only": {"adapters": "L", **_SIZES, **_START},
-    "e+l+p": {"adapters": "ELP", **_SIZES, **_START},
+    "e+l+p": {"adapters": "ELP", "p_init_std": 0.02, **_SIZES, **_START},
 }
 
 # By setting and task: head, then L, E and layer norms as far as the setting has them.
@@ -68,25 +68,29 @@ _CONVENTIONAL_ASR = tuple(0.3 ** (epoch // 25) for epoch in range(100))
 def published_rates(setting: str, task: str) -> dict[str, float]:
     """The published learning rates of a setting for a task.
 
-    For "e+l+p" they are those of "e+l", with P at the rate of E: our choice, as no rate was found published for P.
+    The layer weights have the rate of L, at which they were trained. For "e+l+p" the rates are those of "e+l", with P
+    at the rate of E: our choice, as no rate was found published for P.
 
     Args:
         setting: "e+l", "conventional", "e-only", "l-only" or "e+l+p", as in `ELPConfig.preset`.
         task: "asr", "asv", "er" or "ic".
 
     Returns:
-        Rates by part, for `create_optimizer`: "head" and, as far as the setting has them, "L", "E", "P" and "layer
-        norms". A new dictionary at each call.
+        Rates by part, for `create_optimizer`: "head" and, as far as the setting has them, "L" and "layer weights",
+        "E", "P" and "layer norms". A new dictionary at each call.
 
     Raises:
         ValueError: The setting or the task is unknown.
 
     Examples:
         >>> published_rates("e+l", "asv")
-        {'head': 0.0005, 'L': 0.0001, 'E': 1e-05, 'layer norms': 1e-05}
+        {'head': 0.0005, 'L': 0.0001, 'layer weights': 0.0001, 'E': 1e-05, 'layer norms': 1e-05}
     """
     by_task = RATES[_known("setting", setting, RATES)]
-    return dict(by_task[_known("task", task, by_task)])
+    rates = {}
+    for part, rate in by_task[_known("task", task, by_task)].items():
+        rates |= {part: rate, "layer weights": rate} if part == "L" else {part: rate}
+    return rates
 
 
 def published_factors(setting: str, task: str) -> tuple[float, ...]:

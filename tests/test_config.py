@@ -11,7 +11,7 @@ def test_the_defaults_are_those_of_the_method():
     config = ELPConfig()
     assert (config.adapters, config.e_dim, config.l_dim, config.p_length) == ("ELP", 256, 512, 16)
     assert (config.e_activation, config.l_activation) == ("gelu", "gelu")
-    assert (config.e_after, config.p_position, config.p_init_std) == (("feed_forward",), "append", 0.02)
+    assert (config.e_after, config.p_position, config.p_init_std) == (("feed_forward",), "append", 1e-4)
     assert (config.train_layer_norms, config.init_weights, config.init_std) == (True, True, 1e-3)
     assert config.e_layers is config.l_layers is config.l_output is config.modules_to_save is None
     assert config.task_type is None
@@ -47,6 +47,7 @@ def test_every_field_has_a_help_text():
         ({"l_dropout": -0.1}, "l_dropout is at least 0 and less than 1, got -0.1"),
         ({"p_init_std": -1}, "p_init_std is at least 0"),
         ({"l_output": "sum"}, "l_output is one of 'head', 'project', 'residual', got 'sum'"),
+        ({"init_weights": "paper start"}, "init_weights is one of True, False, .paper., got .paper start."),
         ({"l_input_norm": "yes"}, "l_input_norm is one of None, False, True, got 'yes'"),
         ({"e_after": "ffn"}, "e_after takes 'feed_forward', 'attention' or both.*got 'ffn'"),
         ({"e_after": []}, "e_after takes"),

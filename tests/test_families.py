@@ -171,10 +171,12 @@ def test_an_utterance_alone_is_as_in_a_padded_batch_where_the_backbone_has_it_so
         together, alone = result(outputs(model, family.inputs)), result(outputs(model, cut))
         return (together[1:, : alone.shape[1]] - alone).abs().max()
 
-    if difference(family.model()) > 1e-5:
+    own = difference(family.model())
+    if own > 1e-5:
         pytest.skip("the backbone alone is not invariant to padding")
-    # The head as it was: some heads convolve, and let padding in once their biases are not zero.
-    assert difference(shaken(adapted(name, modules_to_save=[]))) < 1e-5
+    # The head as it was: some heads convolve, and let padding in once their biases are not zero. Moonshine alone comes
+    # to 9e-6, which is no rounding.
+    assert difference(shaken(adapted(name, modules_to_save=[]))) < max(1e-5, 2 * own)
 
 
 def test_a_skipped_last_layer_is_noticed_where_the_taps_end_in_it():

@@ -25,7 +25,7 @@ def adapted(family, head, stable, seed=0, **options):
 @pytest.mark.parametrize("adapters", LETTERS)
 @pytest.mark.parametrize(("family", "stable"), NORMS)
 def test_one_training_step_reaches_every_parameter_and_no_other(family, stable, adapters):
-    model = adapted(family, "ForCTC", stable, adapters=adapters).train()
+    model = shaken(adapted(family, "ForCTC", stable, adapters=adapters)).train()
     waveform, mask = waveforms()
     model(waveform, attention_mask=mask, labels=labels_for(model.get_base_model(), 3, 0)).loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -42,7 +42,7 @@ def test_one_training_step_reaches_every_parameter_and_no_other(family, stable, 
 @pytest.mark.parametrize("head", [head for head in HEADS if head != "Model"])
 @pytest.mark.parametrize("adapters", ["E", "L", "ELP"])
 def test_every_head_trains(head, adapters):
-    model = adapted("wavlm", head, False, adapters=adapters).train()
+    model = shaken(adapted("wavlm", head, False, adapters=adapters)).train()
     waveform, mask = waveforms()
     frames = model.get_base_model()._get_feat_extract_output_lengths(waveform.shape[1])
     model(waveform, attention_mask=mask, labels=labels_for(model.get_base_model(), 3, frames)).loss.backward()

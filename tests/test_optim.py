@@ -23,7 +23,7 @@ from peft_elp import (
 
 SETTINGS = ("e+l", "conventional", "e-only", "l-only", "e+l+p")
 TASKS = ("asr", "asv", "er", "ic")
-RATES = {"head": 5e-3, "L": 1e-3, "E": 1e-4, "P": 2e-2, "layer norms": 1e-5}
+RATES = {"head": 5e-3, "L": 1e-3, "layer weights": 7e-3, "E": 1e-4, "P": 2e-2, "layer norms": 1e-5}
 PARTS = {"elp_e": "E", "elp_l": "L", "elp_p": "P", "elp_norm": "layer norms", "modules_to_save": "head"}
 SMALL = {"e_dim": 8, "l_dim": 10}
 
@@ -35,6 +35,8 @@ def adapted(head="ForCTC", family="wavlm", adapter_name="default", **options):
 
 
 def part_of(name, adapter_name="default"):
+    if name.endswith(f".elp_l.{adapter_name}.layer_weights"):
+        return "layer weights"
     held = re.search(rf"\.({'|'.join(PARTS)})\.{adapter_name}\.", name)
     return PARTS[held[1]] if held else None
 
@@ -56,6 +58,7 @@ def test_every_trainable_tensor_is_in_one_group_with_the_rate_of_its_part(head, 
     sizes = dict.fromkeys(RATES, 0)
     for group in groups:
         sizes[group["part"]] += sum(p.numel() for p in group["params"])
+    sizes["L"] += sizes.pop("layer weights")
     assert sizes == count_parameters(model, "mine")
     if not weight_decay:
         assert [group["part"] for group in groups] == list(RATES)
@@ -78,7 +81,8 @@ def test_weight_decay_spares_what_trainer_spares(family, head, tmp_path):
     ("options", "rates", "message"),
     [
         ({}, {**RATES, "l": 1e-3}, "rates has 'l', of which adapter 'default' trains nothing. It trains 'E', 'L', "),
-        ({"adapters": "L"}, RATES, "rates has 'E', of which.*It trains 'L', 'layer norms', 'head'. Leave 'E' out"),
+        ({"adapters": "L"}, RATES,
+         "rates has 'E', of which.*It trains 'L', 'layer weights', 'layer norms', 'head'. Leave 'E' out"),
         ({"train_layer_norms": False}, RATES, "rates has 'layer norms', of which"),
         ({"inference_mode": True}, {"E": 1e-3}, "It trains no part \\(in inference mode\\?\\)"),
         ({}, {k: v for k, v in RATES.items() if k != "P"},
@@ -97,6 +101,18 @@ def test_rates_that_do_not_fit_the_adapter_are_named(options, rates, message):
     for use in (parameter_groups, lambda model, rates: create_optimizer(model, rates=rates)):
         with pytest.raises(ValueError, match=message):
             use(model, rates)
+
+
+def test_layer_weights_without_a_rate_learn_faster_than_the_rest_of_l():
+    rates = {part: rate for part, rate in RATES.items() if part != "layer weights"}
+    found = {group["part"]: group["lr"] for group in parameter_groups(adapted(), rates)}
+    assert found == {**rates, "layer weights": pytest.approx(30 * rates["L"])}
+    assert "layer weights" not in {
+        group["part"]
+        for group in parameter_groups(
+            adapted(adapters="E"), {part: rates[part] for part in ("head", "E", "layer norms")}
+        )
+    }
 
 
 def test_trainable_tensors_outside_of_the_adapter_are_named():
@@ -166,7 +182,9 @@ def test_a_preset_trains_as_many_parameters_as_were_published(setting, total):
 def test_a_preset_is_a_configuration_whose_fields_can_be_overridden():
     config = ELPConfig.preset("e+l", e_dim=64, e_activation="relu")
     assert (config.adapters, config.e_dim, config.e_activation, config.l_dim) == ("EL", 64, "relu", 512)
-    assert ELPConfig.preset("e+l+p").to_dict() == ELPConfig().to_dict()  # the defaults are the method itself
+    preset, default = ELPConfig.preset("e+l+p").to_dict(), ELPConfig().to_dict()
+    differing = {name for name in default if default[name] != preset[name]}
+    assert differing == {"init_weights", "p_init_std"}  # the defaults are the method itself, but for where it starts
     with pytest.raises(ValueError, match=r"preset is one of 'e\+l', 'conventional', .*got 'E\+L'"):
         ELPConfig.preset("E+L")
     with pytest.raises(ValueError, match="e_dim is a whole number"):
@@ -200,6 +218,8 @@ def test_published_rates_are_those_of_the_table():
     assert row("e-only") == [(head, None, 1e-5, 1e-5) for head in (5e-4, 5e-4, 2e-3, 5e-4)]
     assert row("conventional") == [(head, None, 1e-5, 1e-5) for head in (5e-4, 5e-4, 1e-3, 5e-4)]
     for task in TASKS:
+        assert published_rates("e+l", task)["layer weights"] == published_rates("e+l", task)["L"]
+        assert "layer weights" not in published_rates("e-only", task)
         assert published_rates("e+l+p", task) == {
             **published_rates("e+l", task),
             "P": published_rates("e+l", task)["E"],

@@ -407,7 +407,11 @@ def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
     assert rates("asr", "--adapters", "EL") == published_rates("e+l", "asr")
     assert rates("asv") == published_rates("e+l+p", "asv")
     assert rates("er", "--preset", "conventional") == published_rates("conventional", "er")
-    assert rates("ic", "--adapters", "L", "--train_layer_norms", "False") == {"head": 5e-4, "L": 1e-4}
+    only_l = ("--adapters", "L", "--train_layer_norms", "False")
+    assert rates("ic", *only_l) == {"head": 5e-4, "L": 1e-4, "layer weights": 1e-4}
+    assert rates("ic", *only_l, "--l_learning_rate", "1e-3") == {"head": 5e-4, "L": 1e-3}  # the optimizer decides
+    assert rates("ic", *only_l, "--learning_rate", "1e-3") == {"head": 1e-3, "L": 1e-3}
+    assert rates("ic", *only_l, "--layer_weights_learning_rate", "1e-2")["layer weights"] == 1e-2
     assert rates("asr", "--method", "full") == {"head": 1e-2, "encoder": 1e-4}
     assert rates("asr", "--method", "head") == {"head": 2e-3}
     assert rates("asr", "--method", "full", "--learning_rate", "1e-3", "--head_learning_rate", "2e-3") == {
@@ -798,7 +802,9 @@ def test_recordings_longer_than_a_fixed_window_are_not_cut_off_unnoticed(run, wh
 
 @pytest.mark.parametrize("method", ["elp", "lora", "full"])
 def test_a_model_with_a_decoder_is_measured_by_what_it_writes(method, run, whisper, capsys):
-    metrics, folder = run(generation, *METHODS[method], "--model_name_or_path", whisper)
+    # The random base writes nothing; it does with an adapter whose output takes the place of the encoder's.
+    words = ["--l_output", "project"] if method == "elp" else []
+    metrics, folder = run(generation, *METHODS[method], *words, "--model_name_or_path", whisper)
     rows = read(folder / "predictions.csv")
     normalize = recipes.make_normalizer(None)
     texts, found = ([normalize(row[column]) for row in rows] for column in ("text", "predicted"))

@@ -42,7 +42,7 @@ def _elp_options() -> Iterator[tuple[str, Any, Any]]:
         kind = next(kind for kind in get_args(hint) or [hint] if kind is not NoneType)
         if get_origin(kind) in (Sequence, list):
             kind = list[get_args(kind)[0]]
-        elif kind not in (str, int, float, bool):
+        elif kind not in (str, int, float, bool) or setting.name == "config_format":
             continue
         yield setting.name, kind | None, field(default=None, metadata=dict(setting.metadata))
 
@@ -72,6 +72,9 @@ class ModelArguments(ELPArguments):
     head_learning_rate: float | None = option(None, "Rate of the head. Default: the published one.")
     e_learning_rate: float | None = option(None, "Rate of the E-adapters. Default: the published one.")
     l_learning_rate: float | None = option(None, "Rate of the L-adapter. Default: the published one.")
+    layer_weights_learning_rate: float | None = option(
+        None, "Rate of the layer weights of L. Default: the published one; 30 times a given rate of L."
+    )
     p_learning_rate: float | None = option(None, "Rate of the P-adapter. Default: the rate of the E-adapters.")
     layer_norms_learning_rate: float | None = option(None, "Rate of the layer norms. Default: the published one.")
     encoder_learning_rate: float | None = option(None, "Rate of LoRA, or of the encoder layers with --method full.")

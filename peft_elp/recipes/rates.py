@@ -31,7 +31,8 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
         task: "asr", "asv", "er" or "ic", as in `peft_elp.published_rates`.
 
     Returns:
-        Rates of "head" and, with ELP-adapters, of "L", "E", "P" and "layer norms"; else of "encoder".
+        Rates of "head" and, with ELP-adapters, of "L", "E", "P" and "layer norms"; else of "encoder". Of "layer
+        weights" where it is published or given; else `create_optimizer` decides.
 
     Raises:
         ValueError: A rate was given for a part that is not trained.
@@ -40,6 +41,7 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
         "head": model_args.head_learning_rate,
         "E": model_args.e_learning_rate,
         "L": model_args.l_learning_rate,
+        "layer weights": model_args.layer_weights_learning_rate,
         "P": model_args.p_learning_rate,
         "layer norms": model_args.layer_norms_learning_rate,
         "encoder": model_args.encoder_learning_rate,
@@ -50,6 +52,10 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
         config = model.peft_config["default"]
         after_both = config.adapters == "E" and len(config.e_after) == 2
         published = published_rates("conventional" if after_both else SETTINGS.get(config.adapters, "e+l+p"), task)
+        if "L" in trained:
+            trained.append("layer weights")
+        if "L" in chosen:
+            published.pop("layer weights", None)
         if "E" in chosen and "P" in trained:
             chosen.setdefault("P", chosen["E"])
     else:
@@ -64,9 +70,10 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
         )
     if args.learning_rate is not None:
         published = dict.fromkeys(trained, float(args.learning_rate))
+        published.pop("layer weights", None)
     rates = published | chosen
     # The head comes first: Trainer logs the rate of the first group.
-    return {part: rates[part] for part in sorted(trained, key="head".__ne__)}
+    return {part: rates[part] for part in sorted(trained, key="head".__ne__) if part in rates}
 
 
 def schedule_factors(model: Any, task: str) -> Sequence[float]:

@@ -10,7 +10,14 @@ from .plan import Plan
 def new_e_adapter(plan: Plan) -> EAdapter:
     """One E-adapter."""
     config = plan.config
-    return EAdapter(plan.encoder.hidden_size, config.e_dim, config.e_activation, config.e_dropout, _init_std(plan))
+    return EAdapter(
+        plan.encoder.hidden_size,
+        config.e_dim,
+        config.e_activation,
+        config.e_dropout,
+        init_std=config.init_std if config.init_weights == "paper" else None,
+        norm_gain=0.0 if config.init_weights is True else 1.0,
+    )
 
 
 def new_l_adapter(plan: Plan) -> LAdapter:
@@ -22,7 +29,7 @@ def new_l_adapter(plan: Plan) -> LAdapter:
         config.l_dim,
         config.l_activation,
         config.l_dropout,
-        _init_std(plan),
+        config.init_std if config.init_weights else None,
         output="taps" if config.l_output in (None, "head") else config.l_output,
         input_norm=bool(config.l_input_norm),
     )
@@ -32,7 +39,3 @@ def new_p_adapter(plan: Plan) -> PAdapter:
     """The P-adapter."""
     config = plan.config
     return PAdapter(plan.encoder.hidden_size, config.p_length, config.p_position, config.p_init_std)
-
-
-def _init_std(plan: Plan) -> float | None:
-    return plan.config.init_std if plan.config.init_weights else None
