@@ -78,8 +78,8 @@ class Wrapper(nn.Module):
         if any(name in self.__dict__[held] for held in ("_modules", "_parameters", "_buffers")):
             return False
         # BaseTunerLayer has read-only properties for attributes of the base layer, such as `weight`.
-        of_class = getattr(type(self), name, None)
-        return of_class is None or (isinstance(of_class, property) and of_class.fset is None)
+        of_class = getattr(type(self), name, ...)
+        return of_class is ... or (isinstance(of_class, property) and of_class.fset is None)
 
 
 def _named_without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
