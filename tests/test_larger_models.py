@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers as t
 from backbones import ELP, build, shaken
-from families import FAMILIES, WHISPER, Around, features
+from families import FAMILIES, WHISPER
+from family import Around, features
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
