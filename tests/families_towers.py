@@ -65,6 +65,19 @@ TOWERS: dict[str, Family] = {
         features(8, 60, True, (60, 37)),
         options={"modules_to_save": ["classifier"]},
     ),
+    # Its diarizer is passed over: what follows compares the output with a threshold, which lets no gradient through.
+    "nemotron3_5_transcribe": Family(
+        "5.22",
+        "nemotron3_5_transcribe",
+        "Nemotron3_5TranscribeAsrAudioModel",
+        lambda m: m.Nemotron3_5TranscribeAudioModel(
+            m.Nemotron3_5TranscribeAudioConfig(
+                asr_config=WIDTH | {"num_mel_bins": 8, "subsampling_factor": 2, "initializer_range": 0.2},
+                diarization_config=DIARIZATION | {"model_type": "nemotron3_diarization", "chunk_left_context": 2},
+            )
+        ),
+        batch(8, (24, 16), "input_features", "input_features_mask"),
+    ),
     "moonshine_streaming": Family(
         "5.2",
         "moonshine_streaming",
@@ -267,7 +280,7 @@ TOWERS: dict[str, Family] = {
         checkpointing=False,
     ),
     "gemma4": Family(
-        "5.5",
+        "5.20",  # before, it offered sdpa, which gave another result than eager attention
         "gemma4",
         "Gemma4AudioModel",
         lambda m: Around(
