@@ -268,7 +268,8 @@ def _has(layer: nn.Module, part: str) -> bool:
 
 def _generates(model: nn.Module) -> bool:
     """Whether what follows the encoder is a pre-trained decoder or language model rather than a task's head."""
-    return isinstance(model, PreTrainedModel) and model.can_generate() and head_input(type(model)) is None
+    generates = isinstance(model, PreTrainedModel) and (model.can_generate() or hasattr(model, "generate_speech"))
+    return generates and head_input(type(model)) is None
 
 
 def _check_family(plan: Plan) -> None:
