@@ -172,7 +172,7 @@ FAMILIES: dict[str, Family] = {
         "5.0",
         "whisper",
         "WhisperEncoder",
-        lambda m: m.WhisperForAudioClassification(m.WhisperConfig(**WHISPER, num_labels=3)),
+        lambda m: m.WhisperForAudioClassification(m.WhisperConfig(**WHISPER, num_labels=3, classifier_proj_size=12)),
         features(8, 40, False),
     ),
     "speech_to_text": Family(
