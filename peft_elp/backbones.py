@@ -308,6 +308,8 @@ REFUSED: dict[str, str] = {
     "ClvpModelForConditionalGeneration": _SPEAKS,
     "GradiumPhononTTSModel": _SPEAKS,
     "PocketTTSModel": _SPEAKS,
+    "Qwen2_5OmniTalkerForConditionalGeneration": _MAKES_SOUND,
+    "Qwen2_5OmniToken2WavDiTModel": _MAKES_SOUND,
     "UnivNetModel": _MAKES_SOUND,
     "DiaEncoder": _SPEAKS,
     "FastSpeech2ConformerModel": _SPEAKS,
