@@ -100,11 +100,15 @@ class Family:
         """Whether the installed version of Transformers has to have the family."""
         return Version(transformers.__version__).release >= Version(self.since).release
 
-    def model(self, attention: str = "eager") -> nn.Module:
-        """The model in evaluation mode, always with the same weights."""
+    def plain(self) -> nn.Module:
+        """The model as Transformers makes it, always with the same weights."""
         classes = importlib.import_module(f"transformers.models.{self.folder}.modeling_{self.folder}")
         torch.manual_seed(0)
-        model = self.build(classes)
+        return self.build(classes)
+
+    def model(self, attention: str = "eager") -> nn.Module:
+        """The model in evaluation mode, with norms and biases that are not where they start."""
+        model = self.plain()
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._attn_implementation = attention
