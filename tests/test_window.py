@@ -3,8 +3,7 @@
 import pytest
 import torch
 import transformers
-from families import FAMILIES
-from families_towers import TOWERS
+from families import FAMILIES, cases
 from peft import PeftModel, get_peft_model
 from transformers import WhisperConfig, WhisperForAudioClassification, WhisperForConditionalGeneration
 
@@ -13,7 +12,6 @@ from peft_elp.backbones import BACKBONES, has_fixed_window
 
 SIZES = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8}
 SIZES |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_source_positions": 150}
-MODELS = FAMILIES | TOWERS
 ELP = {"e_dim": 4, "l_dim": 6, "p_length": 2}
 
 
@@ -27,9 +25,9 @@ def features(seconds):
     return torch.randn(2, 8, 100 * seconds)
 
 
-@pytest.mark.parametrize("name", [name for name, family in MODELS.items() if "input_features" in family.inputs])
+@pytest.mark.parametrize("name", cases(name for name, family in FAMILIES.items() if "input_features" in family.inputs))
 def test_the_table_knows_which_encoders_take_one_length_only(name):
-    family = MODELS[name]
+    family = FAMILIES[name]
     model = family.model()
     try:
         row = find_encoder(model).family
