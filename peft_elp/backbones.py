@@ -38,6 +38,7 @@ class Backbone:
         inside: Class that the stack has to be called by, where other callers feed it something else than speech.
         window: In a stack that takes audio features of one fixed length, to which the feature extractor pads: the
             embedding with the positions of the frames. None where the length may vary.
+        unreached_in: Class of a model whose loss does not reach the stack inside it, or None.
         tap_in_place: Whether the stack writes into the output of a layer, so that a tap has to copy it.
         pre_norm: Whether a layer ends in its residual sum, so that what it returns is not normalised; False where it
             ends in a norm, as in post-norm layers and conformers.
@@ -65,6 +66,7 @@ class Backbone:
     attention_chunk: str | None = None
     inside: str | None = None
     window: str | None = None
+    unreached_in: str | None = None
     tap_in_place: bool = False
     pre_norm: bool = False
     no_l: str = ""
@@ -104,6 +106,7 @@ _PRE_NORM = Backbone(
     pre_norm=True,
 )
 _MOONSHINE = replace(_PRE_NORM, rotary="rotary_emb")
+_NEMOTRON = replace(_MOONSHINE, norms=("layer_norm1", "layer_norm2"))
 _MACARON = Backbone(
     feed_forward=("feed_forward1", "feed_forward2"),
     attention=("self_attn",),
@@ -189,7 +192,9 @@ BACKBONES: dict[str, Backbone] = {
     # What follows it reads a projection that the stack makes itself.
     "Dots3NoteAudioModel": replace(_MOONSHINE, rotary="rotary_embedding", taps_end="last layer"),
     # Its head calls it once for each chunk of a recording; the pseudo features join every call.
-    "Nemotron3DiarizationAudioModel": replace(_MOONSHINE, norms=("layer_norm1", "layer_norm2")),
+    # Nemotron 3.5 Transcribe compares its output with a threshold, which no gradient passes.
+    "Nemotron3DiarizationAudioModel": replace(_NEMOTRON, unreached_in="Nemotron3_5TranscribeAudioModel"),
+    "Nemotron3_5TranscribeAsrAudioModel": _NEMOTRON,
     "MoonshineStreamingEncoder": replace(_PRE_NORM, no_p=_SLIDING),
     "VoxtralRealtimeEncoder": replace(_PRE_NORM, norms=("self_attn_layer_norm", "final_layer_norm"), no_p=_CAUSAL),
     "NemotronAsrStreamingEncoder": replace(
@@ -273,6 +278,9 @@ BACKBONES: dict[str, Backbone] = {
 _NO_GRADIENT = "it runs its encoder of speech without gradients, so that nothing in there could be trained"
 _OVER_CODES = "it decodes over the codes of a codec and has no encoder of speech"
 _SPEAKS = "it speaks: what it encodes is text"
+_MAKES_SOUND = "it generates sound and has no encoder of speech"
+_STAGES = "its encoder is a stack of convolutions whose width and frame rate change from stage to stage"
+_NO_LAYERS = "it passes audio features on to its language model without encoder layers"
 # Models and encoders of audio that ELP cannot adapt, by the class that gives them away, and why.
 REFUSED: dict[str, str] = {
     "XcodecModel": _NO_GRADIENT,
@@ -285,9 +293,24 @@ REFUSED: dict[str, str] = {
     "EncodecEncoder": "EnCodec is a codec of convolutions and an LSTM, without encoder layers",
     "DacEncoder": "DAC is a codec of convolutions, without encoder layers",
     "MimiEncoder": "Mimi's quantiser lets no gradient through to its encoder",
+    "PocketTTSAudioTokenizerEncoderModel": "it belongs to the codec of a speech synthesiser",
+    "VibeVoiceAcousticTokenizerEncoderModel": _STAGES,
+    "MuseSparkAudioModel": _STAGES,
+    "InklingAudioModel": _NO_LAYERS,
+    "Gemma4UnifiedModel": _NO_LAYERS,
+    "Pop2PianoStack": "its encoder and its decoder share one class, by which ELP cannot tell the one that hears audio",
+    "WhisperDecoderWrapper": "it is the decoder of Whisper without the encoder",
+    "SpeechT5EncoderWithoutPrenet": "this SpeechT5 has no front end for speech; ELP adapts SpeechT5ForSpeechToText",
     "KyutaiSpeechToTextModel": _OVER_CODES,
     "MoshiModel": _OVER_CODES,
+    "HiggsAudioV2Model": _OVER_CODES,
     "BarkModel": _SPEAKS,
+    "ClvpModelForConditionalGeneration": _SPEAKS,
+    "GradiumPhononTTSModel": _SPEAKS,
+    "PocketTTSModel": _SPEAKS,
+    "Qwen2_5OmniTalkerForConditionalGeneration": _MAKES_SOUND,
+    "Qwen2_5OmniToken2WavDiTModel": _MAKES_SOUND,
+    "UnivNetModel": _MAKES_SOUND,
     "DiaEncoder": _SPEAKS,
     "FastSpeech2ConformerModel": _SPEAKS,
     "VitsTextEncoder": _SPEAKS,

@@ -99,6 +99,11 @@ def result(output: Any) -> Tensor:
     return output.logits if "logits" in output else output.last_hidden_state
 
 
+def encoded(output: Any) -> Tensor:
+    """What the encoder gives, which is no more than the result where a decoder follows it."""
+    return output.encoder_last_hidden_state if "encoder_last_hidden_state" in output else result(output)
+
+
 def shaken(model: torch.nn.Module, std: float = 0.2, seed: int = 3) -> torch.nn.Module:
     """The model with adapters that do something: every trainable parameter moved from where it starts."""
     torch.manual_seed(seed)

@@ -10,21 +10,16 @@ import shutil
 import pytest
 import torch
 from backbones import ELP, build, result, shaken, waveforms
-from families import FAMILIES
+from families import FAMILIES, cases
 from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from peft_elp import ELPConfig, hotswap_adapter
 
-try:
-    from families_towers import TOWERS
-except ImportError:  # some of them are not in older versions of Transformers
-    TOWERS = {}
-OTHERS = FAMILIES | TOWERS
 WAVE = ["wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio"]
 FIRST = ["wavlm", "wav2vec2-bert", "whisper-classification"]
-REST = [name for name in (*WAVE, *OTHERS) if name not in FIRST]
+REST = [*(name for name in WAVE if name not in FIRST), *cases(FAMILIES.keys() - FIRST)]
 
 
 @pytest.fixture(autouse=True)
@@ -53,18 +48,18 @@ def one_graph():
 
 
 def base_of(name):
-    return build(name, num_hidden_layers=2) if name in WAVE else OTHERS[name].model()
+    return build(name, num_hidden_layers=2) if name in WAVE else FAMILIES[name].model()
 
 
 def inputs_of(name, padded=True, lengths=(2000, 1300, 900)):
     if name not in WAVE:
-        return {k: x for k, x in OTHERS[name].inputs.items() if padded or k != "attention_mask"}
+        return {k: x for k, x in FAMILIES[name].inputs.items() if padded or k != "attention_mask"}
     waveform, mask = waveforms(lengths)
     return {"input_values": waveform, "attention_mask": mask} if padded else {"input_values": waveform}
 
 
 def adapted(name, adapters=None, std=0.2, **options):
-    family = OTHERS.get(name)
+    family = FAMILIES.get(name)
     letters, more = (family.adapters, family.options) if family else ("ELP", {})
     return shaken(get_peft_model(base_of(name), ELPConfig(adapters=adapters or letters, **ELP | more | options)), std)
 

@@ -11,17 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import ELP, build, result, shaken, waveforms
-from families import FAMILIES
+from families import FAMILIES, cases
 from peft import get_peft_model
 from torch.export import Dim, export
 
 from peft_elp import ELPConfig
 
-try:
-    from families_towers import TOWERS
-except ImportError:  # some of them are not in older versions of Transformers
-    TOWERS = {}
-OTHERS = FAMILIES | TOWERS
 EXAMPLE = (2000, 1300, 900)
 LENGTHS = ((1500, 1000), (3333, 2000, 1700, 900), (777, 500))
 
@@ -123,9 +118,9 @@ def test_an_export_and_a_model_in_another_thread_leave_each_other_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", cases())
 def test_a_family_exports_where_the_backbone_alone_does(name):
-    family = OTHERS[name]
+    family = FAMILIES[name]
     model = adapted(family.model(), family.adapters, **family.options)
     expected = output(model, family.inputs)  # before: some backbones keep tensors for the next call, an export's too
 

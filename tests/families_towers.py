@@ -1,46 +1,8 @@
 """Tiny random models of the towers of audio language models and of streaming recognisers, with inputs for them."""
 
-from typing import Any
-
-import torch
-from families import Around, Family, features, wave
+from family import WIDTH, Around, AroundTensor, Family, batch, features, packed, wave
 from torch import Tensor
-from transformers import (
-    FunAsrNanoEncoderConfig,
-    Gemma3nAudioConfig,
-    Gemma4AudioConfig,
-    GraniteSpeech5EncoderConfig,
-    GraniteSpeechEncoderConfig,
-    GraniteSpeechPlusEncoderConfig,
-    MoonshineStreamingEncoderConfig,
-    Nemotron3DiarizationConfig,
-    Nemotron3DiarizationForAudioFrameClassification,
-    Nemotron3DiarizationModel,
-    NemotronAsrStreamingEncoderConfig,
-    PeAudioEncoderConfig,
-    Phi4MultimodalAudioConfig,
-    Qwen3ASREncoderConfig,
-    VoxtralRealtimeEncoderConfig,
-)
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder
-from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoder
-from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel
-from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechCTCEncoder
-from transformers.models.granite_speech5.modeling_granite_speech5 import GraniteSpeech5Encoder
-from transformers.models.granite_speech_plus.modeling_granite_speech_plus import GraniteSpeechPlusCTCEncoder
-from transformers.models.moonshine_streaming.modeling_moonshine_streaming import MoonshineStreamingEncoder
-from transformers.models.nemotron_asr_streaming.modeling_nemotron_asr_streaming import NemotronAsrStreamingEncoder
-from transformers.models.pe_audio.modeling_pe_audio import PeAudioEncoder
-from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAudioModel
-from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig
-from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
-from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASREncoder
-from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeAudioEncoderConfig
-from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeAudioEncoder
-from transformers.models.voxtral_realtime.modeling_voxtral_realtime import VoxtralRealtimeEncoder
 
-WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 OF_WHISPER = {"d_model": 16, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
 OF_GRANITE = {
     "input_dim": 10,
@@ -66,26 +28,6 @@ DIARIZATION = {
 }
 
 
-class AroundTensor(Around):
-    """A model that holds an encoder whose output is a bare tensor."""
-
-    def forward(self, **inputs: Any) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=self.tower(**inputs))
-
-
-def batch(bands: int, lengths: tuple[int, ...], values: str, mask: str, time_first: bool = True) -> dict[str, Tensor]:
-    """A padded batch of features under the names that an encoder gives them."""
-    inputs = features(bands, max(lengths), True, lengths)
-    x = inputs["input_features"]
-    return {values: x if time_first else x.transpose(1, 2), mask: inputs["attention_mask"]}
-
-
-def packed(bands: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
-    """Utterances one after the other along time, without padding."""
-    torch.manual_seed(1)
-    return {"input_features": torch.randn(bands, sum(lengths)), "feature_lens": torch.tensor(lengths)}
-
-
 def _speech(lengths: tuple[int, ...], mask: str) -> dict[str, Tensor]:
     inputs = wave(lengths)
     return {"input_values": inputs["input_values"], mask: inputs["attention_mask"]}
@@ -93,9 +35,12 @@ def _speech(lengths: tuple[int, ...], mask: str) -> dict[str, Tensor]:
 
 TOWERS: dict[str, Family] = {
     "pe_audio": Family(
-        lambda: Around(
-            PeAudioEncoder(
-                PeAudioEncoderConfig(
+        "5.0",
+        "pe_audio",
+        "PeAudioEncoder",
+        lambda m: Around(
+            m.PeAudioEncoder(
+                m.PeAudioEncoderConfig(
                     **WIDTH,
                     head_dim=8,
                     dac_config={"downsampling_ratios": [2, 4], "encoder_hidden_size": 4, "codebook_dim": 6},
@@ -105,19 +50,41 @@ TOWERS: dict[str, Family] = {
         {k: v[:, None] if k == "input_values" else v for k, v in _speech((160, 96), "padding_mask").items()},
     ),
     "nemotron3_diarization": Family(
-        lambda: Nemotron3DiarizationModel(Nemotron3DiarizationConfig(**DIARIZATION)),
+        "5.18",
+        "nemotron3_diarization",
+        "Nemotron3DiarizationAudioModel",
+        lambda m: m.Nemotron3DiarizationModel(m.Nemotron3DiarizationConfig(**DIARIZATION)),
         features(8, 24, True, (24, 15)),
     ),
     # The stack is called once for each chunk, with the frames of a speaker cache before it.
     "nemotron3_diarization-chunks": Family(
-        lambda: Nemotron3DiarizationForAudioFrameClassification(Nemotron3DiarizationConfig(**DIARIZATION)),
+        "5.18",
+        "nemotron3_diarization",
+        "Nemotron3DiarizationAudioModel",
+        lambda m: m.Nemotron3DiarizationForAudioFrameClassification(m.Nemotron3DiarizationConfig(**DIARIZATION)),
         features(8, 60, True, (60, 37)),
         options={"modules_to_save": ["classifier"]},
     ),
+    # Its diarizer is passed over: what follows compares the output with a threshold, which lets no gradient through.
+    "nemotron3_5_transcribe": Family(
+        "5.22",
+        "nemotron3_5_transcribe",
+        "Nemotron3_5TranscribeAsrAudioModel",
+        lambda m: m.Nemotron3_5TranscribeAudioModel(
+            m.Nemotron3_5TranscribeAudioConfig(
+                asr_config=WIDTH | {"num_mel_bins": 8, "subsampling_factor": 2, "initializer_range": 0.2},
+                diarization_config=DIARIZATION | {"model_type": "nemotron3_diarization", "chunk_left_context": 2},
+            )
+        ),
+        batch(8, (24, 16), "input_features", "input_features_mask"),
+    ),
     "moonshine_streaming": Family(
-        lambda: Around(
-            MoonshineStreamingEncoder(
-                MoonshineStreamingEncoderConfig(
+        "5.2",
+        "moonshine_streaming",
+        "MoonshineStreamingEncoder",
+        lambda m: Around(
+            m.MoonshineStreamingEncoder(
+                m.MoonshineStreamingEncoderConfig(
                     **WIDTH, num_key_value_heads=2, sliding_windows=((4, 2), (4, 0), (4, 2))
                 )
             )
@@ -126,9 +93,12 @@ TOWERS: dict[str, Family] = {
         adapters="EL",
     ),
     "voxtral_realtime": Family(
-        lambda: Around(
-            VoxtralRealtimeEncoder(
-                VoxtralRealtimeEncoderConfig(
+        "5.2",
+        "voxtral_realtime",
+        "VoxtralRealtimeEncoder",
+        lambda m: Around(
+            m.VoxtralRealtimeEncoder(
+                m.VoxtralRealtimeEncoderConfig(
                     **WIDTH, num_mel_bins=8, head_dim=8, sliding_window=6, max_position_embeddings=40
                 )
             )
@@ -137,9 +107,12 @@ TOWERS: dict[str, Family] = {
         adapters="EL",
     ),
     "nemotron_asr_streaming": Family(
-        lambda: Around(
-            NemotronAsrStreamingEncoder(
-                NemotronAsrStreamingEncoderConfig(
+        "5.13",
+        "nemotron_asr_streaming",
+        "NemotronAsrStreamingEncoder",
+        lambda m: Around(
+            m.NemotronAsrStreamingEncoder(
+                m.NemotronAsrStreamingEncoderConfig(
                     **WIDTH,
                     num_mel_bins=16,
                     subsampling_conv_channels=8,
@@ -156,9 +129,12 @@ TOWERS: dict[str, Family] = {
         adapters="EL",
     ),
     "qwen2_5_omni": Family(
-        lambda: Around(
-            Qwen2_5OmniAudioEncoder(
-                Qwen2_5OmniAudioEncoderConfig(
+        "5.9",
+        "qwen2_5_omni",
+        "Qwen2_5OmniAudioEncoder",
+        lambda m: Around(
+            m.Qwen2_5OmniAudioEncoder(
+                m.Qwen2_5OmniAudioEncoderConfig(
                     **OF_WHISPER, num_mel_bins=8, max_source_positions=20, n_window=10, output_dim=12
                 )
             )
@@ -167,9 +143,12 @@ TOWERS: dict[str, Family] = {
         adapters="EL",
     ),
     "qwen3_omni_moe": Family(
-        lambda: Around(
-            Qwen3OmniMoeAudioEncoder(
-                Qwen3OmniMoeAudioEncoderConfig(
+        "5.13",
+        "qwen3_omni_moe",
+        "Qwen3OmniMoeAudioEncoder",
+        lambda m: Around(
+            m.Qwen3OmniMoeAudioEncoder(
+                m.Qwen3OmniMoeAudioEncoderConfig(
                     **OF_WHISPER, num_mel_bins=8, output_dim=12, n_window_infer=100, downsample_hidden_size=4
                 )
             )
@@ -178,9 +157,12 @@ TOWERS: dict[str, Family] = {
         adapters="EL",
     ),
     "qwen3_asr": Family(
-        lambda: Around(
-            Qwen3ASREncoder(
-                Qwen3ASREncoderConfig(
+        "5.13",
+        "qwen3_asr",
+        "Qwen3ASREncoder",
+        lambda m: Around(
+            m.Qwen3ASREncoder(
+                m.Qwen3ASREncoderConfig(
                     **OF_WHISPER, num_mel_bins=8, output_dim=12, n_window_infer=100, downsample_hidden_size=4
                 )
             )
@@ -189,23 +171,32 @@ TOWERS: dict[str, Family] = {
         adapters="EL",
     ),
     "granite_speech": Family(
-        lambda: Around(GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(**OF_GRANITE))),
+        "5.0",
+        "granite_speech",
+        "GraniteSpeechCTCEncoder",
+        lambda m: Around(m.GraniteSpeechCTCEncoder(m.GraniteSpeechEncoderConfig(**OF_GRANITE))),
         {"hidden_states": features(10, 20, True)["input_features"]},
         adapters="EL",
         checkpointing=False,
     ),
     "granite_speech_plus": Family(
-        lambda: Around(
-            GraniteSpeechPlusCTCEncoder(GraniteSpeechPlusEncoderConfig(**OF_GRANITE, cat_hidden_layers=[1]))
+        "5.8",
+        "granite_speech_plus",
+        "GraniteSpeechPlusCTCEncoder",
+        lambda m: Around(
+            m.GraniteSpeechPlusCTCEncoder(m.GraniteSpeechPlusEncoderConfig(**OF_GRANITE, cat_hidden_layers=[1]))
         ),
         {"hidden_states": features(10, 20, True)["input_features"]},
         adapters="EL",
         checkpointing=False,
     ),
     "granite_speech5": Family(
-        lambda: Around(
-            GraniteSpeech5Encoder(
-                GraniteSpeech5EncoderConfig(
+        "5.16",
+        "granite_speech5",
+        "GraniteSpeech5Encoder",
+        lambda m: Around(
+            m.GraniteSpeech5Encoder(
+                m.GraniteSpeech5EncoderConfig(
                     **WIDTH,
                     vocab_size=9,
                     num_mel_bins=4,
@@ -220,9 +211,12 @@ TOWERS: dict[str, Family] = {
         adapters="E",
     ),
     "fun_asr_nano": Family(
-        lambda: Around(
-            FunAsrNanoEncoder(
-                FunAsrNanoEncoderConfig(
+        "5.17",
+        "fun_asr_nano",
+        "FunAsrNanoEncoder",
+        lambda m: Around(
+            m.FunAsrNanoEncoder(
+                m.FunAsrNanoEncoderConfig(
                     **WIDTH,
                     num_mel_bins=8,
                     num_stacked_frames=3,
@@ -238,9 +232,12 @@ TOWERS: dict[str, Family] = {
         adapters="EL",
     ),
     "phi4_multimodal": Family(
-        lambda: AroundTensor(
-            Phi4MultimodalAudioModel(
-                Phi4MultimodalAudioConfig(
+        "5.0",
+        "phi4_multimodal",
+        "Phi4MultimodalAudioModel",
+        lambda m: AroundTensor(
+            m.Phi4MultimodalAudioModel(
+                m.Phi4MultimodalAudioConfig(
                     hidden_size=16,
                     intermediate_size=24,
                     num_blocks=3,
@@ -258,9 +255,12 @@ TOWERS: dict[str, Family] = {
         adapters="EL",
     ),
     "gemma3n": Family(
-        lambda: Around(
-            Gemma3nAudioEncoder(
-                Gemma3nAudioConfig(
+        "5.0",
+        "gemma3n",
+        "Gemma3nAudioEncoder",
+        lambda m: Around(
+            m.Gemma3nAudioEncoder(
+                m.Gemma3nAudioConfig(
                     hidden_size=16,
                     input_feat_size=16,
                     conf_num_hidden_layers=3,
@@ -280,9 +280,12 @@ TOWERS: dict[str, Family] = {
         checkpointing=False,
     ),
     "gemma4": Family(
-        lambda: Around(
-            Gemma4AudioModel(
-                Gemma4AudioConfig(
+        "5.20",  # before, it offered sdpa, which gave another result than eager attention
+        "gemma4",
+        "Gemma4AudioModel",
+        lambda m: Around(
+            m.Gemma4AudioModel(
+                m.Gemma4AudioConfig(
                     hidden_size=16,
                     num_hidden_layers=3,
                     num_attention_heads=2,

@@ -1,4 +1,4 @@
-"""Tiny bases, adapters and recordings on disk."""
+"""Tiny bases, adapters and recordings on disk, and a result for a model card."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ import soundfile
 import torch
 import transformers
 from backbones import ELP, FAMILIES, build, shaken
+from huggingface_hub import EvalResult
 from peft import PeftModel, get_peft_model
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 
@@ -16,6 +17,14 @@ from peft_elp import ELPConfig
 
 LABELS = ["yes", "no", "stop"]
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", "a", "b", "c", "d"]
+EER = EvalResult(
+    task_type="audio-classification",
+    dataset_type="ProgramComputer/voxceleb",
+    dataset_name="VoxCeleb1",
+    dataset_split="test",
+    metric_type="eer",
+    metric_value=2.63,
+)
 HEADS = {"ForCTC": {}, "ForSequenceClassification": {"id2label": dict(enumerate(LABELS))}, "ForXVector": {}}
 
 

@@ -3,18 +3,13 @@
 import pytest
 import torch
 from backbones import NORMS, build, waveforms
-from families import FAMILIES
+from families import FAMILIES, cases
 from torch import nn
 
 from peft_elp import find_encoder
 
 # Of LASR's own convolution.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-try:
-    from families_towers import TOWERS
-except ImportError:  # some of them are not in older versions of Transformers
-    TOWERS = {}
-FAMILIES = FAMILIES | TOWERS
 
 
 def default_norms(model: nn.Module) -> nn.Module:
@@ -44,9 +39,9 @@ def layers_normalise(model: nn.Module, inputs: dict) -> bool:
     return bool(((size - 1).abs() < 0.02).all())
 
 
-@pytest.mark.parametrize("name", sorted(name for name in FAMILIES if "L" in FAMILIES[name].adapters))
+@pytest.mark.parametrize("name", cases(name for name, family in FAMILIES.items() if "L" in family.adapters))
 def test_the_row_says_whether_layers_return_what_is_not_normalised(name):
-    model = default_norms(FAMILIES[name].build())
+    model = default_norms(FAMILIES[name].plain())
     assert find_encoder(model).family.pre_norm != layers_normalise(model, FAMILIES[name].inputs)
 
 

@@ -10,9 +10,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from on_disk import LABELS, adapted, record, save_base, save_tokenizer
+from on_disk import EER, LABELS, adapted, record, save_base, save_tokenizer
 from safetensors.torch import load_file, save_file
-from test_card import EER
 
 import peft_elp
 from peft_elp import count_parameters, describe

@@ -1,35 +1,25 @@
 """One set of promises, kept by every family of speech encoders in the table."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from backbones import ELP, NORMS, build, shaken
-from families import FAMILIES, Around
+from backbones import ELP, NORMS, build, encoded, result, shaken
+from families import FAMILIES, cases
+from family import Around
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_elp import ELPConfig
 from peft_elp.backbones import BACKBONES
-from peft_elp.tuner.layers import ELPLayer, TappedLayer
 
 # Of LASR's own convolution.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-try:
-    from families_towers import TOWERS
-except ImportError:  # some of them are not in older versions of Transformers
-    TOWERS = {}
-FAMILIES = FAMILIES | TOWERS
-CASES = pytest.mark.parametrize("name", sorted(FAMILIES))
-
-
-def result(output):
-    return output.logits if "logits" in output else output.last_hidden_state
-
-
-def encoded(output):
-    return output.encoder_last_hidden_state if "encoder_last_hidden_state" in output else result(output)
+CASES = pytest.mark.parametrize("name", cases())
 
 
 def outputs(model, inputs, **options):
@@ -123,7 +113,6 @@ def test_switched_off_and_unloaded_adapters_leave_no_trace(name):
     assert unloaded is base
     assert [(n, type(m), m.training) for n, m in base.named_modules()] == modules
     assert all(torch.equal(x, tensors[n]) for n, x in base.state_dict().items())
-    assert not any(isinstance(m, (ELPLayer, TappedLayer)) for m in base.modules())
     torch.testing.assert_close(result(outputs(base, family.inputs)), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -160,7 +149,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
         torch.testing.assert_close(found[1][parameter], gradient, msg=parameter, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(FAMILIES) if "attention_mask" in FAMILIES[name].inputs])
+@pytest.mark.parametrize("name", cases(name for name, family in FAMILIES.items() if "attention_mask" in family.inputs))
 def test_an_utterance_alone_is_as_in_a_padded_batch_where_the_backbone_has_it_so(name):
     family = FAMILIES[name]
     padded = family.inputs["attention_mask"]
@@ -229,15 +218,27 @@ def test_generation_hears_the_adapters_and_no_pseudo_features(name, beams):
     ],
 )  # fmt: skip
 def test_what_has_no_sound_place_is_refused_with_the_reason(name, options, message):
-    if name not in FAMILIES:
-        pytest.skip("not in this version of Transformers")
+    if not FAMILIES[name].available:
+        pytest.skip(f"new in Transformers {FAMILIES[name].since}")
     with pytest.raises(ValueError, match=message):
         adapted(name, **options)
 
 
+@CASES
+def test_a_family_has_the_stack_that_it_is_listed_for(name):
+    family = FAMILIES[name]
+    assert family.stack in {type(module).__name__ for module in family.model().modules()}
+
+
 def test_every_row_of_the_table_is_tested():
-    if not TOWERS:
-        pytest.skip("some are not in this version of Transformers")
-    tested = {type(module).__name__ for family in FAMILIES.values() for module in family.model().modules()}
+    tested = {family.stack for family in FAMILIES.values()}
     tested |= {type(build(name, "Model", do_stable_layer_norm=stable).encoder).__name__ for name, stable in NORMS}
-    assert set(BACKBONES) - tested == set()
+    assert set(BACKBONES) == tested
+
+
+def test_the_pinned_transformers_has_every_family():
+    constraints = (Path(__file__).parent.parent / "constraints.txt").read_text()
+    pinned = max(
+        Version(version) for version in re.findall(r"^transformers==([\d.]+)", constraints, flags=re.MULTILINE)
+    )
+    assert [name for name, family in FAMILIES.items() if Version(family.since) > pinned] == []

@@ -13,8 +13,8 @@ from backbones import ELP, build, result, shaken, waveforms
 from hub import TOKEN, USER, client, left, serving
 from huggingface_hub import HfApi, ModelCard, constants, try_to_load_from_cache
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
-from test_life_cycle import assert_untouched, snapshot
 from transformers import AutoModelForAudioClassification, Wav2Vec2FeatureExtractor
+from untouched import assert_untouched, snapshot
 
 from peft_elp import ELPConfig
 from peft_elp.inference import SpeechAdapter

@@ -4,14 +4,14 @@ import pytest
 import torch
 import transformers as t
 from backbones import ELP, build, shaken
-from families import FAMILIES, WHISPER, Around, features
+from families import CONVOLUTIONS, FAMILIES, STILL, WHISPER
+from family import Around, features, wave
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from peft_elp import Backbone, ELPConfig, register_backbone
 from peft_elp.backbones import BACKBONES
-from peft_elp.call.stack_call import StackCall, current_call
 
 SMALL_TEXT = {
     "hidden_size": 16,
@@ -82,6 +82,76 @@ def test_the_speech_tower_of_an_encoder_decoder_is_adapted_and_the_decoder_left_
         assert parameter.requires_grad == (".elp_" in name or "enc_to_dec_proj.modules_to_save" in name), name
         assert (parameter.grad is not None) == parameter.requires_grad, name
     assert model.peft_config["default"].modules_to_save == ["enc_to_dec_proj"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: t.WhisperModel(t.WhisperConfig(**WHISPER)),
+        lambda: t.Speech2TextModel(t.Speech2TextConfig(**WHISPER, input_feat_per_channel=8, conv_channels=16)),
+        lambda: audio_language_model().model,
+    ],
+    ids=["WhisperModel", "Speech2TextModel", "Qwen2AudioModel"],
+)
+def test_a_bare_model_has_no_head_and_its_decoder_or_language_model_stays_frozen(make):
+    model = get_peft_model(make(), ELPConfig(**ELP))
+    assert model.peft_config["default"].modules_to_save == []
+    assert all(".elp_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("make", "head"),
+    [
+        (lambda: t.WhisperModel(t.WhisperConfig(**WHISPER)), ["decoder"]),
+        (lambda: audio_language_model(), ["language_model", "lm_head"]),
+        (lambda: t.WhisperForAudioClassification(t.WhisperConfig(**WHISPER, classifier_proj_size=512)), None),
+    ],
+    ids=["decoder", "language model", "wide projector"],
+)
+def test_a_head_of_more_than_a_third_of_the_model_is_remarked(make, head):
+    with pytest.warns(UserWarning, match=r"trains and saves [\d,]+ of the [\d,]+ parameters of \w+ .\d+%. beside"):
+        model = get_peft_model(make(), ELPConfig(modules_to_save=head, **ELP))
+    assert any("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.skipif(not FAMILIES["qwen3_asr"].available, reason="new in Transformers 5.13")
+def test_the_head_on_an_audio_language_model_is_trained_without_the_language_model():
+    audio = {
+        "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8,
+        "output_dim": 16, "downsample_hidden_size": 4,
+    }  # fmt: skip
+    config = t.Qwen3ASRConfig(audio_config=audio, text_config=SMALL_TEXT, num_labels=3)
+    model = get_peft_model(t.Qwen3ASRForTokenClassification(config), ELPConfig(adapters="EL", e_dim=8, l_dim=10))
+    assert model.peft_config["default"].modules_to_save == ["score"]
+
+
+SPEECH_T5 = {
+    "hidden_size": 16, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_layers": 1,
+    "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 12, "speech_decoder_prenet_units": 8,
+    "speech_decoder_postnet_units": 8, "speech_decoder_postnet_layers": 2, "num_mel_bins": 8,
+}  # fmt: skip
+
+
+def test_a_speech_to_speech_model_keeps_its_decoder_and_hears_speaker_embeddings():
+    torch.manual_seed(0)
+    still = {key: value for key, value in STILL.items() if key != "layerdrop"}
+    options = SPEECH_T5 | CONVOLUTIONS | still | {"encoder_layerdrop": 0.0, "positional_dropout": 0.0}
+    base = t.SpeechT5ForSpeechToSpeech(t.SpeechT5Config(**options, speaker_embedding_dim=6)).eval()
+    inputs = wave() | {"decoder_input_values": torch.randn(2, 4, 8)}
+    voices = torch.zeros(2, 6), torch.randn(2, 6)
+
+    def spoken(model, voice):
+        torch.manual_seed(0)  # the decoder's prenet drops inputs while evaluating too
+        with torch.no_grad():
+            return model(**inputs, speaker_embeddings=voice).spectrogram
+
+    expected = spoken(base, voices[1])
+    model = shaken(get_peft_model(base, ELPConfig(**ELP)))
+    assert model.peft_config["default"].modules_to_save == []
+    assert not torch.allclose(spoken(model, voices[0]), spoken(model, voices[1]), atol=1e-4)
+    assert not torch.allclose(spoken(model, voices[1]), expected, atol=1e-4)
+    with model.disable_adapter():
+        torch.testing.assert_close(spoken(model, voices[1]), expected)
 
 
 class TwoTowers(nn.Module):
@@ -213,6 +283,20 @@ def test_an_unknown_encoder_is_described_and_adapted():
         del BACKBONES["OwnEncoder"]
 
 
+class HearsFeatures(OwnEncoder):
+    def forward(self, input_features):
+        return super().forward(input_features)
+
+
+def test_the_guess_at_a_description_says_where_the_front_end_is():
+    for stack, inside in ((OwnEncoder, False), (HearsFeatures, True)):
+        model = Own()
+        model.encoder = stack()
+        with pytest.raises(ValueError, match=f"register_backbone.'{stack.__name__}'") as refused:
+            get_peft_model(model, ELPConfig())
+        assert ("front_end_inside=True" in str(refused.value)) == inside
+
+
 def test_a_description_that_does_not_fit_is_named(monkeypatch):
     monkeypatch.setitem(BACKBONES, "OwnEncoder", Backbone(layers="layers", norms=("norm1",)))
     with pytest.raises(ValueError, match=r"description of OwnEncoder does not fit.*layers='layers'"):
@@ -235,15 +319,17 @@ def test_a_description_that_does_not_fit_is_named(monkeypatch):
     [
         (
             lambda: t.SpeechT5ForTextToSpeech(
-                t.SpeechT5Config(
-                    hidden_size=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, decoder_layers=1,
-                    decoder_attention_heads=2, decoder_ffn_dim=16, vocab_size=12, speech_decoder_prenet_units=8,
-                    speech_decoder_postnet_units=8, speech_decoder_postnet_layers=2, num_mel_bins=8,
-                )
+                t.SpeechT5Config(**SPEECH_T5)
             ),
             "this SpeechT5 reads text",
         ),
-        (lambda: t.WhisperForCausalLM(t.WhisperConfig(**WHISPER)), "no speech encoder that ELP can adapt"),
+        (lambda: t.WhisperForCausalLM(t.WhisperConfig(**WHISPER)), "it is the decoder of Whisper without the encoder"),
+        (
+            lambda: t.Pop2PianoForConditionalGeneration(
+                t.Pop2PianoConfig(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_decoder_layers=1, num_heads=2)
+            ),
+            "share one class.*found at encoder",
+        ),
         (
             lambda: t.VitsModel(
                 t.VitsConfig(
@@ -268,15 +354,13 @@ def test_a_codec_that_lets_no_gradient_through_is_refused():
         get_peft_model(XcodecModel(build("hubert", "Model")), ELPConfig())
 
 
-def test_an_attention_mask_that_cannot_take_pseudo_features_is_refused():
+def test_an_attention_mask_that_cannot_take_pseudo_features_is_refused(monkeypatch):
     family = FAMILIES["speech_to_text"]
     model = get_peft_model(family.model(), ELPConfig(adapters="P", **ELP))
-    layer = model.get_base_model().model.encoder.layers[0]
-    with (
-        pytest.raises(ValueError, match=r"mask is a object that cannot be extended.*'sdpa' or 'eager'"),
-        current_call.set(StackCall(pseudo=torch.zeros(3, 16))),
-    ):
-        layer(torch.zeros(1, 5, 16), object())  # such as the block mask of flex attention
+    module = "transformers.models.speech_to_text.modeling_speech_to_text"
+    monkeypatch.setattr(f"{module}.create_bidirectional_mask", lambda **inputs: object())  # as flex attention has one
+    with pytest.raises(ValueError, match=r"mask is a object that cannot be extended.*'sdpa' or 'eager'"):
+        model(**family.inputs)
 
 
 def test_a_bare_stack_is_wrapped_by_peft_and_refused_for_direct_injection():

@@ -13,9 +13,9 @@ from backbones import ELP, build, shaken
 from families import FAMILIES
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_life_cycle import assert_untouched, logits, snapshot
 from torch.overrides import TorchFunctionMode
 from transformers import WhisperForConditionalGeneration
+from untouched import assert_untouched, logits, snapshot
 
 from peft_elp import ELPConfig, hotswap_adapter
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backbones import ELP, build, labels_for, result, shaken, waveforms
-from families import FAMILIES
+from families import FAMILIES, cases
 from peft import get_peft_model, get_peft_model_state_dict
 
 from peft_elp import ELPConfig, MultiTaskModel
@@ -132,7 +132,7 @@ def test_all_tasks_answer_from_one_pass_as_each_does_alone(family, stable, head)
 OTHERS = {"sew", "whisper-classification", "audio-spectrogram-transformer", "wav2vec2-bert", "parakeet"}
 
 
-@pytest.mark.parametrize("name", sorted(OTHERS & FAMILIES.keys()))  # some are not in older versions of Transformers
+@pytest.mark.parametrize("name", cases(OTHERS))
 def test_families_that_end_in_their_layers_or_begin_in_the_stack_share_a_pass_too(name):
     family = FAMILIES[name]
     options = ELP | family.options | ALONE

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from backbones import ELP, HEADS, NORMS, build, has, result, shaken, waveforms
-from families import FAMILIES
+from backbones import ELP, HEADS, NORMS, build, encoded, has, result, shaken, waveforms
+from families import FAMILIES, cases
 from peft import get_peft_model
-from test_families import TOWERS, encoded
 
 from peft_elp import ELPConfig
 from peft_elp.call.route import Route
 
-FAMILIES = FAMILIES | TOWERS
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 ADAPTERS = {
     "all": {"adapters": "ELP"},
@@ -100,7 +98,7 @@ def test_a_batch_without_padding_needs_no_mask():
         torch.testing.assert_close(together[row], own, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", cases())
 def test_every_family_mixes_adapters_or_says_why_not(name):
     family = FAMILIES[name]
     letters = family.adapters.replace("P", "") if name in SENSITIVE else family.adapters

@@ -12,7 +12,7 @@ import torch
 from backbones import ELP, build, shaken
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_life_cycle import logits
+from untouched import logits
 
 from peft_elp import ELPConfig, describe
 from peft_elp.saved.folder import read_adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def find_encoder(model: nn.Module, target: str | None = None) -> Encoder:
     """
     modules = _modules(model)
     rows = {path: family(type(module)) for path, module in modules.items()}
-    stacks = {path: row for path, row in rows.items() if row is not None and _is_fed_speech(modules, path, row)}
+    stacks = {path: row for path, row in rows.items() if row is not None and _is_in_place(modules, path, row)}
     if target is not None:
         named = {path: row for path, row in stacks.items() if target in (path, type(modules[path]).__name__)}
         if not named:
@@ -154,10 +155,11 @@ def _backbone(model: nn.Module, stack_path: str) -> tuple[nn.Module, str]:
     return backbone, backbone_path
 
 
-def _is_fed_speech(modules: dict[str, nn.Module], path: str, row: Backbone) -> bool:
-    """Whether the stack at `path` encodes speech, if its class alone does not tell."""
-    caller = modules.get(path.rpartition(".")[0]) if path else None
-    return row.inside is None or type(caller).__name__ == row.inside
+def _is_in_place(modules: dict[str, nn.Module], path: str, row: Backbone) -> bool:
+    """Whether the stack at `path` encodes speech and the model's loss reaches it; its class alone may not tell."""
+    steps = path.split(".") if path else []
+    around = [type(modules.get(".".join(steps[:depth]))).__name__ for depth in range(len(steps))]
+    return (row.inside is None or row.inside in around[-1:]) and row.unreached_in not in around
 
 
 def _named(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:
@@ -183,10 +185,17 @@ def _why_none(model: nn.Module) -> str:
     children = [child for child, _ in layers[0].named_children()]
     forward = [child for child in children if re.search(r"feed_?forward|ffn|mlp|fc2", child) and "norm" not in child]
     norms = [child for child in children if "norm" in child.lower()]
-    stack_class = type(model.get_submodule(stack_path)).__name__
+    stack = model.get_submodule(stack_path)
+    stack_class = type(stack).__name__
     return (
         f"{known}. If {stack_class} encodes speech, describe it first; this is a guess at how:\n"
         f"    peft_elp.register_backbone({stack_class!r}, peft_elp.Backbone(layers={layers_name!r}, "
         f"feed_forward={tuple(forward) or ('?',)}, norms={tuple(norms) or ('?',)}, layerdrop=None, "
-        "feature_encoder=None))"
+        f"feature_encoder=None{', front_end_inside=True' if _hears_features(type(stack)) else ''}))"
     )
+
+
+def _hears_features(stack_class: type[nn.Module]) -> bool:
+    """Whether a stack takes audio features or a waveform rather than hidden states, by the name of its first input."""
+    inputs = list(inspect.signature(stack_class.forward).parameters)[1:2]
+    return bool(inputs) and re.search(r"feature|input_values|audio|mel|spectrogram|wave", inputs[0]) is not None

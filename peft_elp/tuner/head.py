@@ -20,7 +20,8 @@ def find_head(model: nn.Module, backbone_path: str, is_encoder: Callable[[nn.Mod
     """The paths of the modules outside the speech encoder.
 
     The head is found without knowing its name: it is every module with parameters that is not on the way from the
-    model to the encoder. The modules in a list are named one by one, since a list is never called.
+    model to the encoder. A bare model of Transformers has no head, so that the search ends there. The modules in a list
+    are named one by one, since a list is never called.
 
     Args:
         model: The whole model.
@@ -31,6 +32,8 @@ def find_head(model: nn.Module, backbone_path: str, is_encoder: Callable[[nn.Mod
     steps = backbone_path.split(".") if backbone_path else []
     here, path = model, ""
     for step in steps:
+        if _is_bare(type(here)):
+            break
         bare = [name for name, _ in here.named_parameters(recurse=False)]
         if bare:
             warnings.warn(
@@ -48,6 +51,11 @@ def find_head(model: nn.Module, backbone_path: str, is_encoder: Callable[[nn.Mod
                 head += _callable_modules(join(path, name), child)
         here, path = here.get_submodule(step), join(path, step)
     return head
+
+
+def _is_bare(model_class: type) -> bool:
+    """Whether this is a bare model of Transformers: what it contains beside the encoder is pre-trained with it."""
+    return model_class.__module__.startswith("transformers.") and model_class.__name__.endswith("Model")
 
 
 def _callable_modules(path: str, module: nn.Module) -> list[str]:

@@ -26,6 +26,8 @@ from .window import check_window
 ADDED_BEHIND = ("add_adapter", "use_intermediate_ffn_before_adapter")
 SECONDS_A_MATCH = 0.2  # For a regular expression and one path.
 
+LARGE_HEAD = 1 / 3  # of a model's parameters; an x-vector head holds 6 % of wav2vec 2.0 base
+
 
 @dataclass
 class Plan:
@@ -166,6 +168,8 @@ def _choose_head(model: nn.Module, plan: Plan) -> None:
         if given:
             refuse_left_out(model, _head(model, encoder), config.modules_to_save, given)
     _refuse_quantised(model, config.modules_to_save)
+    if not config.inference_mode:
+        _warn_of_large_head(model, config.modules_to_save)
     _name_new_and_frozen(model, plan, chosen)
 
 
@@ -241,6 +245,19 @@ def _leave_out_what_nothing_reads(plan: Plan, chosen: list[int] | None) -> None:
         )
 
 
+def _warn_of_large_head(model: nn.Module, head: list[str]) -> None:
+    """Warn if the adapter trains so much of the model that a pre-trained decoder may be a part of it."""
+    trained = sum(p.numel() for path in head for p in original(model.get_submodule(path)).parameters())
+    whole = sum(p.numel() for name, p in model.named_parameters() if ".modules_to_save." not in name)
+    if trained > whole * LARGE_HEAD:
+        warnings.warn(
+            f"modules_to_save=[{shortened(head)}] trains and saves {trained:,} of the {whole:,} parameters of "
+            f"{type(model).__name__} ({trained / whole:.0%}) beside the adapter. If a pre-trained decoder or language "
+            "model is among them, name the layers of the task alone.",
+            stacklevel=2,
+        )
+
+
 def _refuse_quantised(model: nn.Module, head: list[str]) -> None:
     """Refuse a head that is quantised, since it is trained. The frozen encoder may be quantised."""
     for path in head:
@@ -268,7 +285,8 @@ def _has(layer: nn.Module, part: str) -> bool:
 
 def _generates(model: nn.Module) -> bool:
     """Whether what follows the encoder is a pre-trained decoder or language model rather than a task's head."""
-    return isinstance(model, PreTrainedModel) and model.can_generate() and head_input(type(model)) is None
+    generates = isinstance(model, PreTrainedModel) and (model.can_generate() or hasattr(model, "generate_speech"))
+    return generates and head_input(type(model)) is None
 
 
 def _check_family(plan: Plan) -> None:

@@ -1,0 +1,118 @@
+"""What a tiny random model of one family of speech encoders is, and batches of inputs for such models."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+class Around(nn.Module):
+    """A model that holds a bare encoder, as an audio language model holds its tower."""
+
+    def __init__(self, encoder: PreTrainedModel) -> None:
+        super().__init__()
+        self.tower, self.config = encoder, encoder.config
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.tower(**inputs)
+
+
+class AroundTensor(Around):
+    """A model that holds an encoder whose output is a bare tensor."""
+
+    def forward(self, **inputs: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.tower(**inputs))
+
+
+def features(bands: int, frames: int, time_first: bool, lengths: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    """Two utterances of audio features, padded where `lengths` says so."""
+    torch.manual_seed(1)
+    values = torch.randn(2, frames, bands)
+    inputs = {"input_features": values if time_first else values.transpose(1, 2)}
+    if lengths:
+        mask = (torch.arange(frames) < torch.tensor(lengths)[:, None]).long()
+        inputs = {"input_features": inputs["input_features"] * mask[:, :, None], "attention_mask": mask}
+    return inputs
+
+
+def batch(bands: int, lengths: tuple[int, ...], values: str, mask: str, time_first: bool = True) -> dict[str, Tensor]:
+    """A padded batch of features under the names that an encoder gives them."""
+    inputs = features(bands, max(lengths), True, lengths)
+    x = inputs["input_features"]
+    return {values: x if time_first else x.transpose(1, 2), mask: inputs["attention_mask"]}
+
+
+def packed(bands: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    """Utterances one after the other along time, without padding."""
+    torch.manual_seed(1)
+    return {"input_features": torch.randn(bands, sum(lengths)), "feature_lens": torch.tensor(lengths)}
+
+
+def wave(lengths: tuple[int, ...] = (1900, 1230)) -> dict[str, Tensor]:
+    """A padded batch of waveforms."""
+    torch.manual_seed(1)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_values": torch.randn(mask.shape) * mask, "attention_mask": mask}
+
+
+def decoded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, with the first tokens of a decoder."""
+    return inputs | {"decoder_input_ids": torch.tensor([[3, 5, 6], [3, 7, 8]])}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One tiny model: where it is, how it is built, what it takes, and what can be asked of it.
+
+    Args:
+        since: The lowest version of Transformers that has the family as it is tested here.
+        folder: Its folder in `transformers.models`.
+        stack: The class of its encoder stack, a row of `BACKBONES`.
+        build: Builds the model from the module of its classes.
+        inputs: A batch of two utterances.
+        adapters: The adapters that it takes.
+        checkpointing: Whether Transformers has gradient checkpointing for it.
+        options: Fields of the configuration that it needs.
+    """
+
+    since: str
+    folder: str
+    stack: str
+    build: Callable[[Any], nn.Module]
+    inputs: dict[str, Tensor]
+    adapters: str = "ELP"
+    checkpointing: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def available(self) -> bool:
+        """Whether the installed version of Transformers has to have the family."""
+        return Version(transformers.__version__).release >= Version(self.since).release
+
+    def plain(self) -> nn.Module:
+        """The model as Transformers makes it, always with the same weights."""
+        classes = importlib.import_module(f"transformers.models.{self.folder}.modeling_{self.folder}")
+        torch.manual_seed(0)
+        return self.build(classes)
+
+    def model(self, attention: str = "eager") -> nn.Module:
+        """The model in evaluation mode, with norms and biases that are not where they start."""
+        model = self.plain()
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._attn_implementation = attention
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name.lower():
+                torch.nn.init.normal_(parameter, mean=float("norm" in name.lower() and "weight" in name), std=0.3)
+        return model.eval()
