@@ -20,8 +20,8 @@ def find_head(model: nn.Module, backbone_path: str, is_encoder: Callable[[nn.Mod
     """The paths of the modules outside the speech encoder.
 
     The head is found without knowing its name: it is every module with parameters that is not on the way from the
-    model to the encoder. A bare model of Transformers has no head, so that the search ends there. The modules in a list
-    are named one by one, since a list is never called.
+    model to the encoder. A bare model of Transformers has no head, so that the search ends there. The modules in a
+    list are named one by one, since a list is never called.
 
     Args:
         model: The whole model.
