@@ -259,7 +259,7 @@ class ELPConfig(PeftConfig):
             _one_of("l_output", self.l_output, L_OUTPUTS)
         _one_of("p_position", self.p_position, P_POSITIONS)
         if self.window_s is not None:
-            _whole("window_s", self.window_s, 1)
+            _whole("window_s", self.window_s, 1, LARGEST_SIZE)
         if self.verification_threshold is not None:
             _number("verification_threshold", self.verification_threshold, -1.0, 1.0)
         if isinstance(self.modules_to_save, str):

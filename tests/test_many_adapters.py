@@ -5,6 +5,7 @@ import torch
 from backbones import ELP, build, labels_for, result, shaken, waveforms
 from families import FAMILIES, cases
 from peft import get_peft_model, get_peft_model_state_dict
+from torch import nn
 
 from peft_elp import ELPConfig, MultiTaskModel
 from peft_elp.tuner.stack import ELPStack
@@ -55,6 +56,8 @@ def test_an_average_is_the_weighted_sum_of_all_tensors_the_heads_included():
         ((["one", "other"], [0.5, 0.5], "soup"), "configured differently: e_dim is 8 and 4"),
         ((["one", "third"], [0.5, 0.5], "soup"), r"no adapter 'third'; the model has 'one', 'other', 'two'"),
         ((["one", "two"], [1.0, 1.0], "soup"), r"weights that sum to 1, got \[1.0, 1.0\]"),
+        ((["one", "two"], [float("nan"), 1.0], "soup"), r"one finite weight for each adapter.*got \[nan, 1.0\]"),
+        ((["one", "two"], [float("inf"), float("-inf")], "soup"), r"finite weight.*got \[inf, -inf\]"),
         ((["one", "two"], [1.0], "soup"), r"one finite weight for each adapter.*got \[1.0\]"),
         ((["one", "two"], [0.5, 0.5], "one"), "There is already an adapter 'one'"),
         ((["one", "two"], [0.5, 0.5], "soup", "svd"), "combination_type='svd' combines low-rank factors"),
@@ -304,3 +307,34 @@ def test_a_base_that_shared_passes_is_unloaded_as_it_was():
     model = get_peft_model(base, ELPConfig(**ELP | ALONE))
     model.forward_all(["default"], waveforms()[0])
     assert [(name, type(module)) for name, module in model.unload().named_modules()] == before
+
+
+class Pair(nn.Module):
+    """Two encoders of one class, of which one is adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = build("wavlm", "Model"), build("wavlm", "Model", seed=1)
+        self.config = self.left.config
+
+    def forward(self, x, **kwargs):
+        left = self.left(x, **kwargs).last_hidden_state
+        return {"logits": left + 2 * self.right(x, **kwargs).last_hidden_state}
+
+
+@pytest.mark.parametrize("target", ["left.encoder", "right.encoder"])
+def test_a_model_with_two_encoders_of_one_class_shares_passes_through_the_adapted_one(target):
+    model = get_peft_model(Pair(), ELPConfig(**ELP | ALONE, target=target), adapter_name="one")
+    model.add_adapter("two", ELPConfig(**ELP | ALONE | {"l_dim": 6}, target=target))
+    expected = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected[name] = shaken(model, seed=len(name)).eval()(waveforms()[0])["logits"]
+    layers = layer_calls(model)
+    outputs = model.forward_all(["one", "two"], waveforms()[0])
+    assert len(layers) == 1
+    tasks = MultiTaskModel({"task": model})
+    for name in ("one", "two"):
+        torch.testing.assert_close(outputs[name]["logits"], expected[name])
+        model.set_adapter(name)
+        torch.testing.assert_close(tasks(waveforms()[0])["task"]["logits"], expected[name])
