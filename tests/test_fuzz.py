@@ -8,13 +8,12 @@ import warnings
 
 import pytest
 import torch
-from backbones import HEADS, NORMS, build, has, labels_for, result, shaken, waveforms
+from backbones import HEADS, NORMS, build, encoded, has, labels_for, result, shaken, waveforms
 from families import FAMILIES
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
-from test_families import TOWERS, encoded
-from test_life_cycle import assert_untouched, snapshot
+from untouched import assert_untouched, snapshot
 
 from peft_elp import ELPConfig
 
@@ -28,7 +27,7 @@ MODELS = {
     for family, stable in NORMS
     for head in HEADS
     if has(family, head)
-} | {name: (family.model, family.inputs) for name, family in (FAMILIES | TOWERS).items()}
+} | {name: (family.model, family.inputs) for name, family in FAMILIES.items() if family.available}
 
 # The models have two or three layers. The heads of most of them have a projector or a classifier.
 LAYERS = st.sampled_from([None, [0], [1], [0, 1], [1, 2], [0, 2], [2], [0, 1, 2], [3]])

@@ -10,7 +10,6 @@ from backbones import ELP, HEADS, build, has, labels_for, result, shaken, wavefo
 from packaging.version import Version
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_life_cycle import assert_untouched, snapshot
 from transformers import (
     AutoModel,
     AutoModelForAudioClassification,
@@ -29,6 +28,7 @@ from transformers import (
     pipeline,
 )
 from transformers.integrations.peft import PeftAdapterMixin
+from untouched import assert_untouched, snapshot
 
 from peft_elp import ELPConfig
 
