@@ -359,7 +359,7 @@ def test_an_attention_mask_that_cannot_take_pseudo_features_is_refused(monkeypat
     model = get_peft_model(family.model(), ELPConfig(adapters="P", **ELP))
     module = "transformers.models.speech_to_text.modeling_speech_to_text"
     monkeypatch.setattr(f"{module}.create_bidirectional_mask", lambda **inputs: object())  # as flex attention has one
-    with pytest.raises(ValueError, match=r"mask is a object that cannot be extended.*'sdpa' or 'eager'"):
+    with pytest.raises(ValueError, match=r"attention mask, a object, cannot be extended.*'sdpa' or 'eager'"):
         model(**family.inputs)
 
 

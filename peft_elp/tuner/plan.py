@@ -158,15 +158,13 @@ def _choose_head(model: nn.Module, plan: Plan) -> None:
         config.modules_to_save = bridges if _generates(model) else _head(model, encoder)
         chosen = False
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # About parameters of a head that the user did not ask for.
-            head = _head(model, encoder)
+        head = _head_in_silence(model, encoder)
         config.modules_to_save = resolve(model, config.modules_to_save, encoder.stack_path, head)
         chosen = True
     if config.modules_to_save or config.head_config:
         given, config.head_config = config.head_config, head_config(model, config.head_config)
         if given:
-            refuse_left_out(model, _head(model, encoder), config.modules_to_save, given)
+            refuse_left_out(model, _head_in_silence(model, encoder), config.modules_to_save, given)
     _refuse_quantised(model, config.modules_to_save)
     if not config.inference_mode:
         _warn_of_large_head(model, config.modules_to_save)
@@ -273,6 +271,13 @@ def _refuse_quantised(model: nn.Module, head: list[str]) -> None:
 
 def _head(model: nn.Module, encoder: Encoder) -> list[str]:
     return find_head(model, encoder.backbone_path, lambda module: family(type(module)) is not None)
+
+
+def _head_in_silence(model: nn.Module, encoder: Encoder) -> list[str]:
+    """The same without warnings about parameters of a head that the user did not ask for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _head(model, encoder)
 
 
 def _has(layer: nn.Module, part: str) -> bool:
