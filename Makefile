@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-lowest lint types docs clean
+.PHONY: demo test test-lowest lint types docs dist clean
 
 demo: .venv/ready-demo
 	$(BIN)/python examples/spoken_commands.py
@@ -25,7 +25,13 @@ types: .venv/ready-dev
 	$(BIN)/pyright
 
 docs: .venv/ready-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: .venv/ready-python
+	$(INSTALL) build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf .venv .venv-lowest site

@@ -27,22 +27,36 @@ from peft_elp.backbones import BACKBONES, REFUSED, Backbone
 
 HERE = Path(__file__).parent
 PAGE = HERE / "reference" / "support.md"
-AUDIO = re.compile(r"input_features|input_values|audio")  # how inputs of a forward are named that take audio
-DEPTH = re.compile(r"(num|n)_(hidden_)?(layers|blocks)|(encoder|decoder)_layers|\w*num(_local)?_experts")
+AUDIO = re.compile(
+    r"input_features|input_values|audio"
+)  # how inputs of a forward are named that take audio
+DEPTH = re.compile(
+    r"(num|n)_(hidden_)?(layers|blocks)|(encoder|decoder)_layers|\w*num(_local)?_experts"
+)
 # What the default configuration of a family lacks: the audio tower, a size.
 OPTIONS: dict[str, dict[str, Any]] = {
     "embedding_gemma2": {"audio_config": {"model_type": "gemma4_audio"}},
     "gemma4": {"audio_config": {}},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron_h_omni": {
-        "audio_config": {"model_type": "parakeet_encoder", "projection_hidden_size": 64, "projection_bias": False}
+        "audio_config": {
+            "model_type": "parakeet_encoder",
+            "projection_hidden_size": 64,
+            "projection_bias": False,
+        }
     },
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
 }
-PASSED_ON = ("Qwen3ASRForTokenClassification",)  # its forward hands audio on as one of its **kwargs
+PASSED_ON = (
+    "Qwen3ASRForTokenClassification",
+)  # its forward hands audio on as one of its **kwargs
 # Models that tests/test_larger_models.py trains.
-TRAINED = {"Qwen2AudioForConditionalGeneration", "SpeechEncoderDecoderModel", "SpeechT5ForSpeechToSpeech"}
+TRAINED = {
+    "Qwen2AudioForConditionalGeneration",
+    "SpeechEncoderDecoderModel",
+    "SpeechT5ForSpeechToSpeech",
+}
 BEFORE = """# Supported encoders
 
 Written by `python docs/support.py` from what the code does, for Transformers {version}. An encoder is found by the
@@ -111,21 +125,34 @@ def modules_of_transformers() -> dict[str, str]:
     found: dict[str, str] = {}
     for file in sorted(root.glob("*/modeling_*.py")):
         name = f"transformers.models.{file.parent.name}.{file.stem}"
-        found |= dict.fromkeys(re.findall(r"^class (\w+)", file.read_text(), flags=re.MULTILINE), name)
+        found |= dict.fromkeys(
+            re.findall(r"^class (\w+)", file.read_text(), flags=re.MULTILINE),
+            name,
+        )
     return found
 
 
 def audio_models() -> list[type[PreTrainedModel]]:
     """The classes that the auto classes know, and those beside a known stack, whose forward takes audio."""
     names = set(PASSED_ON)
-    for mapping in (getattr(modeling_auto, name) for name in dir(modeling_auto) if name.endswith("_NAMES")):
+    for mapping in (
+        getattr(modeling_auto, name)
+        for name in dir(modeling_auto)
+        if name.endswith("_NAMES")
+    ):
         for value in mapping.values():
             names |= {value} if isinstance(value, str) else set(value)
     modules = modules_of_transformers()
     for stack in BACKBONES.keys() & modules.keys():
         names |= set(importlib.import_module(modules[stack]).__all__)
     classes = (getattr(transformers, name, None) for name in sorted(names))
-    return [cls for cls in classes if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and _hears(cls)]
+    return [
+        cls
+        for cls in classes
+        if isinstance(cls, type)
+        and issubclass(cls, PreTrainedModel)
+        and _hears(cls)
+    ]
 
 
 def _hears(cls: type[PreTrainedModel]) -> bool:
@@ -134,7 +161,9 @@ def _hears(cls: type[PreTrainedModel]) -> bool:
     if cls.forward is nn.Module.forward:  # a model that only generates
         return "audio" in (cls.input_modalities or ())
     inputs = inspect.signature(cls.forward).parameters
-    return cls.__name__ in PASSED_ON or any(AUDIO.search(name) for name in inputs)
+    return cls.__name__ in PASSED_ON or any(
+        AUDIO.search(name) for name in inputs
+    )
 
 
 def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -152,14 +181,21 @@ def small(cls: type[PreTrainedModel]) -> PreTrainedModel:
     config_class: Any = cls.config_class
     options = OPTIONS.get(config_class.model_type, {})
     if cls is transformers.SpeechEncoderDecoderModel:
-        decoder = transformers.BertConfig(num_hidden_layers=2, is_decoder=True, add_cross_attention=True)
-        config = config_class.from_encoder_decoder_configs(_shallow(transformers.Wav2Vec2Config()), decoder)
+        decoder = transformers.BertConfig(
+            num_hidden_layers=2, is_decoder=True, add_cross_attention=True
+        )
+        config = config_class.from_encoder_decoder_configs(
+            _shallow(transformers.Wav2Vec2Config()), decoder
+        )
         with torch.device("meta"):
             return cls(config)
     try:
         with torch.device("meta"):
             return cls(_shallow(config_class(**options)))
-    except (ValueError, AttributeError):  # another setting holds the number of layers too
+    except (
+        ValueError,
+        AttributeError,
+    ):  # another setting holds the number of layers too
         with torch.device("meta"):
             return cls(config_class(**options))
 
@@ -170,17 +206,27 @@ def outcome(cls: type[PreTrainedModel]) -> Outcome:
         model = small(cls)
     except ImportError as error:
         needed = re.search(r"requires the (\w+) library", str(error))
-        return Outcome(cls.__name__, unbuilt=f"it needs {needed[1] if needed else 'another package'}")
+        return Outcome(
+            cls.__name__,
+            unbuilt=f"it needs {needed[1] if needed else 'another package'}",
+        )
     except AttributeError as error:
-        return Outcome(cls.__name__, unbuilt=f"its default configuration is incomplete ({error})")
+        return Outcome(
+            cls.__name__,
+            unbuilt=f"its default configuration is incomplete ({error})",
+        )
     modules, whole = dict(model.named_modules()), _size(model)
     try:
         encoder = find_encoder(model)
         row = encoder.family
         letters = "E" + ("" if row.no_l else "L") + ("" if row.no_p else "P")
-        config = get_peft_model(model, ELPConfig(adapters=letters)).peft_config["default"]
+        config = get_peft_model(model, ELPConfig(adapters=letters)).peft_config[
+            "default"
+        ]
     except ValueError:
-        reasons = (REFUSED.get(type(module).__name__) for module in model.modules())
+        reasons = (
+            REFUSED.get(type(module).__name__) for module in model.modules()
+        )
         return Outcome(cls.__name__, reason=next(filter(None, reasons), ""))
     assert isinstance(config, ELPConfig)
     head = tuple(config.modules_to_save or ())
@@ -203,9 +249,23 @@ def outcomes() -> list[Outcome]:
 def tested() -> set[str]:
     """The classes of which the tests train a tiny model."""
     sys.path.insert(0, str(HERE.parent / "tests"))
-    backbones, families = importlib.import_module("backbones"), importlib.import_module("families")
-    line = {start + head for start in backbones.FAMILIES.values() for head in backbones.HEADS}
-    return TRAINED | line | {type(family.model()).__name__ for family in families.FAMILIES.values()}
+    backbones, families = (
+        importlib.import_module("backbones"),
+        importlib.import_module("families"),
+    )
+    line = {
+        start + head
+        for start in backbones.FAMILIES.values()
+        for head in backbones.HEADS
+    }
+    return (
+        TRAINED
+        | line
+        | {
+            type(family.model()).__name__
+            for family in families.FAMILIES.values()
+        }
+    )
 
 
 def stack_row(stack: str, backbone: Backbone, module_name: str) -> str:
@@ -214,8 +274,16 @@ def stack_row(stack: str, backbone: Backbone, module_name: str) -> str:
         f"`{stack}`",
         module_name.split(".")[2],
         " and ".join(f"`{part}`" for part in backbone.feed_forward),
-        f"no: {backbone.no_l}" if backbone.no_l else "any" if backbone.taps_end == "stack" else "project/residual",
-        f"no: {backbone.no_p}" if backbone.no_p else "carried" if backbone.front_end_inside else "joined",
+        f"no: {backbone.no_l}"
+        if backbone.no_l
+        else "any"
+        if backbone.taps_end == "stack"
+        else "project/residual",
+        f"no: {backbone.no_p}"
+        if backbone.no_p
+        else "carried"
+        if backbone.front_end_inside
+        else "joined",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -226,8 +294,16 @@ def model_rows() -> Iterator[str]:
     for found in outcomes():
         if not found.stack and not found.unbuilt:
             continue
-        run = "tested" if found.name in known else "placed" if found.stack else f"not built: {found.unbuilt}"
-        paths = dict.fromkeys(re.sub(r"\.\d+$", ".*", path) for path in found.head)
+        run = (
+            "tested"
+            if found.name in known
+            else "placed"
+            if found.stack
+            else f"not built: {found.unbuilt}"
+        )
+        paths = dict.fromkeys(
+            re.sub(r"\.\d+$", ".*", path) for path in found.head
+        )
         head = ", ".join(f"`{path}`" for path in paths)
         yield f"| `{found.name}` | {found.stack and f'`{found.stack}`'} | {head} | {run} |"
 
@@ -248,10 +324,20 @@ def refused_rows() -> Iterator[str]:
 def page() -> str:
     """The whole page."""
     modules = modules_of_transformers()
-    stacks = [stack_row(stack, row, modules[stack]) for stack, row in BACKBONES.items() if stack in modules]
+    stacks = [
+        stack_row(stack, row, modules[stack])
+        for stack, row in BACKBONES.items()
+        if stack in modules
+    ]
     before = BEFORE.format(version=transformers.__version__)
     return (
-        "\n".join([before + "\n".join(stacks), MODELS + "\n".join(model_rows()), AFTER + "\n".join(refused_rows())])
+        "\n".join(
+            [
+                before + "\n".join(stacks),
+                MODELS + "\n".join(model_rows()),
+                AFTER + "\n".join(refused_rows()),
+            ]
+        )
         + "\n"
     )
 

@@ -15,6 +15,7 @@ from families import FAMILIES, cases
 from peft import get_peft_model
 from torch.export import Dim, export
 
+import peft_elp
 from peft_elp import ELPConfig
 
 EXAMPLE = (2000, 1300, 900)
@@ -174,9 +175,9 @@ def test_the_page_about_it_runs(tmp_path, monkeypatch):
     other.save_pretrained("another-adapter")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # generating code is slow
     inputs = wave(EXAMPLE)
-    names = {"model": model, "inputs": inputs}
+    names = {"torch": torch, "peft_elp": peft_elp, "model": model, "inputs": inputs}
     found = []
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1:]:  # the first makes a model and inputs
         exec(block, names)
         found.append(torch.as_tensor(names["logits"]))
     assert len(found) == 4

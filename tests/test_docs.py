@@ -1,15 +1,69 @@
+"""The pages say what the code does: each block of code and each command on them is run."""
+
 import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import pages
 import pytest
 import transformers
+import yaml
+from hub import client, left, serving
 
 from peft_elp.backbones import BACKBONES, REFUSED
 
 ROOT = Path(__file__).parent.parent
 WRITTEN_FOR = re.search(r"for Transformers ([\d.]+\d)", (ROOT / "docs/reference/support.md").read_text())
+WIDEST = 80  # columns of code that fit the page beside its two menus
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """Runs a function in a process whose Hub is on this machine."""
+    with serving() as hub, client(hub, tmp_path_factory.mktemp("client")) as there:
+        for name, files in there(pages.bases).items():
+            hub.create(name, files=files)
+        yield there
+        assert there(left) == [], "a page tried to leave this machine"
+
+
+@pytest.fixture(scope="module")
+def belongings(there, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reader")
+    there(pages.provide, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_the_blocks_of_a_page_run_in_order(page, there, belongings, tmp_path):
+    counts = there(pages.run, page, str(pages.copy(belongings, tmp_path / "page")))
+    assert counts.get("skipped", 0) == len(pages.reasons(page)), "a block that is not run needs a reason"
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_code_on_a_page_fits_its_width(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?!json)\w+.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)  # text in JSON cannot wrap
+    wide = [line for block in blocks for line in block.splitlines() if len(line) > WIDEST]
+    assert wide == []
+
+
+@pytest.mark.parametrize("heading", pages.ERRORS)
+def test_an_error_of_the_page_on_errors_occurs(heading, there, belongings, tmp_path):
+    assert heading in pages.headings("docs/troubleshooting.md")
+    assert heading in there(pages.message, heading, str(pages.copy(belongings, tmp_path / "page")))
+
+
+def load(name: str) -> ModuleType:
+    """A script of the documentation."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +72,7 @@ def support():
     assert WRITTEN_FOR
     if transformers.__version__ != WRITTEN_FOR[1]:
         pytest.skip(f"the page is written for Transformers {WRITTEN_FOR[1]}")
-    spec = importlib.util.spec_from_file_location("support", ROOT / "docs" / "support.py")
-    assert spec
-    assert spec.loader
-    module = sys.modules["support"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("support")
 
 
 def test_the_page_of_supported_models_is_what_the_code_does(support):
@@ -42,3 +91,25 @@ def test_no_model_trains_a_decoder_or_language_model_as_its_head(support):
     assert [
         found.name for found in support.outcomes() if found.head and found.name.endswith(("Model", "Encoder"))
     ] == []
+
+
+def test_the_figure_is_that_of_its_script():
+    figure = load("figure")
+    for theme in figure.COLOURS:
+        drawn = (figure.ASSETS / f"elp-{theme}.svg").read_text(encoding="utf-8")
+        assert drawn == figure.figure(theme), "run python docs/figure.py"
+
+
+def test_the_workflows_call_targets_of_the_makefile():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in sorted((ROOT / ".github").rglob("*.yml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        steps = [step for job in content.get("jobs", {}).values() for step in job["steps"]]
+        matrix = {
+            target
+            for job in content.get("jobs", {}).values()
+            for words in job.get("strategy", {}).get("matrix", {}).get("target", [])
+            for target in words.split()
+        }
+        called = {word for step in steps for word in re.findall(r"^make ([\w-]+)$", step.get("run", ""))}
+        assert called | matrix <= targets, path
