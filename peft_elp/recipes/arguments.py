@@ -44,7 +44,7 @@ def _elp_options() -> Iterator[tuple[str, Any, Any]]:
             kind = list[get_args(kind)[0]]
         elif kind not in (str, int, float, bool) or setting.name == "config_format":
             continue
-        yield setting.name, kind | None, field(default=None, metadata=dict(setting.metadata))
+        yield setting.name, kind | None, option(None, setting.metadata["help"])
 
 
 # None means that the option was not given: ELPConfig decides.
