@@ -420,6 +420,7 @@ def test_a_base_of_another_depth_is_refused(own_base, tmp_path):
         SpeechAdapter.from_pretrained(tmp_path / "adapter", device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore:'projector' of .* newly initialised and stay frozen:UserWarning")
 def test_what_an_adapter_does_not_bring_the_base_must_have(base, tmp_path, files):
     model = WavLMForSequenceClassification.from_pretrained(base, num_labels=4)
     get_peft_model(model, ELPConfig(**ELP, l_output="project", modules_to_save=["classifier"])).save_pretrained(
