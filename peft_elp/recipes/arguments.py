@@ -44,11 +44,7 @@ def _elp_options() -> Iterator[tuple[str, Any, Any]]:
             kind = list[get_args(kind)[0]]
         elif kind not in (str, int, float, bool) or setting.name == "config_format":
             continue
-<<<<<<< HEAD
         yield setting.name, kind | None, option(None, setting.metadata["help"])
-=======
-        yield setting.name, kind | None, field(default=None, metadata={"help": setting.metadata["help"]})
->>>>>>> b201295 (Options of the recipes take only the help of a setting; a test expects the warning about a frozen projector)
 
 
 # None means that the option was not given: ELPConfig decides.
