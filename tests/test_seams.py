@@ -4,6 +4,7 @@ Each test stands for one private hook, which the code names in a comment. Where 
 its test fails with a sentence that says what changed and which file to mend. Nothing here is a test of ELP itself.
 """
 
+import copy
 import inspect
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from backbones import build, waveforms
+from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
@@ -288,6 +290,60 @@ def test_a_model_of_transformers_injects_and_deletes_adapters_in_place(monkeypat
     expect_parameters(PeftAdapterMixin.delete_adapter, ["self", "adapter_names"], mend)
     model.delete_adapter("default")
     expect(not hasattr(model, "peft_config"), "delete_adapter leaves peft_config behind", mend)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="it loads no head of an adapter")
+def test_transformers_reads_the_file_of_an_adapter_by_a_private_method_of_the_model(tmp_path):
+    mend = "tuner/checked_loading.py, which checks what that method is given"
+    lora().save_pretrained(tmp_path)
+    model, calls = build("hubert"), []
+
+    def load(*args, **kwargs):
+        calls.append(kwargs)
+        return type(model)._load_pretrained_model(*args, **kwargs)
+
+    model._load_pretrained_model = load
+    model.load_adapter(tmp_path)
+    expect(len(calls) == 1, "load_adapter does not call _load_pretrained_model on the model", mend)
+    named = {"state_dict", "checkpoint_files", "load_config"} <= set(calls[0])
+    expect(named, f"_load_pretrained_model is called with {sorted(calls[0])}", mend)
+    expect(
+        [str(path) for path in calls[0]["checkpoint_files"]] == [str(tmp_path / "adapter_model.safetensors")]
+        and hasattr(calls[0]["load_config"], "ignore_mismatched_sizes"),
+        "checkpoint_files or load_config of _load_pretrained_model are something else",
+        mend,
+    )
+
+
+def test_the_adapters_of_languages_are_found_by_a_private_method():
+    mend = "tuner/languages.py, which loads them"
+    model = build("wav2vec2", "ForCTC", do_stable_layer_norm=True, adapter_attn_dim=4)
+    expect(hasattr(model, "_get_adapters"), "models for languages have no _get_adapters", mend)
+    expect_parameters(type(model).load_adapter, ["self", "target_lang"], mend)
+    expect("lm_head.weight" in model._get_adapters(), "_get_adapters names its tensors otherwise", mend)
+    expect(not hasattr(build("hubert"), "_get_adapters"), "other models have _get_adapters, too", mend)
+
+
+def test_whisper_generates_each_segment_of_long_recordings_by_one_method():
+    mend = "tuner/long_form.py, which tells it the adapters"
+    method = transformers.WhisperForConditionalGeneration.generate_with_fallback
+    missing = {"batch_idx_map", "batch_size"} - {*parameters_of(method)}
+    expect(not missing, f"generate_with_fallback takes no {sorted(missing)}", mend)
+    caller = inspect.getsource(transformers.WhisperForConditionalGeneration.generate)
+    named = all(f"{name}={name}" in caller for name in ("batch_idx_map", "batch_size"))
+    expect(named, "generate passes batch_idx_map and batch_size otherwise than by keyword", mend)
+
+
+def test_a_copy_of_a_model_shares_its_modules():
+    model = build("wavlm", "ForSequenceClassification")
+    copied: Any = copy.copy(model)
+    copied.config = copy.copy(model.config)
+    copied.config.update({"num_labels": 7})
+    expect(
+        copied.wavlm is model.wavlm and model.config.num_labels == 4 and copied(waveforms()[0]).logits is not None,
+        "a shallow copy of a model is not a view of it",
+        "TaskHead.seen_by in tuner/head_config.py",
+    )
 
 
 def test_reported_hidden_states_are_the_tensors_that_the_layers_return():
