@@ -10,7 +10,7 @@ import pytest
 import torch
 from backbones import HEADS, NORMS, build, encoded, has, labels_for, result, shaken, waveforms
 from families import FAMILIES
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from untouched import assert_untouched, snapshot
@@ -113,6 +113,20 @@ def keeps_its_promises(name, config):
 FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
 
 
+# What it once found.
+NO_LAYER = {
+    "l_layers": [0],
+    "l_output": "head",
+    "exclude_modules": r".*layers\.0\..*",
+    "e_dim": 1,
+    "l_dim": 1,
+    "p_length": 1,
+}
+NOT_READ = {"l_layers": [0], "l_output": "project", "e_dim": 1, "l_dim": 1, "p_length": 1}
+
+
+@example(name="hubert-ForCTC", config=NO_LAYER)
+@example(name="hubert-ForCTC", config=NOT_READ)
 @given(name=st.sampled_from(sorted(MODELS)), config=CONFIGS)
 @settings(max_examples=200, derandomize=True, **FUZZ)
 def test_a_configuration_is_refused_or_keeps_its_promises(name, config):

@@ -300,3 +300,13 @@ def test_the_embeddings_of_a_resized_vocabulary_are_saved_if_they_are_trained(tr
     again = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")
     again.resize_token_embeddings(34)
     PeftModel.from_pretrained(again, tmp_path / "adapter")
+
+
+def test_adapters_behind_the_last_tapped_layer_are_loaded_if_a_former_version_saved_them(tmp_path):
+    # A configuration that was saved names the class of its base.
+    options = {"e_layers": [0, 1], "l_layers": [0], "l_output": "head"}
+    config = ELPConfig(**ELP | options, auto_mapping={"base_model_class": "WavLMForCTC"})
+    model = shaken(get_peft_model(build("wavlm", "ForCTC"), config)).eval()
+    model.save_pretrained(tmp_path)
+    assert any("layers.1.feed_forward.elp_e" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert torch.equal(logits(PeftModel.from_pretrained(build("wavlm", "ForCTC"), tmp_path)), logits(model))

@@ -96,6 +96,7 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
     if "L" in config.adapters:
         _resolve_l_output(model, plan)
         _leave_out_what_nothing_reads(plan, chosen=config.e_layers)
+        _refuse_no_site(model, plan)
     return plan
 
 
@@ -142,10 +143,20 @@ def _choose_sites(model: nn.Module, plan: Plan) -> None:
             f"{shortened(child for child, _ in encoder.layers[0].named_children())}. Update transformers, or correct "
             "the register_backbone call."
         )
-    if "E" in config.adapters and not plan.e_sites:
+    _refuse_no_site(model, plan)
+
+
+def _refuse_no_site(model: nn.Module, plan: Plan) -> None:
+    """Refuse a configuration with E-adapters that leaves no layer for them.
+
+    Raises:
+        ValueError: No layer is left.
+    """
+    if "E" in plan.config.adapters and not plan.e_sites:
         raise ValueError(
-            f"No E-adapter would be placed in {type(model).__name__}: it has {len(encoder.layers)} layer(s), the last "
-            "one gets none beside an L-adapter unless e_layers names it, and exclude_modules may exclude the others. "
+            f"No E-adapter would be placed in {type(model).__name__}: it has {len(plan.encoder.layers)} layer(s), the "
+            "last one gets none beside an L-adapter unless e_layers names it, nor do those behind the last tapped one "
+            "unless l_output is 'residual', and exclude_modules may exclude the others. "
             "Name layers in e_layers, or leave E out of adapters."
         )
 
