@@ -70,7 +70,9 @@ def test_training_that_reaches_everything_is_not_remarked_on(adapters, alone):
 
 
 def test_an_e_adapter_behind_the_last_tapped_layer_is_named():
-    config = ELPConfig(**{**ELP, "adapters": "EL"}, e_layers=[0, 2], l_layers=[0], l_output="project")
+    # A configuration that names the class of its base was saved. A new one of this kind is refused.
+    saved = {"auto_mapping": {"base_model_class": "WavLMForCTC"}}
+    config = ELPConfig(**{**ELP, "adapters": "EL"}, e_layers=[0, 2], l_layers=[0], l_output="project", **saved)
     (message,) = steps(get_peft_model(build(), config).train())
     assert "wavlm.encoder.layers.2." in message
     assert "layers.0." not in message
