@@ -1,6 +1,7 @@
 """The command `peft-elp`: for who has recordings and an adapter, and does not program."""
 
 import csv
+import importlib
 import json
 import re
 import shutil
@@ -420,3 +421,22 @@ def test_the_version_is_said_also_as_a_module(capsys):
     assert capsys.readouterr().out == f"peft-elp {peft_elp.__version__}\n"
     done = subprocess.run([sys.executable, "-m", "peft_elp", "--version"], capture_output=True, text=True)
     assert done.stdout == f"peft-elp {peft_elp.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "arguments"),
+    [
+        ("soxr", "audio", ["classify", "{ForSequenceClassification}", "{file}"]),
+        ("soundfile", "audio", ["transcribe", "{ForCTC}", "{file}"]),
+        ("datasets", "data", ["trials", "{ForXVector}", "trials.csv"]),
+    ],
+)
+def test_a_missing_extra_is_named_with_its_command(run, saved, files, monkeypatch, package, module, arguments):
+    for name in ("audio", "data", "inference"):
+        monkeypatch.delitem(sys.modules, f"peft_elp.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    out, err, status = run(*(argument.format(**saved, file=files[0]) for argument in arguments))
+    assert (out, status) == ("", 1)
+    assert re.fullmatch(rf"peft-elp: peft_elp\.{module} .*pip install 'peft-elp\[recipes\]'\.\n", err)
+    with pytest.raises(ImportError, match=r"pip install 'peft-elp\[recipes\]'"):
+        importlib.import_module("peft_elp.inference" if module == "audio" else "peft_elp.data")
