@@ -417,12 +417,16 @@ def _head_config(value: Any) -> dict[str, Any]:
 
 def _labels(value: Any) -> dict[int, str]:
     try:
-        return {int(number): label for number, label in value.items()}  # JSON makes strings of the numbers.
+        labels = {int(number): label for number, label in value.items()}  # JSON makes strings of the numbers.
     except (AttributeError, TypeError, ValueError):
+        labels = {}
+    without_gap = sorted(labels) == list(range(len(labels)))
+    if not labels or not without_gap or not all(isinstance(label, (str, int)) for label in labels.values()):
         raise ValueError(
-            f"id2label in head_config maps whole numbers to labels, got {brief(value)}. Write for example "
-            "head_config={'id2label': dict(enumerate(['no', 'yes']))}."
-        ) from None
+            f"id2label in head_config maps whole numbers to labels, got {brief(value)}. Start at 0 and leave no gap, "
+            "as in head_config={'id2label': dict(enumerate(['no', 'yes']))}."
+        )
+    return labels
 
 
 def _letters(value: Any) -> str:

@@ -162,7 +162,7 @@ FAULTS: dict[str, Fault] = {
     "threshold is a text": Fault(fields(verification_threshold="high"), FIELD),
     "threshold is NaN": Fault(fields(verification_threshold=float("nan")), FIELD),
     "num_labels is huge": Fault(
-        head(num_labels=HUGE, id2label=None, label2id=None), "has num_labels=1000000000, and no"
+        head(num_labels=HUGE, id2label=None, label2id=None), "num_labels in head_config is .*, got 1000000000"
     ),
     # The weights
     "weights are missing": Fault(lambda folder: (folder / WEIGHTS).unlink(), "but no weights: "),
@@ -183,7 +183,10 @@ FAULTS: dict[str, Fault] = {
     "layer weights are too many": Fault(layer_weights(lambda old: torch.zeros(9)), "taps, and its weights have 9"),
     # What is odd and works, as far as no model is needed
     "num_labels has no names": Fault(head(id2label=None, label2id=None), None),
-    "e_dim is huge": Fault(fields(e_dim=HUGE), None),
+    "num_labels has a thousand digits": Fault(
+        head(num_labels=10**1000, id2label=None), "num_labels in head_config is"
+    ),
+    "e_dim is huge": Fault(fields(e_dim=HUGE), "e_dim is .*, got 1000000000"),
     "card is not UTF-8": Fault(text(CARD, b"---\nlicense: m\xff\n---\n"), None),
     "card is broken": Fault(text(CARD, "---\n: [\n---\n"), None),
     "card is deep": Fault(text(CARD, "---\na: " + "[" * 5000 + "\n---\n"), None),
