@@ -380,6 +380,9 @@ class ELPModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: Sequence[str] = (),
     ) -> dict[str, torch.Tensor]:
+        for module in model.modules():
+            if isinstance(module, ELPStack):
+                module.check_depth()
         pattern = re.compile(rf"\b{cls.prefix}[a-z]+\.{re.escape(adapter_name)}\.")
         return {key: tensor for key, tensor in state_dict.items() if pattern.search(key)}
 
