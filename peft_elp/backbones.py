@@ -1,8 +1,8 @@
-"""Where each family of speech encoders keeps its parts: a table, keyed by the class of the encoder stack.
+"""The speech encoders that ELP supports: a table, keyed by the class of the encoder stack.
 
-The stack is the module that runs the encoder layers. It is found by its class, not by its path: paths differ between
-heads and drift between versions of Transformers, class names stay. A new family is a row, here or, for a model that is
-not in Transformers, through `register_backbone`.
+The stack is the module that runs the encoder layers. It is found by its class and not by its path: paths differ
+between heads and change between versions of Transformers, and class names do not. To support a new family, add a row
+here, or call `register_backbone` for a model that is not in Transformers.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where one encoder stack keeps its parts; paths are relative to the stack, or to a layer where it says so.
+    """The parts of one encoder stack. Paths are relative to the stack, or to a layer where stated.
 
     Args:
         layers: The list of encoder layers.
-        feed_forward: In a layer, the modules whose output the residual sum takes; they get E-adapters. Where a layer
-            calls its linear layers itself, the last of them.
-        feed_forward_before: In a layer that calls the linear layers of its feed-forward itself, the earlier ones.
-        attention: In a layer, the attention modules whose output the residual sum takes.
-        norms: In a layer, its layer norms, the first one as wide as the hidden states.
+        feed_forward: In a layer, the feed-forward modules whose output is added to the residual stream. They get
+            E-adapters. If a layer calls its linear layers directly, this is the last of them.
+        feed_forward_before: In a layer that calls the linear layers of its feed-forward directly, the earlier ones.
+        attention: In a layer, the attention modules whose output is added to the residual stream.
+        norms: In a layer, its layer norms. The first one has the width of the hidden states.
         layerdrop: Attribute of the stack that holds the probability of skipping a layer in training, or None.
-        feature_encoder: In the model around the stack, the convolutions over the waveform, or None.
-        reentrant_checkpointing: Whether re-entrant gradient checkpointing ends.
+        feature_encoder: In the model that holds the stack, the convolutions over the waveform, or None.
+        reentrant_checkpointing: Whether re-entrant gradient checkpointing works. Where it does not, it never returns.
         front_end_inside: False: the stack is called with hidden states and a mask of frames, and pseudo features join
             them there. True: the stack turns audio features into hidden states itself, with positions for a fixed
             number of frames, and pseudo features are carried through the layers beside the frames.
-        taps_end: Where the sum of taps takes the signal's place: "stack", the stack's output, or "last layer", where
-            the stack pools or up-samples after its layers.
+        taps_end: What the sum of taps replaces: the output of the "stack", or of the "last layer" if the stack pools
+            or up-samples after its layers.
         positions: In a stack with its front end inside, the module that computes relative positions for the layers
             (`position_embeddings`) from hidden states, or None.
-        rotary: The same for a module that takes the numbers of the frames as well.
-        squeeze: Attribute of the stack that holds how many frames the layers take as one, or None.
+        rotary: As `positions`, for a module that also takes the frame numbers.
+        squeeze: Attribute of the stack that holds the number of frames that the layers take as one, or None.
         attention_chunk: Attribute of the stack that holds the number of frames that attention sees, or None.
-        inside: Class that the stack has to be called by, where other callers feed it something else than speech.
+        inside: The class of the module that has to call the stack, if other callers do not pass it speech.
         window: In a stack that takes audio features of one fixed length, to which the feature extractor pads: the
             embedding with the positions of the frames. None where the length may vary.
         unreached_in: Class of a model whose loss does not reach the stack inside it, or None.
         tap_in_place: Whether the stack writes into the output of a layer, so that a tap has to copy it.
-        pre_norm: Whether a layer ends in its residual sum, so that what it returns is not normalised; False where it
-            ends in a norm, as in post-norm layers and conformers.
-        no_l: Why there is no L-adapter for this family; empty if there is.
-        no_p: Why there is no P-adapter for this family; empty if there is.
+        pre_norm: Whether a layer ends in its residual sum, so that its output is not normalised. False if it ends in a
+            norm, as post-norm layers and conformers do.
+        no_l: Why this family takes no L-adapter. Empty if it does.
+        no_p: Why this family takes no P-adapter. Empty if it does.
 
     Examples:
         >>> Backbone(layers="blocks", feed_forward=("mlp",), norms=("norm1", "norm2"), layerdrop=None).squeeze is None
@@ -75,7 +75,7 @@ class Backbone:
 
 _WAV2VEC2 = Backbone()
 _WAV2VEC2_STABLE = replace(_WAV2VEC2, pre_norm=True)
-# A layer returns position_bias, which the next one takes by keyword: its graph is walked again in every recomputation.
+# A layer returns position_bias, which the next layer takes by keyword: each recomputation walks its graph again.
 _WAVLM = replace(_WAV2VEC2, reentrant_checkpointing=False)
 _CONFORMER = Backbone(
     feed_forward=("ffn1", "ffn2"),
@@ -93,7 +93,7 @@ _FC = Backbone(
     front_end_inside=True,
     pre_norm=True,
 )
-# These pool after their layers: the sum of taps has to take its place before.
+# These pool after their layers, so the sum of taps has to enter before.
 _WHISPER = replace(_FC, window="embed_positions")
 _WHISPER_POOLED = replace(_WHISPER, taps_end="last layer")
 _PRE_NORM = Backbone(
@@ -281,7 +281,7 @@ _SPEAKS = "it speaks: what it encodes is text"
 _MAKES_SOUND = "it generates sound and has no encoder of speech"
 _STAGES = "its encoder is a stack of convolutions whose width and frame rate change from stage to stage"
 _NO_LAYERS = "it passes audio features on to its language model without encoder layers"
-# Models and encoders of audio that ELP cannot adapt, by the class that gives them away, and why.
+# Audio models and encoders that ELP cannot adapt: a class that identifies them, and the reason.
 REFUSED: dict[str, str] = {
     "XcodecModel": _NO_GRADIENT,
     "Xcodec2Model": _NO_GRADIENT,
@@ -317,7 +317,7 @@ REFUSED: dict[str, str] = {
 }
 
 
-# Layers between an encoder and the decoder of a model that generates: made new where two pre-trained parts are joined.
+# Layers between the encoder and the decoder of a generating model. They are new if two pre-trained models are joined.
 BRIDGES = ("enc_to_dec_proj",)
 
 

@@ -27,13 +27,13 @@ L_OUTPUTS = ("head", "project", "residual")
 P_POSITIONS = ("append", "prepend")
 FORMAT = 2  # of adapter_config.json; version 0.1 wrote no number
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# Far above what is of use. A configuration from the Hub may ask for any size, and memory for it would be allocated.
+# Far above any useful size. Without these limits, a configuration from the Hub could ask for any amount of memory.
 LARGEST_SIZE, MOST_OUTPUTS = 2**14, 2**20
 
 
-# What a field decides: the `role` in its metadata. "computation", which a field without a role has: what an adapter
-# computes, or the shapes of its tensors. "selection": which modules have tensors, which the names of the tensors tell
-# too. "training": only how training starts, and its dropout. "use": nothing in the model.
+# The `role` in the metadata of a field says what the field decides. "computation", the default: what an adapter
+# computes, or the shapes of its tensors. "selection": which modules have tensors, as the tensor names also show.
+# "training": only the start of training and its dropout. "use": nothing in the model.
 ROLES = ("computation", "selection", "training", "use")
 
 
@@ -42,7 +42,7 @@ class ELPConfig(PeftConfig):
     """Configuration of ELP-adapters ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)).
 
     The defaults adapt any supported speech encoder with E-, L- and P-adapters and train the model's head with them.
-    A field that is None is decided by the model at hand; the decision is written into the saved `adapter_config.json`.
+    If a field is None, the model decides. The decision is written into the saved `adapter_config.json`.
 
     Args:
         adapters: Any non-empty subset of the letters E, L and P.
@@ -55,34 +55,35 @@ class ELPConfig(PeftConfig):
         l_activation: Activation of the L-adapter.
         l_dropout: Dropout in the L-adapter's taps, in [0, 1).
         l_layers: 0-based layers that the L-adapter taps. None: all.
-        l_input_norm: Whether each tap normalises its input, frame by frame and without parameters. None: where the
-            encoder is pre-norm, so that its layers return what is not normalised.
-        l_output: "head", "project" or "residual". None: "head" where a known head that is trained and newly
-            initialised reads the encoder, else "residual", which leaves the output of a fresh adapter as it was.
+        l_input_norm: Whether each tap normalises its input, frame by frame and without parameters. None: in pre-norm
+            encoders, whose layers return hidden states that are not normalised.
+        l_output: Where the sum of taps goes: "head", "project" or "residual". None: "head" if the encoder is read by a
+            known head that is trained and newly initialised, else "residual", with which a fresh adapter does not
+            change the output.
         p_length: Number of pseudo features of the P-adapter.
         p_position: "append" puts them after each utterance's last valid frame, "prepend" before its first.
-        p_init_std: Standard deviation of the pseudo features at the start: so small that they change next to nothing.
+        p_init_std: Standard deviation of the pseudo features at the start. The default changes almost nothing.
         train_layer_norms: Whether the layer norms of each layer with an E- or L-adapter are trained, as copies that
             belong to the adapter.
-        init_weights: How E- and L-adapters start. True: E as PyTorch initialises it but for a norm with gain 0, which
-            makes it exactly the identity; the taps of L from N(0, init_std^2). "paper": both from N(0, init_std^2).
-            False: both as PyTorch initialises them.
+        init_weights: How E- and L-adapters start. True: E with PyTorch's initialisation and a norm with gain 0, which
+            makes it exactly the identity, and the taps of L from N(0, init_std^2). "paper": both from
+            N(0, init_std^2). False: both with PyTorch's initialisation.
         init_std: Standard deviation of the linear weights that start from a normal distribution.
         modules_to_save: None: every module of the model outside its base encoder, but no decoder or language model. A
             list: exactly that.
-        head_config: The settings of the model's configuration that its head is made from, such as
-            `{"num_labels": 10}` or `{"vocab_size": 32}`, where the adapter's head differs from the model's. None: as
-            in the model. They are saved with the adapter: loaded into a model with another head, it gets its own.
+        head_config: Settings of the adapter's head that differ from the model's, such as `{"num_labels": 10}` or
+            `{"vocab_size": 32}`. None: as in the model. They are saved with the adapter, so that it keeps its head in
+            a model with another one.
         target: Which speech encoder, where the model holds several: its path or the name of its class.
         exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
         window_s: Whole seconds to which the encoder's fixed window is cut while the adapter is active, such as 2 of
             Whisper's 30, for classification and speaker verification. The feature extractor has to pad to the same
             length. None: the whole window.
-        verification_threshold: Of an adapter that tells speakers apart: the cosine score from which two voices count
-            as one. It changes nothing in the model.
+        verification_threshold: For speaker verification, the cosine score from which two voices count as the same. It
+            changes nothing in the model.
 
     Raises:
-        ValueError: A value is out of its range. The message names value, range and remedy.
+        ValueError: A value is out of its range. The message names the value, the range and the remedy.
 
     Examples:
         >>> config = ELPConfig(adapters="EL", e_dim=64)
@@ -229,12 +230,12 @@ class ELPConfig(PeftConfig):
         default=None, metadata={"role": "use", "help": "Format of the saved configuration; leave empty to auto-fill."}
     )
     description: ClassVar[Any] = None  # for the card alone; `describe` sets it on one configuration
-    # Set by from_pretrained, and no field, so not saved: the configuration as it was read, and the description of the
-    # tensors beside it.
+    # Set by from_pretrained. It is not a field, so it is not saved: the configuration as it was read, and the
+    # description of the tensors beside it.
     as_read: ClassVar[tuple[ELPConfig, dict[str, Tensor]] | None] = None
 
     def __post_init__(self) -> None:
-        # PEFT fills peft_version in: a configuration that comes with it was saved, by version 0.1 if without a format.
+        # PEFT fills in peft_version. A configuration that comes with it was saved: by version 0.1 if it has no format.
         of_version_0_1 = self.config_format is None and self.peft_version is not None
         super().__post_init__()
         self.peft_type = PeftType("ELP")
@@ -279,7 +280,7 @@ class ELPConfig(PeftConfig):
             self.config_format = FORMAT
 
     def _complete_version_0_1(self) -> None:
-        """What version 0.1 did where it had no choice yet: its adapters compute as they did."""
+        """Set the fields that version 0.1 did not have to what it did, so that its adapters compute the same."""
         if "L" in self.adapters and self.l_input_norm is None:
             self.l_input_norm = False
 
@@ -302,8 +303,8 @@ class ELPConfig(PeftConfig):
         """Load the configuration of a saved adapter, and check that its weights are there and complete.
 
         PEFT downloads the weights after it has placed the adapter in the model, and leaves the untrained adapter there
-        if the download fails. So the weights are downloaded first: PEFT finds them in the cache. Only their names,
-        shapes and dtypes are read here.
+        if the download fails. This method therefore downloads them first, and PEFT finds them in the cache. It reads
+        only the names, shapes and dtypes of the tensors.
 
         Args:
             pretrained_model_name_or_path: A folder, which may hold a configuration alone, or a repository on the Hub.
@@ -325,10 +326,10 @@ class ELPConfig(PeftConfig):
         return config
 
     def tensors_to_load(self) -> dict[str, Tensor] | None:
-        """The tensors that are loaded next, on the meta device: those beside the file that this was read from.
+        """The tensors saved with this configuration, on the meta device.
 
         Returns:
-            None if there are none, or if the configuration was changed since, to be used for a new adapter.
+            None if there are none, or if the configuration was changed after it was read, for a new adapter.
         """
         if self.as_read is None or differing_fields(self, self.as_read[0], "computation", "selection"):
             return None
@@ -458,7 +459,7 @@ def _layers(name: str, value: Any) -> list[int] | None:
         raise ValueError(f"{name} holds whole numbers, got {brief(value)}. Write for example {name}=[0, 1].")
     if any(layer < 0 for layer in layers):
         raise ValueError(
-            f"{name} counts from 0, negative numbers name no layer, got {brief(value)}. Name layers as 0, 1, ..."
+            f"{name} counts layers from 0 and takes no negative numbers, got {brief(value)}. Write {name}=[0, 1], ..."
         )
     if len(set(layers)) < len(layers):
         raise ValueError(f"{name} names a layer twice, got {brief(value)}. Write {name}={sorted(set(layers))}.")
@@ -486,4 +487,4 @@ def _number(name: str, value: Any, least: float, below: float) -> None:
 
 def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
     if value not in known:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {brief(value)}. Choose one of them.")
+        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {brief(value)}.")

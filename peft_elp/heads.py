@@ -1,7 +1,7 @@
-"""What the heads of Transformers have in common: a table, keyed by the end of a model's class name.
+"""The heads of Transformers: a table, keyed by the end of a model's class name.
 
-Each row says which layer reads the encoder, what the Hub calls the task, what an adapter with that head can do, and
-which settings of the model's configuration the head is made from.
+Each row holds the first layer of the head, the name of the task on the Hub, the commands that work with such a head,
+and the settings of the model's configuration that the head is built from.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class HeadRow:
 
     Args:
         task: The name of the task on the Hub.
-        output: What the model returns for a recording: labels for the whole of it or for each frame, tokens of a text
-            for each frame or generated one after the other, an embedding of the voice, or hidden states.
+        output: What the model returns for a recording: labels for the recording or for each frame, text tokens for
+            each frame, generated text tokens, an embedding of the voice, or hidden states.
         input_layer: The first linear layer of the head, if it reads the encoder's output frame by frame.
         commands: What `SpeechAdapter` and `peft-elp` can do with the head: "transcribe", "classify" or "verify".
-        settings: The settings of the model's configuration that Transformers makes the head from.
+        settings: The settings of the model's configuration that the head is built from.
 
     Examples:
         >>> HEADS["ForCTC"].input_layer

@@ -45,7 +45,7 @@ class MovedModule(ModuleType):
 
 
 def find_moved(module: str, name: str) -> Any:
-    """What version 0.1 had under that name in one of its modules.
+    """Return the object that version 0.1 had under that name in one of its modules.
 
     Raises:
         AttributeError: The module had no such name.
@@ -59,7 +59,7 @@ def find_moved(module: str, name: str) -> Any:
 
 
 def keep_old_modules() -> None:
-    """Make the modules of version 0.1 importable, and let those that still exist find the names that moved."""
+    """Make the modules of version 0.1 importable. Modules that still exist find the names that moved."""
     package = sys.modules[PACKAGE]
     for old in MOVED:
         module = sys.modules.setdefault(f"{PACKAGE}.{old}", MovedModule(f"{PACKAGE}.{old}"))

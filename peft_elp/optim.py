@@ -14,39 +14,38 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from .parameters import parameters_by_part
 
-LAYER_WEIGHTS = "layer weights"  # for optimizers a part of its own, elsewhere counted with L
-# How many times the rate of L they get unless they are given one.
-LAYER_WEIGHTS_RATIO = 30.0
-# What Trainer spares from weight decay, besides `nn.LayerNorm`: it asks for these patterns in a method of its own.
+LAYER_WEIGHTS = "layer weights"  # a separate part for optimizers; everywhere else they count as L
+LAYER_WEIGHTS_RATIO = 30.0  # their default learning rate, as a multiple of the rate of L
+# Parameters that Trainer does not decay, besides those of `nn.LayerNorm`. Trainer keeps these patterns in a method.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
 def parameter_groups(
     model: nn.Module, rates: Mapping[str, float], adapter_name: str = "default", weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of an adapter in groups for an optimizer, each with the learning rate of its part.
+    """The trainable parameters of an adapter, grouped for an optimizer by part, each part with its learning rate.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
-        rates: The learning rate of each part that is trained: "head", "L", "layer weights" (those of L; left out, they
-            get 30 times the rate of L), "E", "P" and "layer norms". `published_rates` has those of the publications.
+        rates: The learning rate of each trained part: "head", "L", "layer weights" (the layer weights of L; by default
+            30 times the rate of L), "E", "P" and "layer norms". `published_rates` returns the published ones.
         adapter_name: The adapter.
-        weight_decay: Of all but biases and the weights of norms, which have none, as in Transformers' `Trainer`.
+        weight_decay: Weight decay. As in Transformers' `Trainer`, biases and the weights of norms have none.
 
     Returns:
-        One group for each part in the order of `rates`, or two if there is weight decay; next to PyTorch's keys,
-        "part" holds the name.
+        One group for each part in the order of `rates`, or two with weight decay. Besides PyTorch's keys, each group
+        has the key "part" with the name of its part.
 
     Raises:
-        ValueError: `rates` names what is no part, or a part of which nothing is trained, or lacks a part that is; a
-            rate is not a positive number; a trainable parameter is in no part; or the model has no such adapter.
+        ValueError: `rates` has an unknown part or one that is not trained, or lacks a trained part; a rate is not a
+            positive number; a trainable parameter belongs to no part; or the model has no such adapter.
     """
     parts = _trained_by_part(model, adapter_name)
     trained = [part for part in parts if parts[part]]
     for part, rate in rates.items():
         if part not in trained:
             raise ValueError(
-                f"rates has {part!r}, of which adapter {adapter_name!r} trains nothing. It trains "
+                f"rates has {part!r}, which adapter {adapter_name!r} does not train. It trains "
                 f"{', '.join(map(repr, trained)) or 'no part (in inference mode?)'}. Leave {part!r} out of rates."
             )
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
@@ -104,17 +103,17 @@ def create_optimizer(
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> Optimizer:
-    """An optimizer for an adapter that has a learning rate for each part.
+    """An optimizer for an adapter, with a learning rate for each part.
 
-    Transformers' trainer takes it as `Trainer(..., optimizers=(optimizer, None))` and adds its own schedule.
+    Pass it to Transformers as `Trainer(..., optimizers=(optimizer, None))`. The trainer adds its own schedule.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
         optimizer_cls: The optimizer. AdamW without weight decay, the default, is the Adam of the publications.
-        rates: The learning rate of each part that is trained: "head", "L", "layer weights" (those of L; left out, they
-            get 30 times the rate of L), "E", "P" and "layer norms". `published_rates` has those of the publications.
+        rates: The learning rate of each trained part: "head", "L", "layer weights" (the layer weights of L; by default
+            30 times the rate of L), "E", "P" and "layer norms". `published_rates` returns the published ones.
         adapter_name: The adapter.
-        weight_decay: Of all but biases and the weights of norms, which have none, as in `Trainer`.
+        weight_decay: Weight decay. As in `Trainer`, biases and the weights of norms have none.
         kwargs: Further arguments of `optimizer_cls`, such as `betas`.
 
     Raises:
@@ -132,27 +131,27 @@ def create_optimizer(
         [('head', 0.002), ('L', 0.001), ('layer weights', 0.001), ('E', 0.001), ('layer norms', 0.001)]
     """
     if "lr" in kwargs:
-        raise TypeError(f"lr={kwargs['lr']!r} would reach no parameter: rates has the learning rate of each part.")
+        raise TypeError(f"lr={kwargs['lr']!r} would have no effect: pass the learning rate of each part in rates.")
     return optimizer_cls(parameter_groups(model, rates, adapter_name, weight_decay), **kwargs)
 
 
 def get_epochwise_schedule(
     optimizer: Optimizer, factors: Sequence[float], num_training_steps: int, last_epoch: int = -1
 ) -> LambdaLR:
-    """A schedule that multiplies all learning rates by one factor for each equal stretch of the training.
+    """A schedule that divides the training into equal parts and multiplies all learning rates by one factor in each.
 
     At step `s` of `S` the factor is `factors[floor(s * len(factors) / S)]`. With as many epochs as factors, each epoch
-    has its own; a longer or shorter training keeps the shape. `published_factors` has those of the publications.
+    has one factor; a longer or shorter training keeps the shape. `published_factors` returns the published ones.
 
     Args:
-        optimizer: The optimizer, whose rates are those of a factor of 1.
+        optimizer: The optimizer, with the learning rates that belong to a factor of 1.
         factors: At least one, each a number of 0 or more.
         num_training_steps: Steps of the optimizer in the whole training, at least 1. `Trainer` takes
             `epochs * ceil(len(train_dataset) / (batch size * devices * gradient_accumulation_steps))`, or `max_steps`.
-        last_epoch: The number of steps that were done, less one, where a training goes on.
+        last_epoch: To resume a training, the number of finished steps minus one.
 
     Raises:
-        ValueError: There is no factor, one is no number of 0 or more, or `num_training_steps` is below 1.
+        ValueError: `factors` is empty, a factor is negative or not finite, or `num_training_steps` is below 1.
     """
     if not len(factors) or not all(0 <= factor < math.inf for factor in factors):
         raise ValueError(

@@ -28,8 +28,8 @@ def parameters_by_part(model: nn.Module, adapter_name: str = "default") -> dict[
         adapter_name: The adapter's name.
 
     Returns:
-        For each of `PARTS`, the parameters under their names in `model.named_parameters()`. It is empty for a part
-        that the adapter does not have. "L" includes the layer weights.
+        A dictionary for each of `PARTS`: parameters by their names in `model.named_parameters()`, or empty if the
+        adapter does not have that part. "L" includes the layer weights.
 
     Raises:
         ValueError: The model has no adapter of that name.

@@ -1,6 +1,6 @@
-"""What was published with E- and L-adapters, by name: settings, learning rates, and factors of the rates by epoch.
+"""The published settings, learning rates and schedules of E- and L-adapters.
 
-Source: the code and the tables that accompany Otake et al. 2023 ([arXiv:2212.02780](https://arxiv.org/abs/2212.02780)),
+Source: the code and the tables published with Otake et al. 2023 ([arXiv:2212.02780](https://arxiv.org/abs/2212.02780)),
 [sinhat98/adapter-wavlm](https://github.com/sinhat98/adapter-wavlm), for WavLM-base-plus and Adam. Tasks: "asr", speech
 recognition (LibriLight 10 h, CTC); "asv", speaker verification (VoxCeleb1); "er", emotion recognition (IEMOCAP); "ic",
 intent classification (Fluent Speech Commands).
@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "e+l+p": {"adapters": "ELP", "p_init_std": 0.02, **_SIZES, **_START},
 }
 
-# By setting and task: head, then L, E and layer norms as far as the setting has them.
+# By setting and task: the rates of the head and of the parts that the setting trains.
 RATES: dict[str, dict[str, dict[str, float]]] = {
     "e+l": {
         "asv": {"head": 5e-4, "L": 1e-4, "E": 1e-5, "layer norms": 1e-5},
@@ -49,7 +49,7 @@ RATES: dict[str, dict[str, dict[str, float]]] = {
         "ic": {"head": 5e-4, "L": 1e-4, "layer norms": 1e-4},
     },
 }
-# No rate was found published for P. Like E it changes what frozen layers compute: it gets E's, our choice.
+# No published rate for P was found. P changes what frozen layers compute, as E does, so we give it the rate of E.
 RATES["e+l+p"] = {task: {**rates, "P": rates["E"]} for task, rates in RATES["e+l"].items()}
 
 FACTORS: dict[str, tuple[float, ...]] = {
@@ -68,16 +68,16 @@ _CONVENTIONAL_ASR = tuple(0.3 ** (epoch // 25) for epoch in range(100))
 def published_rates(setting: str, task: str) -> dict[str, float]:
     """The published learning rates of a setting for a task.
 
-    The layer weights have the rate of L, at which they were trained. For "e+l+p" the rates are those of "e+l", with P
-    at the rate of E: our choice, as no rate was found published for P.
+    The layer weights have the rate of L, as published. "e+l+p" has the rates of "e+l", and P has the rate of E. That
+    is our choice: no published rate for P was found.
 
     Args:
         setting: "e+l", "conventional", "e-only", "l-only" or "e+l+p", as in `ELPConfig.preset`.
         task: "asr", "asv", "er" or "ic".
 
     Returns:
-        Rates by part, for `create_optimizer`: "head" and, as far as the setting has them, "L" and "layer weights",
-        "E", "P" and "layer norms". A new dictionary at each call.
+        Rates by part, for `create_optimizer`: "head" and the parts that the setting has, out of "L", "layer weights",
+        "E", "P" and "layer norms". Each call returns a new dictionary.
 
     Raises:
         ValueError: The setting or the task is unknown.
@@ -96,17 +96,17 @@ def published_rates(setting: str, task: str) -> dict[str, float]:
 def published_factors(setting: str, task: str) -> tuple[float, ...]:
     """The published factors of all learning rates, one for each epoch of training.
 
-    Their number is that of the published epochs: 100 for "asr", 6 for "asv", 20 for "er", 7 for "ic". For "asr" they
-    rise linearly from 1/10 to 1 over the first 20 %, stay for 3 %, then fall as `(1 - 0.99 p) / (1 + 9 p)` with `p`
-    from 0 to 1, down to 1/1000 where the training ends. Under "conventional" they are multiplied by 0.3 every 25
-    epochs instead.
+    There are as many factors as published epochs: 100 for "asr", 6 for "asv", 20 for "er" and 7 for "ic". For "asr"
+    they rise linearly from 1/10 to 1 over the first 20 % of the training, stay at 1 for 3 %, and then fall as
+    `(1 - 0.99 p) / (1 + 9 p)`, with `p` from 0 to 1, to 1/1000 at the end. For "asr" with "conventional" they are
+    multiplied by 0.3 every 25 epochs instead.
 
     Args:
         setting: "e+l", "conventional", "e-only", "l-only" or "e+l+p", as in `ELPConfig.preset`.
         task: "asr", "asv", "er" or "ic".
 
     Returns:
-        Factors, 1 at the peak, for `get_epochwise_schedule`.
+        The factors, with a peak of 1, for `get_epochwise_schedule`.
 
     Raises:
         ValueError: The setting or the task is unknown.

@@ -1,4 +1,4 @@
-"""Speaker embeddings, and whether padding in a batch changes the answer for a recording."""
+"""Speaker embeddings, and whether padding changes the output for a recording."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .heads import head_row
 
 
 def is_padding_invariant(model: nn.Module, feature_extractor: Any) -> bool:
-    """Whether a model's answer for a recording is known not to depend on longer recordings in the same batch.
+    """Whether a model's output for a recording is independent of longer recordings in the same batch.
 
-    False for convolutions that are normalised over time, for heads that count padded frames, as those for x-vectors
-    do, and without an attention mask. Then put recordings of one length into a batch, or one at a time.
+    It is False for convolutions that are normalised over time, for heads that count padded frames (x-vectors), and
+    without an attention mask. In these cases, batch recordings of one length, or process them one by one.
 
     Args:
         model: A model of Transformers with its head, or a model with adapters around one.
@@ -41,10 +41,11 @@ def is_padding_invariant(model: nn.Module, feature_extractor: Any) -> bool:
 
 
 def speaker_embeddings(model: nn.Module, **inputs: Any) -> Tensor:
-    """One vector for the voice of each utterance.
+    """One embedding of the speaker for each utterance.
 
-    For an x-vector model, its embeddings. For a model for sequence classification, the input of its classifier: the
-    projector's output, averaged over the valid frames. Gradients flow, so a loss may be computed on them.
+    An x-vector model returns its embeddings. For a sequence classification model, this is the input of the
+    classifier: the output of the projector, averaged over the valid frames. The embeddings carry gradients, so they
+    can be part of a loss.
 
     Args:
         model: A model of either kind, with or without an adapter around it.

@@ -37,7 +37,7 @@ def test_every_field_has_a_help_text():
         ({"l_dim": -3}, "l_dim is a whole number from 1 to 16384, got -3"),
         ({"l_dim": 1.5}, "got 1.5"),
         ({"p_length": 0}, "p_length is a whole number from 1 to 16384, got 0"),
-        ({"e_layers": [-1]}, r"e_layers counts from 0.*got \[-1\]"),
+        ({"e_layers": [-1]}, r"e_layers counts layers from 0.*got \[-1\]"),
         ({"l_layers": [0, 0, 2]}, r"l_layers names a layer twice, got \[0, 0, 2\]. Write l_layers=\[0, 2\]"),
         ({"e_layers": []}, "e_layers is empty"),
         ({"e_layers": ["0"]}, "holds whole numbers"),

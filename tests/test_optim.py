@@ -80,10 +80,10 @@ def test_weight_decay_spares_what_trainer_spares(family, head, tmp_path):
 @pytest.mark.parametrize(
     ("options", "rates", "message"),
     [
-        ({}, {**RATES, "l": 1e-3}, "rates has 'l', of which adapter 'default' trains nothing. It trains 'E', 'L', "),
+        ({}, {**RATES, "l": 1e-3}, "rates has 'l', which adapter 'default' does not train. It trains 'E', 'L', "),
         ({"adapters": "L"}, RATES,
-         "rates has 'E', of which.*It trains 'L', 'layer weights', 'layer norms', 'head'. Leave 'E' out"),
-        ({"train_layer_norms": False}, RATES, "rates has 'layer norms', of which"),
+         "rates has 'E', which adapter.*It trains 'L', 'layer weights', 'layer norms', 'head'. Leave 'E' out"),
+        ({"train_layer_norms": False}, RATES, "rates has 'layer norms', which adapter 'default' does not train"),
         ({"inference_mode": True}, {"E": 1e-3}, "It trains no part \\(in inference mode\\?\\)"),
         ({}, {k: v for k, v in RATES.items() if k != "P"},
          r"rates has no 'P', and adapter 'default' trains 1 tensors of that part, such as \S*elp_p.default.rows. Add"),
@@ -143,7 +143,7 @@ def test_the_optimizer_takes_its_own_options_and_no_common_rate():
     assert type(optimizer) is torch.optim.Adam
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.98), 1e-6)}
     assert {group["part"]: group["lr"] for group in optimizer.param_groups} == RATES
-    with pytest.raises(TypeError, match=r"lr=0.001 would reach no parameter"):
+    with pytest.raises(TypeError, match=r"lr=0.001 would have no effect"):
         create_optimizer(adapted(), rates=RATES, lr=1e-3)
 
 
