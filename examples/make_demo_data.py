@@ -72,6 +72,9 @@ class Arguments:
     pretraining_steps: int = field(
         default=400, metadata={"help": "Steps, of 32 clips each, that pre-train the encoder."}
     )
+    pre_norm: bool = field(
+        default=True, metadata={"help": "Whether the layers of the encoder normalise their input, or their output."}
+    )
 
 
 def sentences(voices: Sequence[str], num_clips: int, rng: random.Random) -> Iterator[Row]:
@@ -178,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 args.num_pretraining_words,
                 args.num_voices,
                 args.pretraining_words_per_clip,
+                args.pre_norm,
             )
         encoder.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)

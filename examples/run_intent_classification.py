@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     validation, validation_answers = None, []
     if (name := data_args.validation_split_name) is not None:
-        rows = recipes.read_split(data_args, name, config, args.seed)
+        rows = recipes.read_split(data_args, name, config, args.seed, data_args.max_eval_samples)
         validation_answers = read_answers(rows, columns)
         validation = labelled(rows, validation_answers)
 

@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     validation, validation_texts = None, []
     if (name := data_args.validation_split_name) is not None:
-        validation, validation_texts = labelled(recipes.read_split(data_args, name, config, seed))
+        rows = recipes.read_split(data_args, name, config, seed, most_test)
+        validation, validation_texts = labelled(rows)
 
     # Metric
     def texts_of(dataset: Dataset, logits: Any) -> list[str]:

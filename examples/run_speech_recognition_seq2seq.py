@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     validation, validation_texts = None, []
     if (split := data_args.validation_split_name) is not None:
-        rows = recipes.read_split(data_args, split, config, seed)
+        rows = recipes.read_split(data_args, split, config, seed, most_test)
         validation, validation_texts = labelled(rows), read_column(rows, data_args.text_column_name)
 
     # Metric

@@ -131,6 +131,7 @@ def pretrain(
     num_words: int | None = None,
     num_voices: int | None = None,
     words_per_clip: int = 1,
+    pre_norm: bool = True,
 ) -> tuple[Any, Any]:
     """Train a small wav2vec 2.0 to name the phoneme in each frame; returns it with its feature extractor.
 
@@ -141,6 +142,7 @@ def pretrain(
         num_words: Number of `OTHER_WORDS` to use. None: all.
         num_voices: Number of `TRAINING_VOICES` to use. None: all.
         words_per_clip: Most words in a clip. Each word begins eight clips.
+        pre_norm: Whether each layer normalises its input, as in large encoders, or its output.
     """
     words = OTHER_WORDS.split()[:num_words]
     rng = random.Random(seed)
@@ -160,7 +162,7 @@ def pretrain(
         num_conv_pos_embeddings=32,
         num_conv_pos_embedding_groups=8,
         feat_extract_norm="layer",
-        do_stable_layer_norm=True,
+        do_stable_layer_norm=pre_norm,
         hidden_dropout=0.05,
         attention_dropout=0.05,
         activation_dropout=0.05,

@@ -52,6 +52,26 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "letters.json").unlink()
 
 
+def save_whisper(folder: Path) -> Path:
+    """A checkpoint in float16, as published ones are, for windows of one second, with a tokenizer of letters."""
+    sizes = {"d_model": 16, "vocab_size": 15, "num_mel_bins": 8, "max_source_positions": 50, "init_std": 0.4}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
+    tokens = {"pad_token_id": 12, "eos_token_id": 12, "bos_token_id": 14, "decoder_start_token_id": 14}
+    torch.manual_seed(0)
+    model = transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**sizes, **tokens, suppress_tokens=None, begin_suppress_tokens=None)
+    )
+    model.generation_config.update(max_new_tokens=12)
+    model.half().save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    symbols = [*"abdegilmno", "\u0120", "t", "<|endoftext|>", "<|notimestamps|>", "<|startoftranscript|>"]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    special = {"bos_token": symbols[-1], "eos_token": symbols[12], "pad_token": symbols[12], "unk_token": symbols[12]}
+    transformers.WhisperTokenizer(vocab=vocabulary, merges=[], **special).save_pretrained(folder)
+    return folder
+
+
 def record(path: Path, samples: int, seed: int, rate_hz: int = 16_000, channels: int = 1) -> str:
     """A recording of noise."""
     sound = np.random.default_rng(seed).normal(scale=0.1, size=(samples, channels)).astype(np.float32)

@@ -18,6 +18,7 @@ import transformers
 from backbones import build
 from datasets import Dataset
 from hub import TOKEN, client, serving
+from on_disk import save_whisper
 from safetensors.torch import load_file
 from transformers import Wav2Vec2FeatureExtractor
 from transformers.modeling_outputs import CausalLMOutput
@@ -756,24 +757,7 @@ def test_each_method_trains_the_same_places_in_every_family(method, family):
 
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory):
-    """A checkpoint in float16, as published ones are, for windows of one second, with a tokenizer of letters."""
-    folder = tmp_path_factory.mktemp("whisper")
-    sizes = {"d_model": 16, "vocab_size": 15, "num_mel_bins": 8, "max_source_positions": 50, "init_std": 0.4}
-    for part in ("encoder", "decoder"):
-        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
-    tokens = {"pad_token_id": 12, "eos_token_id": 12, "bos_token_id": 14, "decoder_start_token_id": 14}
-    torch.manual_seed(0)
-    model = transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(**sizes, **tokens, suppress_tokens=None, begin_suppress_tokens=None)
-    )
-    model.generation_config.update(max_new_tokens=12)
-    model.half().save_pretrained(folder)
-    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
-    symbols = [*"abdegilmno", "\u0120", "t", "<|endoftext|>", "<|notimestamps|>", "<|startoftranscript|>"]
-    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
-    special = {"bos_token": symbols[-1], "eos_token": symbols[12], "pad_token": symbols[12], "unk_token": symbols[12]}
-    transformers.WhisperTokenizer(vocab=vocabulary, merges=[], **special).save_pretrained(folder)
-    return folder
+    return save_whisper(tmp_path_factory.mktemp("whisper"))
 
 
 @pytest.mark.parametrize("module", [verification, emotion, intent])

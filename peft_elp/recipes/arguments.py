@@ -107,7 +107,7 @@ class DataArguments:
     eval_split_name: str | None = option("test", "Split to measure on, once, after training.")
     audio_column_name: str | None = option(None, "Column with the recordings. Default: found automatically.")
     max_train_samples: int | None = option(None, "Train on this many recordings, drawn with --seed.")
-    max_eval_samples: int | None = option(None, "Measure on this many recordings, drawn with --seed.")
+    max_eval_samples: int | None = option(None, "Measure on this many recordings of a split, drawn with --seed.")
     min_duration_in_seconds: float = option(0.0, "Refuse shorter recordings.")
     max_duration_in_seconds: float = option(20.0, "Refuse longer recordings.")
     on_bad_audio: str = option("error", "Stop at a refused recording, or leave it out.", choices=("error", "skip"))
