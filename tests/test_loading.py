@@ -342,7 +342,7 @@ def test_the_loading_of_other_methods_is_left_to_peft(tmp_path):
     states = []
     for load in (PeftModel.from_pretrained, partial(PeftModel.from_pretrained.__func__.before_elp, PeftModel)):
         base = build("wavlm", "ForCTC")
-        with pytest.raises(ValueError, match="Repo id|Can't find weights"):
+        with pytest.raises(ValueError, match=r"Repo id|Can't find weights"):
             load(base, str(tmp_path))
         states.append([(name, type(module).__name__) for name, module in base.named_modules()])
     assert states[0] == states[1]
