@@ -17,6 +17,7 @@ from .saved.card import describe, write_card
 from .saved.save import protect_saving
 from .tuner.find import Encoder, find_encoder
 from .tuner.hotswap import hotswap_adapter
+from .tuner.loading import protect_loading
 from .tuner.model import ELPModel
 from .tuner.registry import register
 from .tuner.window import shorten_window
@@ -28,6 +29,7 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
 
 register(ELPConfig, ELPModel)
 protect_saving()
+protect_loading()
 keep_old_modules()
 
 __all__ = [

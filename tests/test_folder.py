@@ -100,17 +100,8 @@ def test_classify_refuses_what_does_not_fit_its_base(run, good, tmp_path, change
     assert len(err) < 2500
 
 
-BEHIND_US = pytest.mark.xfail(
-    reason="PEFT places an adapter, of any method, before it looks for weights that are missing"
-)
-THROUGH_PEFT = [
-    pytest.param("PEFT", name, marks=[BEHIND_US] if error == FAULTS["weights are missing"].error else [])
-    for name, error in REFUSED.items()
-]
-
-
 @pytest.mark.parametrize(
-    ("door", "folder"), [*THROUGH_PEFT, *(("Transformers", name) for name in REFUSED)], indirect=["folder"]
+    ("door", "folder"), [(door, name) for door in ("PEFT", "Transformers") for name in REFUSED], indirect=["folder"]
 )
 def test_a_model_that_a_folder_is_refused_for_stays_as_it_was(folder, door, monkeypatch, tmp_path):
     monkeypatch.setenv("PEFT_ELP_PAYLOAD", str(tmp_path / "executed"))

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+from functools import partial
+from typing import Any
 
 import peft
 import pytest
@@ -11,7 +13,7 @@ import safetensors.torch
 import torch
 from backbones import ELP, build, shaken
 from families import FAMILIES
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import WhisperForConditionalGeneration
@@ -310,3 +312,37 @@ def test_adapters_behind_the_last_tapped_layer_are_loaded_if_a_former_version_sa
     model.save_pretrained(tmp_path)
     assert any("layers.1.feed_forward.elp_e" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     assert torch.equal(logits(PeftModel.from_pretrained(build("wavlm", "ForCTC"), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("fault", ["missing", "dangling"])
+@pytest.mark.parametrize("way", ["a configuration of one's own", "a second adapter", "the name of the first"])
+def test_weights_that_are_not_there_leave_the_model_as_it_was(way, fault, tmp_path):
+    folder = saved(tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    if fault == "dangling":
+        (folder / "adapter_model.safetensors").symlink_to(tmp_path / "gone")
+    model: Any = build("wavlm", "ForCTC")
+    if way == "a configuration of one's own":
+        before = snapshot(model)
+        with pytest.raises((ValueError, OSError)):
+            PeftModel.from_pretrained(model, folder, config=ELPConfig(**ELP))
+    else:
+        model = get_peft_model(model, ELPConfig(**ELP))
+        before = snapshot(model)
+        with pytest.raises((ValueError, OSError)):
+            model.load_adapter(folder, "default" if way == "the name of the first" else "other")
+        assert list(model.peft_config) == model.active_adapters == ["default"]
+    assert_untouched(model, before)
+
+
+def test_the_loading_of_other_methods_is_left_to_peft(tmp_path):
+    model: Any = get_peft_model(build("wavlm", "ForCTC"), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    states = []
+    for load in (PeftModel.from_pretrained, partial(PeftModel.from_pretrained.__func__.before_elp, PeftModel)):
+        base = build("wavlm", "ForCTC")
+        with pytest.raises(ValueError, match=r"Repo id|Can't find weights"):
+            load(base, str(tmp_path))
+        states.append([(name, type(module).__name__) for name, module in base.named_modules()])
+    assert states[0] == states[1]

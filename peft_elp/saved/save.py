@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .card import CARD_NAME, write_card
@@ -29,8 +29,7 @@ UNFINISHED = ".saving-"  # what the name of the folder beside the files starts w
 def protect_saving() -> None:
     """Wrap `PeftModel.save_pretrained`, for models with ELP-adapters alone; harmless when repeated.
 
-    PEFT has no hook around saving: it asks a configuration to save itself when the weights have been overwritten. It
-    is the one method of PEFT that this package replaces.
+    PEFT has no hook around saving: it asks a configuration to save itself when the weights have been overwritten.
     """
     save = PeftModel.save_pretrained
     if hasattr(save, "before_elp"):
@@ -46,7 +45,7 @@ def protect_saving() -> None:
         if not is_elp or not call.arguments["is_main_process"] or folder.is_file():
             save(self, *args, **kwargs)
             return
-        with replacing(folder) as beside:
+        with replacing(folder) as beside, settings_kept_on_error(self.peft_config.values()):
             card = copy_card(self, folder, beside)
             call.arguments["save_directory"] = str(beside)
             save(*call.args, **call.kwargs)
@@ -63,6 +62,18 @@ def protect_saving() -> None:
 
     vars(save_pretrained)["before_elp"] = save
     PeftModel.save_pretrained = save_pretrained
+
+
+@contextmanager
+def settings_kept_on_error(configs: Iterable[PeftConfig]) -> Iterator[None]:
+    """Restore some configurations if an error occurs in the block: PEFT sets `inference_mode` while it saves."""
+    before = [(config, dict(vars(config))) for config in configs]
+    try:
+        yield
+    except BaseException:
+        for config, settings in before:
+            vars(config).update(settings)
+        raise
 
 
 def copy_card(model: PeftModel, folder: Path, beside: Path) -> bool:

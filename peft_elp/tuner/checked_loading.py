@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,15 @@ from .paths import canonical
 NAME = "_load_pretrained_model"
 
 
-def check_next_loading(model: Any, adapter_name: str, undo: Callable[[], None]) -> None:
+def check_next_loading(model: Any, adapter_name: str) -> None:
     """Check what Transformers loads into the model next, which is the adapter that was just placed.
 
     Args:
         model: The model.
         adapter_name: Name of the adapter.
-        undo: Removes the adapter from the model.
     """
     if hasattr(model, NAME):
-        set_attribute(model, NAME, CheckedLoading(model, adapter_name, undo))
+        set_attribute(model, NAME, CheckedLoading(model, adapter_name))
 
 
 @dataclass(eq=False)
@@ -42,28 +40,18 @@ class CheckedLoading:
     Args:
         model: The model.
         adapter_name: Name of the adapter.
-        undo: Removes the adapter from the model.
     """
 
     model: Any
     adapter_name: str
-    undo: Callable[[], None] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         vars(self.model).pop(NAME, None)
-        try:
-            self._refuse(self._found(**kwargs))
-            loaded = getattr(type(self.model), NAME)(*args, **kwargs)
-            tensors = self._tensors()
-            self._refuse(problems(tensors, tensors))
-        except BaseException:
-            if self.undo is not None:
-                self.undo()
-            raise
+        self._refuse(self._found(**kwargs))
+        loaded = getattr(type(self.model), NAME)(*args, **kwargs)
+        tensors = self._tensors()
+        self._refuse(problems(tensors, tensors))
         return loaded
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"undo": None}  # A copy of the model has no earlier state to return to.
 
     def _found(
         self,

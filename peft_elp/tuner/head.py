@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_elp.call.route import Route, current_route
 from peft_elp.wording import brief, shortened
 
+from .offload import copy_with_weights, is_kept_elsewhere
 from .paths import canonical, join
 from .trained import KeepsTrained
 
@@ -212,6 +213,9 @@ def place_head(
         wrapper.named_by_tuner = named_by_tuner
         if path in replacements:
             wrapper.modules_to_save[adapter_name] = replacements[path]
+        elif is_kept_elsewhere(wrapper.original_module):
+            # PEFT's copy would be given the weights of the original again in each call.
+            wrapper.modules_to_save[adapter_name] = copy_with_weights(wrapper.original_module)
         wrapper.train(wrapper.original_module.training)
         if active:
             wrapper.set_adapter(adapter_name, inference_mode=inference_mode)

@@ -18,6 +18,7 @@ from peft_elp.heads import HEAD_SETTINGS, head_input
 from peft_elp.wording import brief, shortened
 
 from .head import original
+from .offload import running_device
 
 
 def head_config(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -117,7 +118,7 @@ def initialised(model: nn.Module, path: str, planned: nn.Module) -> nn.Module:
     """A module of `planned_head` with tensors, initialised as Transformers initialises modules of that model."""
     old = original(model.get_submodule(path))
     like = next(old.parameters())
-    module = planned.to_empty(device=like.device).to(like.dtype)
+    module = planned.to_empty(device=running_device(old)).to(like.dtype)
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             buffer.copy_(old.get_buffer(name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from operator import attrgetter
 from typing import Any, NoReturn
 
@@ -17,6 +16,7 @@ from peft_elp.call.route import current_route
 from peft_elp.call.shared_pass import current_pass
 from peft_elp.call.stack_call import current_call
 
+from .offload import copy_with_weights, running_device
 from .trained import KeepsTrained
 
 WHY_NO_MERGE = (
@@ -176,7 +176,7 @@ class ELPLayer(KeepsTrained, Wrapper, BaseTunerLayer):
         # PEFT's own method looks for a `weight`; a feed-forward module or a whole encoder has none.
         for parameter in base_layer.parameters():
             if parameter.dtype.is_floating_point:
-                return parameter.device, parameter.dtype
+                return running_device(base_layer), parameter.dtype
         return None, None
 
     def __repr__(self) -> str:
@@ -281,7 +281,7 @@ class ELPNorm(ELPLayer):
 
     def copy_for(self, adapter_name: str, inference_mode: bool) -> None:
         """Give an adapter its own copy, which starts as the backbone's."""
-        self.place("elp_norm", adapter_name, deepcopy(self.base_layer), inference_mode)
+        self.place("elp_norm", adapter_name, copy_with_weights(self.base_layer), inference_mode)
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = self.mixed(self.elp_norm, x)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ from .one_pass import Task, adapted_encoder, refuse_idle_labels, refuse_reports,
 from .paths import canonical
 from .place import adapted_modules, check_placed, give_head, place_adapter, unwrap
 from .plan import check_adapter_name, make_plan
-from .snapshot import Snapshot, unchanged_on_error
+from .snapshot import unchanged_on_error
 from .stack import ELPStack
 
 
@@ -61,19 +61,12 @@ class ELPModel(BaseTuner):
         # passes a dictionary.
         self._alone = isinstance(peft_config, PeftConfig)
         self._switched: tuple[list[Head], list[ELPLayer]] | None = None
-        # The model before an adapter was placed whose tensors are to be loaded next.
-        self._before_loading: dict[str, Snapshot] = {}
         self._watched: frozenset[str] = frozenset()  # The adapters whose first training step was watched.
         super().__init__(model, peft_config, *args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_before_loading": {}}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Version 0.1 pickled other private attributes.
-        super().__setstate__(
-            {"_before_loading": {}, "_watched": frozenset(), "_alone": state.get("_direct", False), **state}
-        )
+        super().__setstate__({"_watched": frozenset(), "_alone": state.get("_direct", False), **state})
 
     def inject_adapter(
         self,
@@ -92,7 +85,7 @@ class ELPModel(BaseTuner):
             ValueError: The configuration does not fit the model.
             RuntimeError: The model is not built as its table of layers says, so that an adapter was not placed.
         """
-        with self._placing(adapter_name) as before:
+        with self._placing(adapter_name):
             config: Any = self.peft_config[adapter_name]
             self._check_new_adapter_config(config)
             check_adapter_name(model, adapter_name)
@@ -123,24 +116,17 @@ class ELPModel(BaseTuner):
             if self._alone:
                 self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
                 alone.prepare(model, plan.config, adapter_name)
-                check_next_loading(model, adapter_name, partial(self._return_to, before, adapter_name))
-            elif config.as_read is not None:
-                self._before_loading = {adapter_name: before}
+                check_next_loading(model, adapter_name)
 
     @contextmanager
-    def _placing(self, adapter_name: str) -> Iterator[Snapshot]:
+    def _placing(self, adapter_name: str) -> Iterator[None]:
         """Place an adapter in the block, or leave the model and its list of adapters as they were before."""
         try:
-            with unchanged_on_error(self) as before:
-                yield before
+            with unchanged_on_error(self):
+                yield
         except BaseException:
             self._forget(adapter_name)
             raise
-
-    def _return_to(self, before: Snapshot, adapter_name: str) -> None:
-        """Bring the model back to what it was before an adapter was placed."""
-        before.restore()
-        self._forget(adapter_name)
 
     def _forget(self, adapter_name: str) -> None:
         """Drop the configuration of an adapter that is not in the model any more, or not yet."""
@@ -158,7 +144,6 @@ class ELPModel(BaseTuner):
             TypeError: `adapter_names` is not a list of names.
             ValueError: The model is in training mode, or an adapter does not exist.
         """
-        self._before_loading.clear()  # An adapter that has been called was loaded.
         self._watch(self.active_adapters)
         names = kwargs.get("adapter_names")
         if names is None:
@@ -277,7 +262,6 @@ class ELPModel(BaseTuner):
             )
         refuse_reports(self.model, kwargs)
         refuse_idle_labels(adapter_names, labels)
-        self._before_loading.clear()
         self._watch(adapter_names)
         encoder, stack = adapted_encoder(self)
         tasks: dict[str, Task] = {}
@@ -397,41 +381,22 @@ class ELPModel(BaseTuner):
         """The saved tensors under their names in the model, if they are those of the adapter.
 
         Raises:
-            ValueError: They are not. An adapter that was placed to be loaded is taken out again.
+            ValueError: They are not.
         """
-        tuner = getattr(model, "base_model", None)
-        taking_back = tuner.taking_back(adapter_name) if isinstance(tuner, cls) else nullcontext
-        with taking_back():
-            own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict())
-            names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
-            outside = "base_model.model."  # Saved names start with it. A model without a PeftModel does not have it.
-            names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
-            named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
-            _refuse(model, adapter_name, problems(adapter_tensors(model, adapter_name), named))
+        own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict())
+        names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
+        outside = "base_model.model."  # Saved names start with it. A model without a PeftModel does not have it.
+        names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
+        named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
+        _refuse(model, adapter_name, problems(adapter_tensors(model, adapter_name), named))
 
         def refuse_mismatches(_: nn.Module, tensors: dict[str, torch.Tensor], *args: Any) -> None:
             hook.remove()
-            with taking_back():
-                _refuse(model, adapter_name, mismatches(adapter_tensors(model, adapter_name), tensors))
+            _refuse(model, adapter_name, mismatches(adapter_tensors(model, adapter_name), tensors))
 
         # Only PEFT knows by now whether tensors of another size are to be passed over, and which.
         hook = model.register_load_state_dict_pre_hook(refuse_mismatches)
         return named
-
-    def taking_back(self, adapter_name: str) -> Callable[[], AbstractContextManager[None]]:
-        """A context that leaves the model as it was before an adapter was placed, if its tensors are refused in it."""
-        before = self._before_loading.pop(adapter_name, None)
-
-        @contextmanager
-        def context() -> Iterator[None]:
-            try:
-                yield
-            except BaseException:
-                if before is not None:
-                    self._return_to(before, adapter_name)
-                raise
-
-        return context
 
 
 def _refuse(model: nn.Module, adapter_name: str, found: dict[str, list[str]]) -> None:

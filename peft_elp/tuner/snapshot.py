@@ -81,11 +81,11 @@ class Snapshot:
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[Snapshot]:
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Bring a model back to what it was if an error occurs in the block, whatever the error is."""
     before = Snapshot(model)
     try:
-        yield before
+        yield
     except BaseException:
         before.restore()
         raise

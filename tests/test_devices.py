@@ -1,0 +1,109 @@
+"""Adapters in models whose weights are copied, spread over devices, kept elsewhere or quantised while they run."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from backbones import ELP, build, result, shaken, waveforms
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_elp import ELPConfig
+from peft_elp.tuner.stack import ELPStack
+
+ADAPTERS = ("E", "L", "P", "ELP")
+
+
+def adapted(base, adapters):
+    return shaken(get_peft_model(base, ELPConfig(**ELP, adapters=adapters))).eval()
+
+
+def logits(model):
+    waveform, mask = waveforms()
+    with torch.no_grad():
+        return result(model(waveform, attention_mask=mask))
+
+
+def replica(model):
+    """A copy as DataParallel makes it on each device: with tensors in place of parameters, which autograd tracks."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module._modules.items():
+            copied._modules[name] = copies.get(child)
+        for name, parameter in module._parameters.items():
+            vars(copied)[name] = None if parameter is None else parameter.clone()
+        copied._parameters.clear()
+    return copies[model]
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_replicas_of_data_parallel_compute_what_the_model_does(adapters):
+    model = adapted(build("hubert", "ForSequenceClassification"), adapters).train()
+    waveform, mask = waveforms((2000, 1300, 900, 1700))
+
+    def gradients(outputs):
+        outputs.square().sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    whole = result(model(waveform, attention_mask=mask))
+    halves = [result(replica(model)(waveform[rows], attention_mask=mask[rows])) for rows in ([0, 1], [2, 3])]
+    torch.testing.assert_close(torch.cat(halves), whole)
+    expected, found = gradients(whole), gradients(torch.cat(halves))
+    assert found.keys() == expected.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_may_be_on_other_devices_than_an_l_adapter():
+    # The meta device stands for a second one. What is on it has shapes, and refuses to meet tensors of the first one.
+    base = build("hubert", "ForSequenceClassification")
+    model = adapted(base, "L")
+    encoder = base.hubert.encoder
+    assert isinstance(encoder, ELPStack)
+    encoder.elp_l.to("meta")
+    for module in [*list(encoder.layers)[1:], base.projector, base.classifier]:
+        module.to("meta")
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: (
+                [x.to("meta") for x in args],
+                {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()},
+            ),
+            with_kwargs=True,
+        )
+    waveform, _ = waveforms()
+    assert model(waveform).logits.shape == (3, 4)
+    assert model(waveform).logits.is_meta
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter in the checkpoint to a meta parameter")
+def test_a_base_whose_weights_are_kept_elsewhere_takes_adapters(where, adapters, tmp_path):
+    def base():
+        model = build("hubert", "ForSequenceClassification")
+        if where == "cpu":
+            return cpu_offload(model, execution_device="cpu") or model
+        return disk_offload(model, tmp_path / "weights", execution_device="cpu") or model
+
+    trained = adapted(build("hubert", "ForSequenceClassification"), adapters)
+    trained.save_pretrained(tmp_path / "adapter")
+    placed = adapted(base(), adapters)
+    assert not any(p.is_meta for p in placed.parameters() if p.requires_grad)
+    for model in (placed, PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()):
+        assert torch.equal(logits(model), logits(trained))
+        assert torch.equal(logits(model.unload()), logits(build("hubert", "ForSequenceClassification")))
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
+def test_a_model_that_is_quantised_for_the_cpu_answers_as_before(adapters):
+    model = adapted(build("hubert", "ForSequenceClassification"), adapters)
+    small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    assert sum("quantized" in type(module).__module__ for module in small.modules()) > 10
+    scale = logits(model).abs().max()
+    torch.testing.assert_close(logits(small) / scale, logits(model) / scale, rtol=0, atol=0.05)
+    assert not torch.equal(logits(small), logits(model))
