@@ -113,3 +113,12 @@ def test_the_workflows_call_targets_of_the_makefile():
         }
         called = {word for step in steps for word in re.findall(r"^make ([\w-]+)$", step.get("run", ""))}
         assert called | matrix <= targets, path
+
+
+def test_the_citation_and_the_changelog_have_the_version_of_the_package():
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version[1]
+    newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == version[1]

@@ -11,7 +11,7 @@ from backbones import ELP, HEADS, NORMS, build, has, result, shaken, waveforms
 from peft import AutoPeftModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel, BertConfig, BertModel, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from untouched import assert_untouched, logits, snapshot
 
 from peft_elp import ELPConfig, count_parameters
@@ -98,6 +98,15 @@ def test_the_backbones_own_convolutions_after_the_encoder_are_named_when_they_st
     ):
         model = get_peft_model(build("wav2vec2", "ForCTC", **options), ELPConfig(**ELP))
     assert model.peft_config["default"].l_output == "residual"
+
+
+def test_every_new_module_behind_the_encoder_is_named_when_it_stays_frozen():
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    new = {"add_adapter": True, "use_intermediate_ffn_before_adapter": True, "output_hidden_size": 24}
+    model = Wav2Vec2BertForCTC(Wav2Vec2BertConfig(**size, **new, vocab_size=9, layerdrop=0.0))
+    named = r"'wav2vec2_bert.adapter', 'wav2vec2_bert.intermediate_ffn' of .* stay frozen"
+    with pytest.warns(UserWarning, match=named):
+        get_peft_model(model, ELPConfig(**ELP))
 
 
 def test_a_backbone_whose_weights_are_elsewhere_is_refused():
