@@ -287,7 +287,7 @@ def measure_rates(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure with a command line, by default that of the process; prints the results."""
+    """Run one measurement and print its results. `argv` defaults to the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True)
     taps, fresh, rates = (kinds.add_parser(name) for name in ("taps", "fresh", "rates"))

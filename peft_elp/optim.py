@@ -16,7 +16,7 @@ from .parameters import parameters_by_part
 
 LAYER_WEIGHTS = "layer weights"  # a separate part for optimizers; everywhere else they count as L
 LAYER_WEIGHTS_RATIO = 30.0  # their default learning rate, as a multiple of the rate of L
-# Parameters that Trainer does not decay, besides those of `nn.LayerNorm`. Trainer keeps these patterns in a method.
+# Besides `nn.LayerNorm`, Trainer does not decay parameters with these names. It keeps the patterns in a method.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
