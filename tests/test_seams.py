@@ -13,7 +13,9 @@ import peft
 import pytest
 import torch
 import transformers
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import align_module_device
 from backbones import build, waveforms
 from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
@@ -26,6 +28,7 @@ from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 import peft_elp  # noqa: F401  Makes PEFT know the method.
+from peft_elp.tuner.loading import DOORS
 
 VERSIONS = ", ".join(
     f"{library.__name__} {library.__version__}" for library in (peft, transformers, accelerate, torch)
@@ -417,3 +420,32 @@ def test_batch_norms_have_a_base_class():
     mend = "ELPStack.frozen_norms in tuner/stack.py"
     base = getattr(nn.modules.batchnorm, "_BatchNorm", ())
     expect(isinstance(nn.BatchNorm1d(2), base), "nn.modules.batchnorm._BatchNorm is not the base class", mend)
+
+
+def test_the_methods_that_place_adapters_take_the_model_where_it_is_looked_for():
+    mend = "DOORS in peft_elp/tuner/loading.py"
+    for holder, name, model_at in DOORS:
+        method = vars(holder).get(name)
+        expect(method is not None, f"{holder.__name__} has no method {name!r} of its own any more", mend)
+        is_of_class = isinstance(method, classmethod)
+        expect(is_of_class == (name == "from_pretrained"), f"{holder.__name__}.{name} changed its kind", mend)
+        names = parameters_of(method.__func__ if is_of_class else method)
+        found = names[model_at]
+        expect(found == ("model" if model_at else "self"), f"{holder.__name__}.{name} takes {names}", mend)
+
+
+def test_accelerate_keeps_weights_elsewhere_by_a_hook_that_names_the_device():
+    mend = "peft_elp/tuner/offload.py"
+    linear = nn.Linear(2, 2)
+    weight = linear.weight.detach().clone()
+    cpu_offload(nn.Sequential(linear), execution_device="cpu")  # The hook of the whole model is of another kind.
+    hook = vars(linear).get("_hf_hook")
+    expect(linear.weight.is_meta, "accelerate no longer keeps offloaded weights on the meta device", mend)
+    expect(hook is not None, "accelerate no longer keeps its hook in `_hf_hook`", mend)
+    expect(torch.device(hook.execution_device).type == "cpu", "The hook has no `execution_device` any more", mend)
+    with align_module_device(linear):
+        expect(torch.equal(linear.weight, weight), "align_module_device no longer brings the weights back", mend)
+    vars(linear)["_hf_hook"] = ModelHook()
+    remove_hook_from_module(linear)
+    expect(linear.weight.is_meta, "Removing an empty ModelHook moves weights", mend)
+    expect("_hf_hook" not in vars(linear), "remove_hook_from_module leaves its hook", mend)
