@@ -1,11 +1,9 @@
 """An exception at any line of placing, loading, saving, deleting or unloading leaves nothing half done.
 
-By default a few lines of each operation are tried. To try every line, which takes some minutes:
-`PEFT_ELP_EVERY_LINE=1 pytest tests/test_faults.py`.
+By default a few lines of each operation are tried. `-m exhaustive` tries every line, which takes about ten minutes.
 """
 
 import linecache
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -22,7 +20,6 @@ import peft_elp
 from peft_elp import ELPConfig
 
 PACKAGE = str(Path(peft_elp.__file__).parent)
-TRIED = None if os.environ.get("PEFT_ELP_EVERY_LINE") else 10  # of each operation
 
 
 class UnexpectedError(Exception):
@@ -163,11 +160,12 @@ def saved(tmp_path_factory):
     return folder / "one"
 
 
+@pytest.mark.parametrize("most", [10, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.filterwarnings("ignore:The adapter is saved in .*, but its card could not be written:UserWarning")
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
-def test_a_fault_leaves_nothing_half_done(name, saved, tmp_path):
+def test_a_fault_leaves_nothing_half_done(name, most, saved, tmp_path):
     operation = OPERATIONS[name]
 
     def prepared(number: int) -> tuple[Any, Path]:
@@ -181,8 +179,8 @@ def test_a_fault_leaves_nothing_half_done(name, saved, tmp_path):
         operation.run(model, saved, folder)
     places, complete = lines.places(), outline(model, folder)
     assert len(places) > 40
-    if TRIED is not None:
-        places = random.Random(name).sample(places, TRIED)
+    if most is not None:
+        places = random.Random(name).sample(places, most)
     wrong = []
     for number, place in enumerate(places, start=1):
         model, folder = prepared(number)

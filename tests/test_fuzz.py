@@ -1,6 +1,6 @@
 """Any configuration on any model is refused and leaves the model untouched, or it keeps every promise.
 
-About two hundred examples run by default, and two thousand with `-m slow`.
+Two hundred examples run by default, and two thousand with `-m exhaustive`.
 """
 
 import tempfile
@@ -134,6 +134,7 @@ def test_a_configuration_is_refused_or_keeps_its_promises(name, config):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @given(name=st.sampled_from(sorted(MODELS)), config=CONFIGS)
 @settings(max_examples=2000, **FUZZ)
 def test_many_configurations_are_refused_or_keep_their_promises(name, config):
