@@ -37,21 +37,30 @@ def protect_loading() -> None:
         method = vars(holder)[name]
         plain = method.__func__ if isinstance(method, classmethod) else method
         if not hasattr(plain, "before_elp"):
-            wrapped = _whole_or_not_at_all(plain, model_at)
+            wrapped = _whole_or_not_at_all(plain, model_at, loads=name in ("from_pretrained", "load_adapter"))
             setattr(holder, name, classmethod(wrapped) if isinstance(method, classmethod) else wrapped)
 
 
-def _whole_or_not_at_all(method: Callable[..., Any], model_at: int) -> Callable[..., Any]:
-    """The method, after an error of which its argument `model` is what it was before."""
+def _whole_or_not_at_all(method: Callable[..., Any], model_at: int, loads: bool) -> Callable[..., Any]:
+    """The method, after an error of which its argument `model` is what it was before.
+
+    Args:
+        method: The method.
+        model_at: Which of its arguments the model is.
+        loads: Whether it reads the configuration itself, so that only an error shows whose adapter it is.
+    """
 
     @wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        is_elp = any(isinstance(value, ELPConfig) for value in (*args, *kwargs.values()))
+        if not (is_elp or loads):
+            return method(*args, **kwargs)
         model: Any = args[model_at] if len(args) > model_at else kwargs.get("model")
         before = Snapshot(model)
         try:
             return method(*args, **kwargs)
         except BaseException:
-            if _has_elp(model) or any(isinstance(value, ELPConfig) for value in (*args, *kwargs.values())):
+            if is_elp or _has_elp(model):
                 before.restore()
             raise
 

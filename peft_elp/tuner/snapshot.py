@@ -48,7 +48,7 @@ class Snapshot:
         inner: Any = ()
         if isinstance(value, nn.Parameter):
             self._trained.append((value, value.requires_grad))
-        elif isinstance(value, RECORDED) or type(value).__module__.startswith(PACKAGE):
+        elif isinstance(value, RECORDED) or str(type(value).__module__).startswith(PACKAGE):
             self._objects.append((value, dict(vars(value))))
             inner = vars(value).values()
         elif isinstance(value, dict):
