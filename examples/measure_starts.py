@@ -203,6 +203,7 @@ def measure_taps(args: argparse.Namespace) -> None:
 
 FRESH: dict[str, dict[str, Any] | None] = {"the model alone": None}
 FRESH |= {letters: {"adapters": letters} for letters in ("E", "L", "P", "ELP")}
+FRESH |= {f"P, p_length={length}": {"adapters": "P", "p_length": length} for length in (4, 1)}
 FRESH["ELP, the paper's starts"] = {"init_weights": "paper", "p_init_std": 0.02, "l_output": "project"}
 
 

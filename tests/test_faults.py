@@ -1,6 +1,6 @@
 """An exception at any line of placing, loading, saving, deleting or unloading leaves nothing half done.
 
-By default a few lines of each operation are tried. `-m exhaustive` tries every line, which takes about ten minutes.
+By default a few lines of each operation are tried. `-m exhaustive` tries every line, which takes ten minutes or more.
 """
 
 import linecache
@@ -30,7 +30,7 @@ class Lines:
     """The lines of the package that run in a block, each at most twice: when it first runs, and when it last does.
 
     Args:
-        fault_at: Raise a `UnexpectedError` there: a line and how often it has run before.
+        fault_at: Raise an `UnexpectedError` there: a line and how often it has run before.
     """
 
     def __init__(self, fault_at: tuple[tuple[str, int], int] | None = None) -> None:
