@@ -1,5 +1,7 @@
 """A batch whose utterances use different adapters answers as each utterance does alone with its adapter."""
 
+from functools import partial
+
 import pytest
 import torch
 from backbones import ELP, HEADS, NORMS, build, encoded, has, result, shaken, waveforms
@@ -216,6 +218,21 @@ def test_generation_from_long_recordings_mixes_adapters(options):
         assert together[row, :length].tolist() == own[row][row, :length].tolist()
         assert not together[row, length:].any()  # Only padding follows.
         assert not own[row][row, length:].any()
+
+
+@pytest.mark.parametrize("falls_back", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
+def test_generation_may_fall_back_for_all_recordings_and_not_for_some(falls_back, monkeypatch):
+    model, inputs = long_recordings()
+    base = model.get_base_model()
+    answers = iter(falls_back)
+    monkeypatch.setattr(base, "_need_fallback", lambda *args: (next(answers, False), False))
+    call = partial(model.generate, **inputs, temperature=(0.0, 0.5), adapter_names=["one", "two", "__base__"])
+    if all(falls_back):
+        assert len(call()) == 3
+    else:
+        with pytest.raises(ValueError, match="Nor can generation that falls back to other temperatures for some"):
+            call()
+    assert next(answers, "all asked for") == "all asked for"
 
 
 def test_a_batch_that_lost_utterances_says_that_the_sizes_differ():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from backbones import shaken
 from families import FAMILIES, cases
 from peft import PeftModel, get_peft_model
 from transformers import WhisperConfig, WhisperForAudioClassification, WhisperForConditionalGeneration
 
-from peft_elp import ELPConfig, find_encoder, shorten_window
+from peft_elp import ELPConfig, MultiTaskModel, find_encoder, shorten_window
 from peft_elp.backbones import BACKBONES, has_fixed_window
 
 SIZES = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8}
@@ -93,6 +94,86 @@ def test_adapters_with_different_windows_are_not_active_together():
     )
     with pytest.raises(ValueError, match="windows of different lengths"):
         model.base_model.set_adapter(["default", "other"])
+
+
+READER = {"adapters": "L", "l_dim": 6, "train_layer_norms": False}
+WINDOWS = {"short": 1, "brief": 1, "middle": 2, "whole": None}
+
+
+def readers(names=tuple(WINDOWS)):
+    model = None
+    for name in names:
+        config = ELPConfig(**READER, window_s=WINDOWS[name])
+        if model is None:
+            model = get_peft_model(whisper(), config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    return shaken(model).eval()
+
+
+def pass_for_all(model, names, x):
+    return [output.logits[0] for output in model.forward_all(names, x).values()]
+
+
+def batch_of_both(model, names, x):
+    return model(x, adapter_names=names).logits
+
+
+BOTH = [pass_for_all, batch_of_both]
+
+
+@pytest.mark.parametrize("call", BOTH)
+@pytest.mark.parametrize(("names", "active"), [(["short", "brief"], "brief"), (["whole", "whole"], "whole")])
+def test_adapters_that_a_call_names_share_the_window_of_the_active_one(call, names, active):
+    model, x = readers(), features(WINDOWS[active] or 3)[:1].expand(2, -1, -1)
+    expected = []
+    for name in names:
+        model.set_adapter(name)
+        expected.append(model(x).logits[0])
+    model.set_adapter(active)
+    for found, own in zip(call(model, names, x), expected, strict=False):
+        torch.testing.assert_close(found, own)
+
+
+@pytest.mark.parametrize("call", BOTH)
+@pytest.mark.parametrize("active", ["short", "middle", "whole"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["short", "whole"], "windows of different lengths: a window of 1 s and the whole window"),
+        (["short", "middle"], "windows of different lengths: a window of 1 s and a window of 2 s"),
+        (
+            ["brief", "brief"],
+            r"take a window of 1 s, and the active adapter takes .* set_adapter with one of \['brief'\]",
+        ),
+        (
+            ["whole", "whole"],
+            r"take the whole window, and the active adapter takes .* set_adapter with one of \['whole'\]",
+        ),
+    ],
+)
+def test_an_adapter_never_answers_on_the_window_of_another(call, active, names, message):
+    if WINDOWS[active] in {WINDOWS[name] for name in names} and len(set(names)) == 1:
+        pytest.skip("the window that they take")
+    model = readers()
+    model.set_adapter(active)
+    with pytest.raises(ValueError, match=message):
+        call(model, names, features(WINDOWS[active] or 3))
+
+
+def test_the_backbone_in_a_mixed_batch_takes_the_whole_window():
+    model = readers()
+    model.set_adapter("short")
+    with pytest.raises(ValueError, match="windows of different lengths"):
+        model(features(1), adapter_names=["short", "__base__"])
+
+
+def test_models_that_share_a_pass_take_one_window():
+    first, second = readers(("whole", "short")), readers(("whole", "short"))
+    tasks = MultiTaskModel({"one": first, "two": second}).eval()
+    first.set_adapter("short")
+    with pytest.raises(ValueError, match="windows of different lengths"):
+        tasks(features(1))
 
 
 @pytest.mark.parametrize(

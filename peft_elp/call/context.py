@@ -60,8 +60,8 @@ class Current(Generic[T]):
             yield
         finally:  # An error at any line above leaves nothing set.
             if token is not None:
+                self._variable.reset(token)  # First: a value that stayed would serve the next call.
                 self._hold(token, False)
-                self._variable.reset(token)
 
     def _hold(self, token: Token[T | None], held: bool) -> None:
         with self._lock:

@@ -286,8 +286,8 @@ class ELPModel(BaseTuner):
         model: Any = self.model if stack.disable_adapters else stack.task_head.seen_by(adapter_name, self.model)
         if not self.training:
             return model(*args, **kwargs)
-        stack.layer_drop.turn_off()
         try:
+            stack.layer_drop.turn_off()
             return model(*args, **kwargs)
         finally:
             stack.follow_adapters()

@@ -19,6 +19,7 @@ from .find import Encoder, encoder_of
 from .layers import ELPNorm, ELPSublayer
 from .place import wrap_front_end
 from .stack import ELPStack
+from .window import common_window
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,16 @@ def run(tasks: Mapping[str, Task]) -> dict[str, Any]:
 
     Returns:
         The output of each task.
+
+    Raises:
+        ValueError: The adapters of tasks that share a pass take windows of different lengths.
     """
     shared = SharedPass()
     for name, task in tasks.items():
         if task.leaves_layers_alone() and not task.stack.disable_adapters:
             adapter: Any = task.stack.elp_l[task.adapter]
             shared.readers[name] = (adapter, task.stack.tapped_layers[task.adapter])
+    common_window(tasks[name].stack.windows.get(tasks[name].adapter) for name in shared.readers)
     outputs: dict[str, Any] = {}
     for name in [*shared.readers, *(name for name in tasks if name not in shared.readers)]:
         task = tasks[name]

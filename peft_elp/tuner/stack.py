@@ -23,7 +23,7 @@ from .guards import reentrant_checkpointing
 from .head_config import TaskHead
 from .layerdrop import LayerDrop
 from .layers import ELPLayer, ELPNorm, ELPSublayer, TappedLayer, Wrapper
-from .window import Window, common_window
+from .window import Window, common_window, window_text
 
 
 class ELPStack(ELPLayer):
@@ -125,6 +125,21 @@ class ELPStack(ELPLayer):
                 f"{len(self.encoder_layers)} now. Cut layers before get_peft_model or after unload()."
             )
 
+    def _check_window(self, route: Route) -> None:
+        """Refuse adapters that a call names if the encoder does not have their window now.
+
+        Raises:
+            ValueError: The encoder has the window of the active adapter, and they take another one.
+        """
+        window_s = common_window(self.windows.get(name) for name in route.names)
+        active_s = common_window(self.windows.get(name) for name in self.active_adapters)
+        if window_s != active_s:
+            raise ValueError(
+                f"The adapters of this call take {window_text(window_s)}, and the active adapter takes "
+                f"{window_text(active_s)}, to which the encoder is set. First call set_adapter with one of "
+                f"{[*route.adapters]}."
+            )
+
     def _runs_in_layers(self) -> bool:
         """Whether an active adapter has parameters inside the encoder layers."""
         inside = [module for module in self.modules() if isinstance(module, (ELPSublayer, ELPNorm))]
@@ -170,10 +185,12 @@ class ELPStack(ELPLayer):
         """
         self.check_depth()
         self._keep_processes_in_step()
+        route = None if self.disable_adapters else current_route.get()
+        if route is not None and self.windows:
+            self._check_window(route)
         shared = None if self.disable_adapters else readers_of_pass()
         if shared is not None and shared.output is not None:
             return another(shared.output, shared.ends[shared.task])
-        route = None if self.disable_adapters else current_route.get()
         if route is not None and route.whole is None:
             # The attention mask is not cut where Whisper drops recordings from a batch.
             inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]

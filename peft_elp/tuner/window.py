@@ -76,9 +76,14 @@ def common_window(windows_s: Iterable[int | None]) -> int | None:
     """
     windows = set(windows_s)
     if len(windows) > 1:
-        lengths = " and ".join("the whole window" if one is None else f"{one} s" for one in windows)
-        raise ValueError(f"The active adapters take windows of different lengths: {lengths}. Activate one of them.")
+        lengths = " and ".join(sorted(map(window_text, windows)))
+        raise ValueError(f"These adapters take windows of different lengths: {lengths}. Use one of them at a time.")
     return windows.pop() if windows else None
+
+
+def window_text(window_s: int | None) -> str:
+    """How an error names a window."""
+    return "the whole window" if window_s is None else f"a window of {window_s} s"
 
 
 class FirstPositions(nn.Embedding):
