@@ -248,6 +248,27 @@ def test_two_threads_on_one_model_agree_with_serial_runs():
     assert failures == []
 
 
+@pytest.mark.parametrize("switch", ["set_adapter", "enable_adapter_layers"])
+@pytest.mark.parametrize("options", [{}, {"adapter_names": ["default"] * 3}], ids=["one adapter", "names"])
+def test_a_call_during_which_another_thread_switches_adapters_gives_no_answer(switch, options):
+    model = shaken(adapted("wavlm", "ForCTC", False)).eval()
+    waveform, mask = waveforms()
+    layer = model.get_base_model().wavlm.encoder.layers[1]
+
+    def switch_meanwhile(*_):
+        thread = threading.Thread(target=getattr(model.base_model, switch), args=("default",) * (switch[0] == "s"))
+        thread.start()
+        thread.join()
+
+    with torch.no_grad():
+        expected = result(model(waveform, attention_mask=mask, **options))
+        handle = layer.register_forward_pre_hook(switch_meanwhile)
+        with pytest.raises(RuntimeError, match="switched in another thread while this call ran.*Pass adapter_names"):
+            model(waveform, attention_mask=mask, **options)
+        handle.remove()
+        assert torch.equal(result(model(waveform, attention_mask=mask, **options)), expected)
+
+
 def test_a_call_that_fails_leaves_no_trace():
     model = shaken(adapted("wavlm", "ForCTC", False))
     waveform, mask = waveforms()

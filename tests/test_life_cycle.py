@@ -49,6 +49,8 @@ class Two(nn.Module):
         (build, {"exclude_modules": r".*feed_forward"}, "No E-adapter would be placed"),
         (build, {"exclude_modules": r".*layers\.0\..*", "l_layers": [0], "l_output": "head"},
          "No E-adapter would be placed.*behind the last tapped one"),
+        (build, {"exclude_modules": "("}, r"exclude_modules='\(' is not a regular expression: missing \)"),
+        (build, {"exclude_modules": r"(\w|\w\w|\w\w\w|\.)+\d\d"}, "takes too long to match. Write a list of paths"),
         (build, {"e_layers": [0, 1], "l_layers": [0], "l_output": "head"},
          r"e_layers=\[0, 1\] names \[1\].*nothing reads the layers behind it.*l_output='residual'"),
         (build, {"adapter_name": "encoder"}, "cannot be named 'encoder'"),

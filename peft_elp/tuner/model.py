@@ -62,11 +62,14 @@ class ELPModel(BaseTuner):
         self._alone = isinstance(peft_config, PeftConfig)
         self._switched: tuple[list[Head], list[ELPLayer]] | None = None
         self._watched: frozenset[str] = frozenset()  # The adapters whose first training step was watched.
+        self._switches = 0  # Counts the starts and the ends of switching: odd while adapters are being switched.
         super().__init__(model, peft_config, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Version 0.1 pickled other private attributes.
-        super().__setstate__({"_watched": frozenset(), "_alone": state.get("_direct", False), **state})
+        super().__setstate__(
+            {"_watched": frozenset(), "_switches": 0, "_alone": state.get("_direct", False), **state}
+        )
 
     def inject_adapter(
         self,
@@ -143,11 +146,13 @@ class ELPModel(BaseTuner):
         Raises:
             TypeError: `adapter_names` is not a list of names.
             ValueError: The model is in training mode, or an adapter does not exist.
+            RuntimeError: Another thread switched adapters during the call.
         """
         self._watch(self.active_adapters)
         names = kwargs.get("adapter_names")
         if names is None:
-            yield
+            with self._refuse_switching():
+                yield
             return
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"adapter_names is a list with one adapter name per utterance, got {names!r}.")
@@ -161,8 +166,27 @@ class ELPModel(BaseTuner):
             raise ValueError(f"{unknown_adapter(unknown, self.peft_config)} {BASE!r} stands for the backbone alone.")
         generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
         repeats = [kwargs.get(name, getattr(generation, name, None)) for name in ("num_beams", "num_return_sequences")]
-        with current_route.set(Route(names, max(1, *(number or 1 for number in repeats)))):
+        with self._refuse_switching(), current_route.set(Route(names, max(1, *(number or 1 for number in repeats)))):
             yield
+
+    @contextmanager
+    def _refuse_switching(self) -> Iterator[None]:
+        """Raise an error if adapters are switched while the block runs, which only another thread can do."""
+        before = None if torch.compiler.is_compiling() else self._switches
+        yield
+        if before is not None and (before % 2 or before != self._switches):
+            raise RuntimeError(
+                "Adapters were switched in another thread while this call ran, so its answer may mix adapters. Pass "
+                "adapter_names instead of switching, or hold a lock around the switch and the call."
+            )
+
+    @contextmanager
+    def _switching(self) -> Iterator[None]:
+        self._switches += 1
+        try:
+            yield
+        finally:
+            self._switches += 1
 
     def _watch(self, adapter_names: Sequence[str]) -> None:
         """Say so if the first training step with these adapters does not reach all that they train."""
@@ -201,11 +225,18 @@ class ELPModel(BaseTuner):
         for layer in layers:
             if isinstance(layer, ELPStack):
                 layer.check_set_adapter(names)
-        for head, name in zip(heads, copies, strict=True):
-            head.set_adapter([name] if name and name in head.modules_to_save else [], inference_mode=inference_mode)
-        for layer in layers:
-            layer.set_adapter(adapter_name, inference_mode=inference_mode)
-        self.active_adapter = adapter_name
+        with self._switching():
+            for head, name in zip(heads, copies, strict=True):
+                own = [name] if name and name in head.modules_to_save else []
+                head.set_adapter(own, inference_mode=inference_mode)
+            for layer in layers:
+                layer.set_adapter(adapter_name, inference_mode=inference_mode)
+            self.active_adapter = adapter_name
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        # The private method behind `disable_adapter` and `enable_adapter_layers`.
+        with self._switching():
+            super()._enable_adapter_layers(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was active, the first of the others becomes active.
