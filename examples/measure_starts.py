@@ -1,10 +1,13 @@
-"""Measure how adapters start: what an L-adapter reads best, what fresh adapters cost, which rates E-adapters take.
+"""Measure how adapters start: what an L-adapter reads best, what fresh adapters cost, which rates E-adapters take,
+and how many pseudo features pay off.
 
     python examples/measure_starts.py taps --model_name_or_path openai/whisper-tiny.en \
         --verification recordings/commands_ar --emotions recordings/emotion_emodb
     python examples/measure_starts.py fresh --model_name_or_path openai/whisper-tiny.en \
         --recordings recordings/asr_kathleen --text_column_name transcription
     python examples/measure_starts.py rates --model_name_or_path openai/whisper-tiny.en \
+        --recordings recordings/commands_ar --window_s 1
+    python examples/measure_starts.py lengths --model_name_or_path openai/whisper-tiny.en \
         --recordings recordings/commands_ar --window_s 1
 
 The folders are in `audiofolder` layout, with a table `metadata.csv` in each split. docs/reference/starts.md has the
@@ -40,7 +43,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from peft_elp import ELPConfig, create_optimizer, recipes
+from peft_elp import ELPConfig, count_parameters, create_optimizer, recipes
 from peft_elp.adapters import LAdapter
 from peft_elp.data import read_trials
 from peft_elp.metrics import cosine_scores, equal_error_rate
@@ -246,29 +249,46 @@ HEAD_RATE = 1e-3
 STARTS: dict[str, Any] = {"the default start": True, "the paper's start": "paper"}
 
 
-def final_loss(args: argparse.Namespace, clips: Sequence[Clip], start: Any, rate: float, seed: int) -> float:
-    """The mean loss of the last 10 steps of training E-adapters at `rate`, and the head."""
+def train_words(
+    args: argparse.Namespace, clips: Sequence[Clip], options: dict[str, Any], rates: dict[str, float], seed: int
+) -> tuple[Any, Callable[[Sequence[Clip]], Any], list[float]]:
+    """Train adapters and a head to name the class of a clip, at the rates of their parts.
+
+    Returns:
+        The model; what makes a batch for it from clips; and the loss of each step.
+    """
     name, names = args.model_name_or_path, sorted({clip.row[args.label_column_name] for clip in clips})
     window = {} if args.window_s is None else {"chunk_length": args.window_s}
     extractor = AutoFeatureExtractor.from_pretrained(name, **window)
     set_seed(seed)
     model = AutoModelForAudioClassification.from_pretrained(name, num_labels=len(names), dtype=torch.float32)
-    config = ELPConfig(adapters="E", e_dim=128, train_layer_norms=False, init_weights=start, window_s=args.window_s)
-    model = get_peft_model(model, config).train()
+    model = get_peft_model(model, ELPConfig(**options, window_s=args.window_s)).train()
     collate = recipes.Collator(extractor, model)
-    optimizer = create_optimizer(model, rates={"head": HEAD_RATE, "E": rate})
+
+    def batch_of(clips: Sequence[Clip]) -> Any:
+        return collate(
+            [{"audio": clip.data, "labels": names.index(clip.row[args.label_column_name])} for clip in clips]
+        )
+
+    trained = [part for part, number in count_parameters(model).items() if number]
+    optimizer = create_optimizer(model, rates={part: rates[part] for part in trained})
     schedule = get_constant_schedule_with_warmup(optimizer, args.steps // 10)
     order = itertools.chain.from_iterable(torch.randperm(len(clips)).tolist() for _ in itertools.count())
     losses = []
     for _ in range(args.steps):
-        batch = [clips[number] for number in itertools.islice(order, 8)]
-        rows = [{"audio": clip.data, "labels": names.index(clip.row[args.label_column_name])} for clip in batch]
-        loss = model(**collate(rows)).loss
+        loss = model(**batch_of([clips[number] for number in itertools.islice(order, 8)])).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+    return model.eval(), batch_of, losses
+
+
+def final_loss(args: argparse.Namespace, clips: Sequence[Clip], start: Any, rate: float, seed: int) -> float:
+    """The mean loss of the last 10 steps of training E-adapters at `rate`, and the head."""
+    options = {"adapters": "E", "e_dim": 128, "train_layer_norms": False, "init_weights": start}
+    _, _, losses = train_words(args, clips, options, {"head": HEAD_RATE, "E": rate}, seed)
     return statistics.mean(losses[-10:])
 
 
@@ -287,12 +307,48 @@ def measure_rates(args: argparse.Namespace) -> None:
         print(f"{what}: {values}; better than the head alone at {better} of {len(losses)} rates", flush=True)
 
 
+# lengths: pseudo features alone, and beside E and L ------------------------------------------------------------------
+
+LENGTHS = (0, 1, 4, 16)
+P_RATES = (1e-3, 1e-2)
+
+
+@torch.no_grad()
+def word_error(model: Any, batch_of: Callable[[Sequence[Clip]], Any], clips: Sequence[Clip]) -> float:
+    """How many of the clips get a wrong class, in per cent."""
+    wrong = [
+        model(**batch).logits.argmax(-1) != batch["labels"]
+        for batch in (batch_of(clips[start : start + 8]) for start in range(0, len(clips), 8))
+    ]
+    return 100 * torch.cat(wrong).float().mean().item()
+
+
+def measure_lengths(args: argparse.Namespace) -> None:
+    train, validation, test = (read_clips(args.recordings, split) for split in ("train", "validation", "test"))
+    for letters, length in itertools.product(("", "EL"), args.lengths):
+        options = {"adapters": letters + "P" * bool(length), "e_dim": 128, "l_dim": 128, "p_length": length or 1}
+        if not options["adapters"]:  # The head alone: E-adapters start as the identity, and stay so at such a rate.
+            options |= {"adapters": "E", "train_layer_norms": False}
+        results = {}  # of each rate: errors on validation, errors on test
+        for rate in P_RATES if length else P_RATES[:1]:
+            rates = {"head": HEAD_RATE, "L": 1e-3, "layer norms": 1e-3, "P": rate, "E": 1e-3 if letters else 1e-12}
+            errors = []
+            for seed in args.seeds:
+                model, batch_of, _ = train_words(args, train, options, rates, seed)
+                errors.append([word_error(model, batch_of, held) for held in (validation, test)])
+            results[rate] = list(zip(*errors, strict=True))
+        rate = min(results, key=lambda rate: statistics.mean(results[rate][0]))
+        held = " / ".join(f"{np.mean(errors):.1f} ± {np.std(errors, ddof=1):.1f}" for errors in results[rate])
+        print(f"{letters}P, {length} rows: error {held} (validation / test), rate {rate:g}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one measurement and print its results. `argv` defaults to the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True)
-    taps, fresh, rates = (kinds.add_parser(name) for name in ("taps", "fresh", "rates"))
-    for kind, measure in ((taps, measure_taps), (fresh, measure_fresh), (rates, measure_rates)):
+    taps, fresh, rates, lengths = (kinds.add_parser(name) for name in ("taps", "fresh", "rates", "lengths"))
+    measures = (taps, measure_taps), (fresh, measure_fresh), (rates, measure_rates), (lengths, measure_lengths)
+    for kind, measure in measures:
         kind.set_defaults(measure=measure)
         kind.add_argument("--model_name_or_path", required=True, help="An encoder, or for `fresh` a recogniser.")
     taps.add_argument("--verification", type=Path, help="Folder with a column speaker_id, and trials.csv over test.")
@@ -304,12 +360,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     fresh.add_argument("--recordings", type=Path, required=True, help="Folder with a split test.")
     fresh.add_argument("--text_column_name", default="text", help="Column with the text.")
     fresh.add_argument("--max_clips", type=int, help="Read this many clips.")
-    rates.add_argument("--recordings", type=Path, required=True, help="Folder with a split train.")
-    rates.add_argument("--label_column_name", default="label", help="Column with the classes.")
-    rates.add_argument("--window_s", type=int, help="Cut a fixed window, such as Whisper's 30 s, to this.")
-    rates.add_argument("--steps", type=int, default=60)
+    for kind, seeds in ((rates, [0]), (lengths, [0, 1, 2])):
+        kind.add_argument("--recordings", type=Path, required=True, help="Folder with the splits of other commands.")
+        kind.add_argument("--label_column_name", default="label", help="Column with the classes.")
+        kind.add_argument("--window_s", type=int, help="Cut a fixed window, such as Whisper's 30 s, to this.")
+        kind.add_argument("--steps", type=int, default=60)
+        kind.add_argument("--seeds", type=int, nargs="+", default=seeds)
     rates.add_argument("--rates", type=float, nargs="+", default=RATES)
-    rates.add_argument("--seeds", type=int, nargs="+", default=[0])
+    lengths.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     args = parser.parse_args(argv)
     # Hide what Transformers says about each tensor of a new head.
     logging.disable_progress_bar()

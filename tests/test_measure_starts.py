@@ -103,3 +103,13 @@ def test_each_start_is_trained_at_each_rate(recogniser, recordings, capsys):
     pattern = rf".+: {NUMBER} at 0.0001, {NUMBER} at 0.01; better than the head alone at \d of 2 rates"
     assert all(re.fullmatch(pattern, line) for line in starts)
     assert len(starts) == 2
+
+
+def test_each_length_is_trained_with_e_and_l_and_without(recogniser, recordings, capsys):
+    window = ["--window_s", "1"] if "whisper" in str(recogniser) else []
+    words = ["--model_name_or_path", str(recogniser), "--recordings", str(recordings), *window]
+    measure_starts.main(["lengths", *words, "--steps", "2", "--lengths", "0", "2", "--seeds", "0", "1"])
+    errors = rf"error {NUMBER} ± {NUMBER} / {NUMBER} ± {NUMBER} \(validation / test\), rate 0.0+1"
+    lines = capsys.readouterr().out.splitlines()
+    for start, line in zip(["P, 0 rows", "P, 2 rows", "ELP, 0 rows", "ELP, 2 rows"], lines, strict=True):
+        assert re.match(rf"{start}: {errors}", line)
