@@ -7,10 +7,11 @@ Processing Tasks" ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)), and it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .pseudo import RealFrames, end_of, row_places, start_of
 from .shapes import FrameMask, HiddenStates, JoinedMask, JoinedStates, LayerShares, TapFrames
@@ -46,6 +47,18 @@ def _linear(in_features: int, out_features: int, init_std: float | None) -> nn.L
     return linear
 
 
+def _run_again_in_backward(part: Callable[..., Tensor], dropout: nn.Dropout, x: Tensor, *args: Tensor) -> Tensor:
+    """Call `part(x, *args)`, keep nothing but the arguments for the backward pass, and call it again there.
+
+    Under `torch.compile`, the compiler decides what to keep.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return part(x, *args)
+    output = checkpoint(part, x, *args, use_reentrant=False, preserve_rng_state=dropout.training and dropout.p > 0)
+    assert isinstance(output, Tensor)
+    return output
+
+
 class EAdapter(nn.Module):
     """Encoder adapter: a residual bottleneck on the output of one feed-forward (or attention) module.
 
@@ -53,6 +66,8 @@ class EAdapter(nn.Module):
     ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). With the paper's initialisation, the default, the branch
     enters `norm` so small that its `eps` of 1e-5 keeps it near zero: a fresh adapter is near the identity, not exactly
     it. With `init_std=None, norm_gain=0.0` it is exactly the identity.
+
+    The backward pass computes what follows `down` again, so that a training step keeps `z` and the bottleneck only.
 
     Args:
         hidden_size: Width of the backbone's hidden states.
@@ -92,7 +107,10 @@ class EAdapter(nn.Module):
         nn.init.constant_(self.norm.weight, norm_gain)
 
     def forward(self, z: HiddenStates) -> HiddenStates:
-        return z + self.norm(self.up(self.dropout(self.activation(self.down(z)))))
+        return z + _run_again_in_backward(self._branch, self.dropout, self.down(z))
+
+    def _branch(self, h: Tensor) -> HiddenStates:
+        return self.norm(self.up(self.dropout(self.activation(h))))
 
 
 class Tap(nn.Module):
@@ -130,10 +148,26 @@ class Tap(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(tap_size)
 
-    def forward(self, x: HiddenStates) -> TapFrames:
-        if self.input_norm:
-            x = nn.functional.layer_norm(x, x.shape[-1:])
-        return self.norm(self.dropout(self.activation(self.down(x))))
+    def forward(self, x: HiddenStates, share: Tensor | None = None, keep_input_only: bool = False) -> TapFrames:
+        """`A_l`, times the weight of its layer if that is given.
+
+        The backward pass computes what follows `down` again. With `keep_input_only` it computes all of it again: less
+        memory where `x` is kept anyway, for another product with the matrix of `down`.
+        """
+        args = () if share is None else (share,)
+        if keep_input_only:
+            return _run_again_in_backward(self._from_input, self.dropout, x, *args)
+        return _run_again_in_backward(self._from_product, self.dropout, self._product(x), *args)
+
+    def _product(self, x: HiddenStates) -> Tensor:
+        return self.down(nn.functional.layer_norm(x, x.shape[-1:]) if self.input_norm else x)
+
+    def _from_product(self, h: Tensor, share: Tensor | None = None) -> TapFrames:
+        y = self.norm(self.dropout(self.activation(h)))
+        return y if share is None else share * y
+
+    def _from_input(self, x: HiddenStates, share: Tensor | None = None) -> TapFrames:
+        return self._from_product(self._product(x), share)
 
 
 class LAdapter(nn.Module):
@@ -211,20 +245,22 @@ class TapSum:
 
     Args:
         adapter: The L-adapter whose taps are summed.
+        keep_inputs_only: Passed to each tap: whether a training step keeps nothing of it but its input.
 
     Raises:
         RuntimeError: From `check()` and `result()`, where a tap was not added exactly once.
     """
 
-    def __init__(self, adapter: LAdapter) -> None:
+    def __init__(self, adapter: LAdapter, keep_inputs_only: bool = False) -> None:
         self.adapter = adapter
+        self.keep_inputs_only = keep_inputs_only
         self.shares = adapter.shares()
         self.seen: list[int] = []
         self.total: Tensor | None = None
 
     def add(self, tap: int, x: HiddenStates) -> None:
         """Add the tap with number `tap` (0-based, among the tapped layers) of hidden states `x`."""
-        term = self.shares[tap] * self.adapter.taps[tap](x)
+        term = self.adapter.taps[tap](x, self.shares[tap], self.keep_inputs_only)
         self.total = term if self.total is None else self.total + term
         self.seen.append(tap)
 

@@ -53,6 +53,70 @@ def test_a_tap_with_input_norm_reads_what_a_layer_norm_without_parameters_gives(
     assert (normed(layers) - plain(layers)).abs().max() > 1e-3
 
 
+def kept(run):
+    """The widths of the frames, 2 x 5 of them, that a call keeps for its backward pass."""
+    widths = []
+
+    def pack(tensor):
+        if tensor.numel() > 30:  # no statistics of norms, weights or biases
+            widths.append(tensor.numel() // 10)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sorted(widths)
+
+
+def test_a_training_step_keeps_the_input_and_the_bottleneck_only():
+    z = torch.randn(2, 5, 6)
+    assert kept(lambda: EAdapter(hidden_size=6, bottleneck_size=4)(z)) == [4, 6]
+    tap = LAdapter(hidden_size=6, num_taps=1, tap_size=4).taps[0]
+    assert kept(lambda: tap(z, torch.ones(()))) == [4, 6]
+    assert kept(lambda: tap(z, torch.ones(()), True)) == [6]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("part", ["E", "tap", "tap with input norm", "tap that keeps its input only"])
+def test_what_is_computed_again_has_the_gradients_of_the_formula(part, dropout):
+    torch.manual_seed(0)
+    if part == "E":
+        adapter = EAdapter(hidden_size=6, bottleneck_size=4, dropout=dropout, init_std=None)
+    else:
+        options = {"dropout": dropout, "init_std": None, "input_norm": "norm" in part}
+        adapter = LAdapter(hidden_size=6, num_taps=1, tap_size=4, **options).taps[0]
+    adapter.double()
+    x, share = torch.randn(2, 5, 6, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+
+    def formula(x, share, *parameters):
+        values = dict(zip(dict(adapter.named_parameters()), parameters, strict=True))
+        torch.manual_seed(1)
+        inside = nn.functional.layer_norm(x, (6,)) if "norm" in part else x
+        h = nn.functional.linear(inside, values["down.weight"], values["down.bias"])
+        h = nn.functional.dropout(nn.functional.gelu(h), dropout)
+        if part == "E":
+            h = nn.functional.linear(h, values["up.weight"], values["up.bias"])
+        y = nn.functional.layer_norm(h, h.shape[-1:], values["norm.weight"], values["norm.bias"])
+        return x + y if part == "E" else share * y
+
+    def module(x, share, *parameters):
+        args = () if part == "E" else (share, "input only" in part)
+        values = dict(zip(dict(adapter.named_parameters()), parameters, strict=True))
+        torch.manual_seed(1)
+        return torch.func.functional_call(adapter, values, (x, *args))
+
+    inputs = [value.detach().requires_grad_() for value in (x, share, *adapter.parameters())]
+    used = [value for value in inputs if part != "E" or value.dim()]
+    output, expected = module(*inputs), formula(*inputs)
+    assert torch.equal(output, expected)
+    upstream = torch.randn_like(output)
+    for found, plain in zip(
+        torch.autograd.grad(output, used, upstream), torch.autograd.grad(expected, used, upstream), strict=True
+    ):
+        torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
+    if not dropout:
+        assert torch.autograd.gradcheck(module, inputs, fast_mode=True)
+
+
 def test_a_missing_tap_is_noticed():
     adapter = LAdapter(hidden_size=6, num_taps=3, tap_size=4)
     taps = TapSum(adapter)

@@ -72,9 +72,14 @@ def refuse_unloaded(model: nn.Module, args: tuple[Any, ...]) -> None:
         model._forward_pre_hooks.pop(key, None)
 
 
+def checkpointing(layer: nn.Module) -> bool:
+    """Whether gradient checkpointing is on for this layer: a training step keeps only its input."""
+    return layer.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
+
+
 def reentrant_checkpointing(layer: nn.Module) -> bool:
     """Whether gradient checkpointing is on for this layer in its re-entrant form."""
-    if not getattr(layer, "gradient_checkpointing", False):
+    if not checkpointing(layer):
         return False
     # Transformers keeps the partial of torch.utils.checkpoint.checkpoint that a layer uses in this private attribute.
     # Without the keyword, PyTorch checkpoints in the re-entrant form.

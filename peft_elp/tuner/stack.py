@@ -19,7 +19,7 @@ from peft_elp.call.shared_pass import SharedPass, readers_of_pass
 from peft_elp.call.stack_call import Reader, StackCall, current_call
 from peft_elp.pseudo import RealFrames, join_each
 
-from .guards import reentrant_checkpointing
+from .guards import checkpointing, reentrant_checkpointing
 from .head_config import TaskHead
 from .layerdrop import LayerDrop
 from .layers import ELPLayer, ELPNorm, ELPSublayer, TappedLayer, Wrapper
@@ -240,7 +240,9 @@ class ELPStack(ELPLayer):
     def _reader(self, name: str, rows: Callable[[Tensor], Tensor] | None = None) -> Reader:
         adapter = self.elp_l[name]
         assert isinstance(adapter, LAdapter)
-        return Reader(TapSum(adapter), {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}, rows)
+        # What a checkpointed layer keeps is the output of the layer before it, which is the input of a tap.
+        taps = TapSum(adapter, keep_inputs_only=checkpointing(self._first_layer))
+        return Reader(taps, {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}, rows)
 
     def _carried_rows(self, route: Route | None, names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The pseudo features that travel through the layers, and how many each utterance has if that differs."""
@@ -305,12 +307,14 @@ class ELPStack(ELPLayer):
             value = getattr(value, name)
         return value if path else None
 
+    @property
+    def _first_layer(self) -> nn.Module:
+        layer = self.encoder_layers[0]
+        return layer.base_layer if isinstance(layer, Wrapper) else layer
+
     def _loses_gradients(self) -> bool:
         """Whether re-entrant checkpointing is on, which loses gradients inside layers whose input needs none."""
-        if not (self.training and torch.is_grad_enabled()):
-            return False
-        layer = self.encoder_layers[0]
-        if not reentrant_checkpointing(layer.base_layer if isinstance(layer, Wrapper) else layer):
+        if not reentrant_checkpointing(self._first_layer):
             return False
         if not self.family.reentrant_checkpointing:
             raise RuntimeError(
