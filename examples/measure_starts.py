@@ -1,5 +1,4 @@
-"""Measure how adapters start: what an L-adapter reads best, what fresh adapters cost, which rates E-adapters take,
-and how many pseudo features pay off.
+"""Measure how adapters start, which rates they take, and how many pseudo features pay off.
 
     python examples/measure_starts.py taps --model_name_or_path openai/whisper-tiny.en \
         --verification recordings/commands_ar --emotions recordings/emotion_emodb

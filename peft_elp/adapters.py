@@ -7,13 +7,13 @@ Processing Tasks" ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)), and it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .pseudo import RealFrames, end_of, row_places, start_of
+from .recompute import run_again_in_backward
 from .shapes import FrameMask, HiddenStates, JoinedMask, JoinedStates, LayerShares, TapFrames
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -45,18 +45,6 @@ def _linear(in_features: int, out_features: int, init_std: float | None) -> nn.L
         nn.init.normal_(linear.weight, std=init_std)
         nn.init.zeros_(linear.bias)
     return linear
-
-
-def _run_again_in_backward(part: Callable[..., Tensor], dropout: nn.Dropout, x: Tensor, *args: Tensor) -> Tensor:
-    """Call `part(x, *args)`, keep nothing but the arguments for the backward pass, and call it again there.
-
-    Under `torch.compile`, the compiler decides what to keep.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return part(x, *args)
-    output = checkpoint(part, x, *args, use_reentrant=False, preserve_rng_state=dropout.training and dropout.p > 0)
-    assert isinstance(output, Tensor)
-    return output
 
 
 class EAdapter(nn.Module):
@@ -107,7 +95,10 @@ class EAdapter(nn.Module):
         nn.init.constant_(self.norm.weight, norm_gain)
 
     def forward(self, z: HiddenStates) -> HiddenStates:
-        return z + _run_again_in_backward(self._branch, self.dropout, self.down(z))
+        h = self.down(z)
+        if not h.requires_grad:
+            return z + self._branch(h)
+        return z + run_again_in_backward(self._branch, self.norm.weight, self.dropout, h)
 
     def _branch(self, h: Tensor) -> HiddenStates:
         return self.norm(self.up(self.dropout(self.activation(h))))
@@ -154,19 +145,21 @@ class Tap(nn.Module):
         The backward pass computes what follows `down` again. With `keep_input_only` it computes all of it again: less
         memory where `x` is kept anyway, for another product with the matrix of `down`.
         """
-        args = () if share is None else (share,)
         if keep_input_only:
-            return _run_again_in_backward(self._from_input, self.dropout, x, *args)
-        return _run_again_in_backward(self._from_product, self.dropout, self._product(x), *args)
+            return run_again_in_backward(self._from_input, self.norm.weight, self.dropout, x, share)
+        h = self._product(x)
+        if not h.requires_grad:
+            return self._from_product(h, share)
+        return run_again_in_backward(self._from_product, self.norm.weight, self.dropout, h, share)
 
     def _product(self, x: HiddenStates) -> Tensor:
         return self.down(nn.functional.layer_norm(x, x.shape[-1:]) if self.input_norm else x)
 
-    def _from_product(self, h: Tensor, share: Tensor | None = None) -> TapFrames:
+    def _from_product(self, h: Tensor, share: Tensor | None) -> TapFrames:
         y = self.norm(self.dropout(self.activation(h)))
         return y if share is None else share * y
 
-    def _from_input(self, x: HiddenStates, share: Tensor | None = None) -> TapFrames:
+    def _from_input(self, x: HiddenStates, share: Tensor | None) -> TapFrames:
         return self._from_product(self._product(x), share)
 
 

@@ -98,23 +98,39 @@ def test_what_is_computed_again_has_the_gradients_of_the_formula(part, dropout):
         y = nn.functional.layer_norm(h, h.shape[-1:], values["norm.weight"], values["norm.bias"])
         return x + y if part == "E" else share * y
 
-    def module(x, share, *parameters):
-        args = () if part == "E" else (share, "input only" in part)
-        values = dict(zip(dict(adapter.named_parameters()), parameters, strict=True))
+    def module(x, share):
         torch.manual_seed(1)
-        return torch.func.functional_call(adapter, values, (x, *args))
+        return adapter(x) if part == "E" else adapter(x, share, "input only" in part)
 
-    inputs = [value.detach().requires_grad_() for value in (x, share, *adapter.parameters())]
-    used = [value for value in inputs if part != "E" or value.dim()]
-    output, expected = module(*inputs), formula(*inputs)
+    parameters = list(adapter.parameters())
+    x, share = x.requires_grad_(), share.requires_grad_()
+    output, expected = module(x, share), formula(x, share, *parameters)
     assert torch.equal(output, expected)
+    inputs = [x, *([] if part == "E" else [share]), *parameters]
     upstream = torch.randn_like(output)
     for found, plain in zip(
-        torch.autograd.grad(output, used, upstream), torch.autograd.grad(expected, used, upstream), strict=True
+        torch.autograd.grad(output, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
     if not dropout:
-        assert torch.autograd.gradcheck(module, inputs, fast_mode=True)
+        assert torch.autograd.gradcheck(module, [x, share], fast_mode=True)
+        assert torch.autograd.gradgradcheck(module, [x, share], fast_mode=True)
+
+
+def test_borrowed_weights_and_transforms_have_gradients_too():
+    adapter, z = EAdapter(hidden_size=6, bottleneck_size=4, init_std=None), torch.randn(2, 5, 6)
+    others = {name: torch.randn_like(value).requires_grad_() for name, value in adapter.named_parameters()}
+
+    def loss(values):
+        return torch.func.functional_call(adapter, values, (z,)).square().sum()
+
+    found = torch.func.grad(loss)({name: value.detach() for name, value in others.items()})
+    borrowed = torch.autograd.grad(loss(others), list(others.values()))
+    adapter.load_state_dict(others)
+    own = torch.autograd.grad(adapter(z).square().sum(), list(adapter.parameters()))
+    for name, one, other in zip(others, borrowed, own, strict=True):
+        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(found[name], other)
 
 
 def test_a_missing_tap_is_noticed():

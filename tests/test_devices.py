@@ -117,7 +117,9 @@ def of_torchao(model):
 def test_a_model_that_is_quantised_for_the_cpu_answers_as_before(adapters, quantise):
     model = adapted(build("hubert", "ForSequenceClassification"), adapters)
     small = quantise(copy.deepcopy(model))
-    assert sum(isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter for module in small.modules()) == 0
+    assert (
+        sum(isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter for module in small.modules()) == 0
+    )
     scale = logits(model).abs().max()
     torch.testing.assert_close(logits(small) / scale, logits(model) / scale, rtol=0, atol=0.05)
     assert not torch.equal(logits(small), logits(model))

@@ -263,7 +263,7 @@ def test_a_call_during_which_another_thread_switches_adapters_gives_no_answer(sw
     with torch.no_grad():
         expected = result(model(waveform, attention_mask=mask, **options))
         handle = layer.register_forward_pre_hook(switch_meanwhile)
-        with pytest.raises(RuntimeError, match="switched in another thread while this call ran.*Pass adapter_names"):
+        with pytest.raises(RuntimeError, match=r"switched in another thread while this call ran.*Pass adapter_names"):
             model(waveform, attention_mask=mask, **options)
         handle.remove()
         assert torch.equal(result(model(waveform, attention_mask=mask, **options)), expected)

@@ -416,6 +416,19 @@ def test_writing_into_a_tensor_counts():
     expect(parameter._version > before, "Tensor._version does not count writes any more", mend)
 
 
+def test_transforms_of_torch_func_are_noticed():
+    mend = "run_again_in_backward in peft_elp/recompute.py"
+    inside = []
+
+    def look(x):
+        inside.append(torch._C._functorch.peek_interpreter_stack())
+        return x
+
+    expect(torch._C._functorch.peek_interpreter_stack() is None, "An interpreter runs outside of torch.func", mend)
+    torch.func.grad(look)(torch.ones(()))
+    expect(inside[0] is not None, "torch.func runs without an interpreter", mend)
+
+
 def test_batch_norms_have_a_base_class():
     mend = "ELPStack.frozen_norms in tuner/stack.py"
     base = getattr(nn.modules.batchnorm, "_BatchNorm", ())

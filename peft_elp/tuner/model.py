@@ -67,9 +67,7 @@ class ELPModel(BaseTuner):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Version 0.1 pickled other private attributes.
-        super().__setstate__(
-            {"_watched": frozenset(), "_switches": 0, "_alone": state.get("_direct", False), **state}
-        )
+        super().__setstate__({"_watched": frozenset(), "_switches": 0, "_alone": state.get("_direct", False), **state})
 
     def inject_adapter(
         self,
