@@ -19,6 +19,7 @@ from .tuner.find import Encoder, find_encoder
 from .tuner.hotswap import hotswap_adapter
 from .tuner.loading import protect_loading
 from .tuner.model import ELPModel
+from .tuner.prune import prune_taps
 from .tuner.registry import register
 from .tuner.window import shorten_window
 
@@ -46,6 +47,7 @@ __all__ = [
     "get_epochwise_schedule",
     "hotswap_adapter",
     "parameter_groups",
+    "prune_taps",
     "published_factors",
     "published_rates",
     "register_backbone",

@@ -429,6 +429,21 @@ def test_transforms_of_torch_func_are_noticed():
     expect(inside[0] is not None, "torch.func runs without an interpreter", mend)
 
 
+def test_transformers_tells_what_a_call_reports():
+    mend = "_transformers_collects in peft_elp/call/reports.py"
+    capturing = getattr(transformers.utils, "output_capturing", None)
+    if capturing is None:
+        pytest.skip("This version replaces `forward` of the layers")
+    model, seen = build("wavlm", "Model"), []
+    model.encoder.layers[0].register_forward_hook(lambda *_: seen.append(capturing._active_collector.get()))
+    for report in (False, True):
+        model(torch.zeros(1, 2000), output_attentions=report)
+    expect([bool(collected) for collected in seen] == [False, True], "Transformers collects elsewhere", mend)
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    modules = {hook.__module__ for hook in hooks} - {__name__}
+    expect(all(name.startswith("transformers.") for name in modules), f"Hooks are from {modules}", mend)
+
+
 def test_batch_norms_have_a_base_class():
     mend = "ELPStack.frozen_norms in tuner/stack.py"
     base = getattr(nn.modules.batchnorm, "_BatchNorm", ())

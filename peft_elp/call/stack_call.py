@@ -17,7 +17,7 @@ from peft_elp.adapters import TapSum
 from peft_elp.pseudo import Carried, RealFrames
 
 from .context import Current
-from .outputs import hidden_states_of, with_hidden_states
+from .outputs import another, hidden_states_of, with_hidden_states
 from .shared_pass import SharedPass
 
 
@@ -61,6 +61,7 @@ class StackCall:
         readers: The L-adapters in use. Several are in use in a batch that mixes adapters, or if tasks share the pass.
         shared: What the tasks that share the pass have in common, or None.
         last_layer: Number of the stack's last layer.
+        last_run: Number of the last layer that runs. Nothing reads the layers after it.
         ends_in_layer: Whether the sum of taps replaces the output of the last layer, not the output of the stack.
         copy_taps: Whether the stack writes into the outputs of its layers.
         real: Where the real frames are in the stack's input, for each active P-adapter in the order of joining.
@@ -76,6 +77,7 @@ class StackCall:
     readers: tuple[Reader, ...] = ()
     shared: SharedPass | None = None
     last_layer: int = 0
+    last_run: int = 0
     ends_in_layer: bool = False
     copy_taps: bool = False
     real: tuple[RealFrames, ...] = ()
@@ -86,6 +88,7 @@ class StackCall:
     needs_gradient: bool = False
     _carried: Carried | None = None
     _positions: Any = None
+    _last_output: Any = None
 
     def before_layer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Join the pseudo features that are carried through the layers with the frames in a layer's arguments."""
@@ -122,10 +125,16 @@ class StackCall:
         self._mark(x)
         return args, kwargs
 
+    def skipped(self, x: Tensor) -> Any:
+        """What stands for the output of a layer that does not run: its input `x`, with what layers return besides."""
+        return another(self._last_output, x)
+
     def after_layer(self, layer: int, output: Any) -> Any:
         """Split the pseudo features off a layer's output, and read it for the L-adapters."""
         x = hidden_states_of(output)
         self._mark(x)
+        if layer == self.last_run:
+            self._last_output = output
         if self._carried is not None:
             x, self.pseudo = self._carried.split(x)
             output = with_hidden_states(output, x)

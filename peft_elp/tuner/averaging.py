@@ -61,10 +61,11 @@ def combine(model: nn.Module, adapters: Sequence[str], weights: Sequence[float],
         for name, target in targets.items():
             total = torch.zeros_like(target, dtype=torch.float32)
             for source, adapter, weight in zip(sources, adapters, weights, strict=True):
-                total += weight * source[part][_renamed(name, adapter_name, adapter)].float()
+                total += weight * source[part][renamed(name, adapter_name, adapter)].float()
             # A new adapter has the backbone's dtype. PEFT keeps those of a half-precision model in float32.
-            target.data = total.to(sources[0][part][_renamed(name, adapter_name, adapters[0])].dtype)
+            target.data = total.to(sources[0][part][renamed(name, adapter_name, adapters[0])].dtype)
 
 
-def _renamed(name: str, old: str, new: str) -> str:
+def renamed(name: str, old: str, new: str) -> str:
+    """The name of a tensor of adapter `old`, with the name of adapter `new` in its place."""
     return ".".join(new if step == old else step for step in name.split("."))

@@ -211,7 +211,10 @@ class TappedLayer(ELPLayer):
         if call.shared is not None and call.shared.ends:
             output = call.shared.replay(self.index, args[0] if args else kwargs["hidden_states"])
         else:
-            output = self.base_layer(*args, **kwargs)
+            if self.index > call.last_run:
+                output = call.skipped(args[0] if args else kwargs["hidden_states"])
+            else:
+                output = self.base_layer(*args, **kwargs)
             if call.shared is not None and call.ends_in_layer:
                 call.shared.keep(self.index, output)
         return call.after_layer(self.index, output)

@@ -15,6 +15,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from peft_elp.call.reports import asking
 from peft_elp.call.route import BASE, Route, current_route
 from peft_elp.wording import unknown_adapter
 
@@ -149,7 +150,7 @@ class ELPModel(BaseTuner):
         self._watch(self.active_adapters)
         names = kwargs.get("adapter_names")
         if names is None:
-            with self._refuse_switching():
+            with self._refuse_switching(), asking(self.model, args, kwargs):
                 yield
             return
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
@@ -164,7 +165,8 @@ class ELPModel(BaseTuner):
             raise ValueError(f"{unknown_adapter(unknown, self.peft_config)} {BASE!r} stands for the backbone alone.")
         generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
         repeats = [kwargs.get(name, getattr(generation, name, None)) for name in ("num_beams", "num_return_sequences")]
-        with self._refuse_switching(), current_route.set(Route(names, max(1, *(number or 1 for number in repeats)))):
+        route = Route(names, max(1, *(number or 1 for number in repeats)))
+        with self._refuse_switching(), asking(self.model, args, kwargs), current_route.set(route):
             yield
 
     @contextmanager
@@ -185,6 +187,11 @@ class ELPModel(BaseTuner):
             yield
         finally:
             self._switches += 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # The models that PEFT has for a `task_type` call this, with arguments that the hook above does not see.
+        with asking(self.model, args, kwargs):
+            return super().forward(*args, **kwargs)
 
     def _watch(self, adapter_names: Sequence[str]) -> None:
         """Say so if the first training step with these adapters does not reach all that they train."""
@@ -313,13 +320,14 @@ class ELPModel(BaseTuner):
     def _as(self, adapter_name: str, stack: ELPStack, *args: Any, **kwargs: Any) -> Any:
         """Call the model with the settings of an adapter's head, on which its loss depends."""
         model: Any = self.model if stack.disable_adapters else stack.task_head.seen_by(adapter_name, self.model)
-        if not self.training:
-            return model(*args, **kwargs)
-        try:
-            stack.layer_drop.turn_off()
-            return model(*args, **kwargs)
-        finally:
-            stack.follow_adapters()
+        with asking(self.model, args, kwargs):
+            if not self.training:
+                return model(*args, **kwargs)
+            try:
+                stack.layer_drop.turn_off()
+                return model(*args, **kwargs)
+            finally:
+                stack.follow_adapters()
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"

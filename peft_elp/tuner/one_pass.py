@@ -11,6 +11,7 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from peft_elp.call.reports import REPORTS
 from peft_elp.call.route import Route, current_route
 from peft_elp.call.shared_pass import SharedPass, current_pass
 from peft_elp.wording import shortened
@@ -125,7 +126,7 @@ def refuse_reports(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
         ValueError: Hidden states or attentions are asked for.
     """
     config = getattr(model, "config", None)
-    for name in ("output_hidden_states", "output_attentions"):
+    for name in REPORTS:
         asked = kwargs.get(name)
         if asked or (asked is None and getattr(config, name, False)):
             raise ValueError(

@@ -14,6 +14,7 @@ from peft_elp.adapters import LAdapter, TapSum
 from peft_elp.backbones import Backbone
 from peft_elp.call.hidden_states import mark_replaced, without_pseudo_features
 from peft_elp.call.outputs import another, hidden_states_of, with_hidden_states
+from peft_elp.call.reports import are_watched
 from peft_elp.call.route import Route, current_route
 from peft_elp.call.shared_pass import SharedPass, readers_of_pass
 from peft_elp.call.stack_call import Reader, StackCall, current_call
@@ -202,10 +203,12 @@ class ELPStack(ELPLayer):
             pseudo, counts = self._carried_rows(route, names)
         elif names:
             args, kwargs, real = self._with_pseudo_features(route, names, args, kwargs)
+        readers = self._readers(route) if shared is None else _readers_of_all(shared)
         call = StackCall(
-            readers=self._readers(route) if shared is None else _readers_of_all(shared),
+            readers=readers,
             shared=shared,
             last_layer=self.depth - 1,
+            last_run=self._last_run(readers, route, kwargs),
             ends_in_layer=self.family.taps_end == "last layer",
             copy_taps=self.family.tap_in_place,
             real=real,
@@ -227,6 +230,18 @@ class ELPStack(ELPLayer):
             shared.output = another(output, hidden_states_of(output))
         # Carried pseudo features left the frames at the end of each layer.
         return with_hidden_states(output, x if inside else without_pseudo_features(x, call.real))
+
+    def _last_run(self, readers: Sequence[Reader], route: Route | None, kwargs: dict[str, Any]) -> int:
+        """Number of the last layer that runs: the last tapped one, where sums of taps replace all outputs."""
+        last = self.depth - 1
+        if not readers or any(reader.sum.adapter.residual for reader in readers):
+            return last
+        if route is not None and not all(name in self.elp_l for name in route.names):
+            return last
+        last_read = max(max(reader.of_layer) for reader in readers)
+        rest = list(self.encoder_layers)[last_read + 1 :]
+        inside = [layer.base_layer if isinstance(layer, TappedLayer) else layer for layer in rest]
+        return last if are_watched(inside, kwargs, getattr(self.base_layer, "config", None)) else last_read
 
     def _readers(self, route: Route | None) -> tuple[Reader, ...]:
         """The readers of the L-adapters at work."""
