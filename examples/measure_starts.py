@@ -14,6 +14,7 @@ results, and how long each command took.
 """
 
 import argparse
+import copy
 import csv
 import itertools
 import statistics
@@ -177,6 +178,26 @@ def train_reader(
     return reader
 
 
+def pruned(reader: Reader, keep: int) -> Reader:
+    """The reader with the taps that weigh most. A weight of minus infinity is a share of zero."""
+    reader = copy.deepcopy(reader)
+    assert reader.adapter is not None
+    weights = reader.adapter.layer_weights.data
+    weights[weights.argsort(descending=True)[keep:]] = -torch.inf
+    return reader
+
+
+def taps_errors(
+    task: TapsTask, readers: Sequence[Reader], names: Sequence[str], folder: Path, *splits: Sequence[Clip]
+) -> list[list[float]]:
+    """The errors of the readers on each split."""
+    return [[task.error(reader, held, names, folder / "trials.csv") for reader in readers] for held in splits]
+
+
+def in_words(errors: Sequence[Sequence[float]]) -> str:
+    return " / ".join(f"{np.mean(held):.1f} ± {np.std(held, ddof=1):.1f}" for held in errors) + " (validation / test)"
+
+
 def measure_taps(args: argparse.Namespace) -> None:
     model = AutoModel.from_pretrained(args.model_name_or_path, dtype=torch.float32).eval()
     extractor = AutoFeatureExtractor.from_pretrained(args.model_name_or_path)
@@ -187,18 +208,18 @@ def measure_taps(args: argparse.Namespace) -> None:
         train, validation, test = clips.values()
         names = sorted({clip.row[task.column] for clip in train})
         for what, reading in READINGS.items():
-            results = {}  # of each rate: errors on validation, errors on test, layer weights
+            trained, errors = {}, {}  # of each rate
             for rate in args.rates:
-                readers = [train_reader(train, names, task, reading, rate, seed) for seed in args.seeds]
-                results[rate] = [
-                    [task.error(reader, held, names, folder / "trials.csv") for reader in readers]
-                    for held in (validation, test)
-                ]
-                shares = readers[0].adapter.shares().tolist() if readers[0].adapter else []
-                results[rate].append([round(share, 2) for share in shares])
-            rate = min(results, key=lambda rate: statistics.mean(results[rate][0]))
-            errors = " / ".join(f"{np.mean(held):.1f} ± {np.std(held, ddof=1):.1f}" for held in results[rate][:2])
-            print(f"{name}, {what}: error {errors} (validation / test), rate {rate:g}, shares {results[rate][2]}")
+                trained[rate] = [train_reader(train, names, task, reading, rate, seed) for seed in args.seeds]
+                errors[rate] = taps_errors(task, trained[rate], names, folder, validation, test)
+            rate = min(errors, key=lambda rate: statistics.mean(errors[rate][0]))
+            readers = trained[rate]
+            shares = [round(share, 2) for share in readers[0].adapter.shares().tolist()] if readers[0].adapter else []
+            print(f"{name}, {what}: error {in_words(errors[rate])}, rate {rate:g}, shares {shares}", flush=True)
+        for keep in range(len(shares) - 1, 0, -1):  # of the last reading
+            shorter = [pruned(reader, keep) for reader in readers]
+            found = taps_errors(task, shorter, names, folder, validation, test)
+            print(f"{name}, the {keep} taps that weigh most: error {in_words(found)}", flush=True)
 
 
 # fresh: a pre-trained recogniser with adapters that were not trained -------------------------------------------------

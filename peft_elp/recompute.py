@@ -36,7 +36,7 @@ def run_again_in_backward(part: Callable[..., Tensor], weight: Any, dropout: nn.
     if (
         not (torch.is_grad_enabled() and isinstance(weight, nn.Parameter))
         or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
     ):
         return part(*inputs)
     same_mask = dropout.training and dropout.p > 0
