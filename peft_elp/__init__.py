@@ -17,6 +17,7 @@ from .saved.card import describe, write_card
 from .saved.save import protect_saving
 from .tuner.find import Encoder, find_encoder
 from .tuner.hotswap import hotswap_adapter
+from .tuner.layout import speed_up_frozen
 from .tuner.loading import protect_loading
 from .tuner.model import ELPModel
 from .tuner.prune import prune_taps
@@ -52,5 +53,6 @@ __all__ = [
     "published_rates",
     "register_backbone",
     "shorten_window",
+    "speed_up_frozen",
     "write_card",
 ]

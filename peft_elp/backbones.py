@@ -42,6 +42,8 @@ class Backbone:
         tap_in_place: Whether the stack writes into the output of a layer, so that a tap has to copy it.
         pre_norm: Whether a layer ends in its residual sum, so that its output is not normalised. False if it ends in a
             norm, as post-norm layers and conformers do.
+        time_first: In a layer, the modules that read hidden states with time as the first axis: laid out so, frozen
+            layers are faster.
         no_l: Why this family takes no L-adapter. Empty if it does.
         no_p: Why this family takes no P-adapter. Empty if it does.
 
@@ -69,6 +71,7 @@ class Backbone:
     unreached_in: str | None = None
     tap_in_place: bool = False
     pre_norm: bool = False
+    time_first: tuple[str, ...] = ()
     no_l: str = ""
     no_p: str = ""
 
@@ -76,7 +79,8 @@ class Backbone:
 _WAV2VEC2 = Backbone()
 _WAV2VEC2_STABLE = replace(_WAV2VEC2, pre_norm=True)
 # A layer returns position_bias, which the next layer takes by keyword: each recomputation walks its graph again.
-_WAVLM = replace(_WAV2VEC2, reentrant_checkpointing=False)
+# Its attention transposes hidden states and calls `torch.nn.functional.multi_head_attention_forward`.
+_WAVLM = replace(_WAV2VEC2, reentrant_checkpointing=False, time_first=("attention",))
 _CONFORMER = Backbone(
     feed_forward=("ffn1", "ffn2"),
     attention=("self_attn",),

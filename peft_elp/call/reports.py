@@ -61,4 +61,5 @@ def _transformers_collects() -> bool:
 
 def _is_watched(module: nn.Module) -> bool:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return "forward" in vars(module) or not all(hook.__module__.startswith("transformers.") for hook in hooks)
+    ours = ("transformers.", "peft_elp.")
+    return "forward" in vars(module) or not all(hook.__module__.startswith(ours) for hook in hooks)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedModel
 from transformers.utils import logging
 
-from peft_elp import find_encoder
+from peft_elp import find_encoder, speed_up_frozen
 
 from .arguments import ModelArguments
 
@@ -64,7 +64,7 @@ def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
     _refuse_new_encoder(model, model_args.model_name_or_path, [*report["missing_keys"], *resized])
     if new := sorted({key.split(".")[0] for key in [*report["missing_keys"], *resized]}):
         print(f"New in {type(model).__name__}: {', '.join(new)}")  # noqa: T201
-    return model
+    return speed_up_frozen(model)  # whatever the method, so that their times can be compared
 
 
 def _refuse_new_encoder(model: PreTrainedModel, name: str, keys: list[str]) -> None:

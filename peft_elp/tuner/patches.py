@@ -11,12 +11,14 @@ from peft_elp.call.hidden_states import trim_hidden_states
 
 from .first_step import watch_when_trained
 from .guards import refuse_short_utterances, refuse_unloaded
+from .layout import lay_out_time_first
 
 # Everything that is patched onto a user's model: a function is a hook, a string is an attribute of a module. All of it
 # is undone when the last adapter leaves the model.
 PATCHES: tuple[Callable[..., Any] | str, ...] = (
     trim_hidden_states,  # Forward hook of the backbone: its reported hidden states have no pseudo features.
     refuse_short_utterances,  # Forward pre-hook of the backbone: an utterance without a frame is an error.
+    lay_out_time_first,  # Forward pre-hook of attention modules: they get hidden states in their own layout.
     refuse_unloaded,  # Forward pre-hook of the model, without a PeftModel: the adapter's tensors have been loaded.
     watch_when_trained,  # Forward pre-hook of the model, without a PeftModel: the first step reaches all parameters.
     "_requires_grad",  # Of the convolutions: Transformers' private flag that makes them record a graph in training.
