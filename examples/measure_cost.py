@@ -1,37 +1,327 @@
-"""Measure what many adapters on one backbone cost: `python examples/measure_cost.py`.
+"""Measure what adapters cost, on random encoders, because costs do not depend on the weights.
 
-The backbone is a random wav2vec 2.0 of base size (12 layers, 768 wide), because costs do not depend on the weights.
-Prints the time to load and to switch an adapter and its memory, with 2 and with 50 adapters, for ELP and LoRA. Also
-prints the time of one pass for several tasks, next to one pass per task. Takes 2 minutes on 2 CPU cores.
+    python examples/measure_cost.py methods --output cost.json --plot cost.svg
+    python examples/measure_cost.py adapters
+
+`methods` compares ELP with LoRA, full fine-tuning and a head alone, interleaved in one run: trained parameters, the
+size of the saved adapter, the bytes that a training step keeps for its backward pass, floating-point operations, and
+times as ratios. `adapters` measures many adapters on one wav2vec 2.0: loading, switching, memory, and one pass for
+several tasks. docs/reference/cost.md has results.
 """
 
+from __future__ import annotations
+
+import argparse
+import json
+import platform
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import HfArgumentParser, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForAudioClassification, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
-from peft_elp import ELPConfig
+from peft_elp import ELPConfig, find_encoder, recipes
+
+# methods: one training step and one inference of each method ---------------------------------------------------------
+
+WIDTHS = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "tiny": (32, 3, 2, 64)}
+FULL, LORA, Q_AND_V = "full fine-tuning", "LoRA, as many parameters as E+L", "LoRA, r=8 on q and v"
+METHODS: dict[str, dict[str, Any]] = {
+    "head only": {"method": "head"},
+    "weighted sum of layers + head": {"method": "head", "weighted": True},
+    LORA: {"method": "lora"},
+    Q_AND_V: {"method": "lora", "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]},
+    "conventional adapters": {"preset": "conventional"},
+    "E": {"adapters": "E"},
+    "L": {"adapters": "L"},
+    "L without layer norms": {"adapters": "L", "train_layer_norms": False},
+    "L of the lower half without layer norms": {"adapters": "L", "train_layer_norms": False, "half": True},
+    "P": {"adapters": "P"},
+    "E+L": {"adapters": "EL"},
+    "E+L+P": {"adapters": "ELP"},
+    FULL: {"method": "full"},
+}
 
 
 @dataclass
-class Arguments:
-    """The options of the command line."""
+class Cost:
+    """What one method costs.
 
-    adapters: int = field(default=50, metadata={"help": "Adapters of the default size to load."})
-    tasks: int = field(default=4, metadata={"help": "Tasks to run in one pass."})
-    seconds: float = field(default=5.0, metadata={"help": "Length of each utterance."})
-    batch_size: int = field(default=4, metadata={"help": "Utterances in a batch."})
-    repeats: int = field(default=5, metadata={"help": "Repetitions of each timing of a forward pass."})
+    Args:
+        method: Its name.
+        trained: Trained parameters, with the head.
+        file_mb: Size of the saved adapter, or of the trained tensors, in MB.
+        saved_mib: What a training step keeps for its backward pass, in MiB, parameters and buffers apart.
+        forward_gflop: Floating-point operations of the forward pass of a training step, in 10^9.
+        backward_gflop: Those of its backward pass.
+        step_s: Seconds of a training step, in each round.
+        inference_s: Seconds of an inference, in each round.
+        peak_mib: On a GPU, the highest memory of a training step above that of the model, in MiB.
+    """
+
+    method: str
+    trained: int
+    file_mb: float
+    saved_mib: float
+    forward_gflop: float
+    backward_gflop: float
+    step_s: list[float]
+    inference_s: list[float]
+    peak_mib: float | None = None
+
+
+def config_of(args: argparse.Namespace, weighted: bool) -> Any:
+    width, layers, heads, inside = WIDTHS[args.size]
+    if args.family == "whisper":
+        sizes = {
+            "d_model": width,
+            "encoder_layers": layers,
+            "encoder_attention_heads": heads,
+            "encoder_ffn_dim": inside,
+        }
+        sizes |= {"decoder_layers": 1, "max_source_positions": 50 * int(args.seconds)}
+    else:
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        sizes |= {"intermediate_size": inside, "layerdrop": 0.0, "mask_time_prob": 0.0, "num_labels": 4}
+        sizes |= {f"{where}_dropout": args.dropout for where in ("hidden", "attention", "activation", "feat_proj")}
+        if args.size == "large":
+            sizes |= {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
+    return AutoConfig.for_model(args.family, **sizes, use_weighted_layer_sum=weighted)
+
+
+def model_of(args: argparse.Namespace, options: dict[str, Any]) -> Any:
+    """A random model that is prepared for one method."""
+    options = dict(options)
+    torch.manual_seed(0)
+    weighted, half = options.pop("weighted", False), options.pop("half", False)
+    model: Any = AutoModelForAudioClassification.from_config(config_of(args, weighted))
+    if half:
+        options["l_layers"] = list(range(len(find_encoder(model).layers) // 2))
+    if options.get("method") == "lora" and "lora_r" not in options:
+        options["lora_r"] = equal_rank(args)
+    arguments = recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **options})
+    model = recipes.adapt(model.to(args.device), arguments)
+    if weighted:
+        model.layer_weights.requires_grad_(True)
+    if args.dtype == "bfloat16":  # The frozen weights; what is trained stays in float32.
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    if args.gradient_checkpointing:
+        recipes.unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def equal_rank(args: argparse.Namespace) -> int:
+    """The rank at which LoRA on the feed-forward modules trains as much as E+L."""
+    with torch.device("meta"):
+        counts = []
+        for options in ({"adapters": "EL"}, {"method": "lora", "lora_r": 1}):
+            model = AutoModelForAudioClassification.from_config(config_of(args, weighted=False))
+            arguments = recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **options})
+            counts.append(recipes.count_trained(recipes.adapt(model, arguments))["trained_parameters_encoder"])
+    return max(1, round(counts[0] / counts[1]))
+
+
+def inputs_of(args: argparse.Namespace) -> dict[str, Tensor]:
+    """A batch of noise; with `--padded`, its recordings are between half as long and as long as asked."""
+    torch.manual_seed(1)
+    labels = torch.arange(args.batch_size) % 4 if args.family != "whisper" else torch.zeros(args.batch_size).long()
+    if args.family == "whisper":
+        return {"input_features": torch.randn(args.batch_size, 80, 100 * int(args.seconds)), "labels": labels}
+    samples = int(16_000 * args.seconds)
+    batch = {"input_values": torch.randn(args.batch_size, samples), "labels": labels}
+    if args.padded:
+        lengths = torch.linspace(samples // 2, samples, args.batch_size).long()
+        batch["attention_mask"] = (torch.arange(samples) < lengths[:, None]).long()
+    return batch
+
+
+def saved_bytes(model: Any, run: Callable[[], Tensor]) -> int:
+    """The bytes of the tensors that a forward pass keeps for the backward pass, parameters and buffers apart."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # Held, so that no storage is freed and its address used again.
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+class Method:
+    """A model that is trained by one method, and how it runs."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.name, self.args = name, args
+        self.model = model_of(args, METHODS[name])
+        self.call = torch.compile(self.model) if args.compile else self.model
+        self.inputs = {key: value.to(args.device) for key, value in inputs_of(args).items()}
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+
+    def loss(self) -> Tensor:
+        bfloat16 = self.args.autocast or self.args.dtype == "bfloat16"
+        context = torch.autocast(self.args.device.split(":")[0], torch.bfloat16) if bfloat16 else nullcontext()
+        with context:
+            return self.call(**self.inputs).loss
+
+    def step(self) -> None:
+        self.model.train()
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def infer(self) -> None:
+        self.model.eval()
+        self.loss()
+
+    def measure(self) -> Cost:
+        """What can be measured once."""
+        self.model.train()
+        saved = saved_bytes(self.model, self.loss)
+        with FlopCounterMode(display=False) as forward:
+            loss = self.loss()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        with tempfile.TemporaryDirectory() as folder:
+            trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+            if hasattr(self.model, "peft_config"):
+                self.model.save_pretrained(folder)
+            else:
+                torch.save(trained, Path(folder, "trained.pt"))
+            size = sum(path.stat().st_size for path in Path(folder).rglob("*.*t*") if path.suffix != ".json")
+        return Cost(
+            self.name,
+            sum(parameter.numel() for parameter in self.trained),
+            size / 1e6,
+            saved / 2**20,
+            forward.get_total_flops() / 1e9,
+            backward.get_total_flops() / 1e9,
+            [],
+            [],
+        )
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_methods(args: argparse.Namespace) -> None:
+    names = [name for name in METHODS if args.methods is None or name in args.methods]
+    if args.family == "wavlm" and Q_AND_V in names:
+        names.remove(Q_AND_V)
+        print(f"Left out: {Q_AND_V}. WavLM reads these weights without calling their modules, so LoRA never runs.")
+    methods = [Method(name, args) for name in names]
+    costs = [method.measure() for method in methods]
+    for method in methods:  # To warm up, and to compile.
+        method.step()
+        method.infer()
+    for _ in range(args.repeats):
+        for method, cost in zip(methods, costs, strict=True):
+            if args.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            cost.step_s.append(seconds(method.step, args.device))
+            if args.device != "cpu":
+                cost.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+            cost.inference_s.append(seconds(method.infer, args.device))
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if args.device != "cpu":
+        machine = torch.cuda.get_device_name()
+    about = {
+        "encoder": f"{args.family}, {args.size} size",
+        "batch": f"{args.batch_size} x {args.seconds:g} s{', padded' if args.padded else ''}",
+        "dropout": args.dropout,
+        "weights": args.dtype + (" under bfloat16 autocast" if args.autocast else ""),
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "compiled": args.compile,
+        "machine": machine,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print("\n".join(f"{key}: {value}" for key, value in about.items()), end="\n\n")
+    print(table(costs), flush=True)
+    if args.output:
+        args.output.write_text(
+            json.dumps({"about": about, "costs": [asdict(cost) for cost in costs]}, indent=2) + "\n"
+        )
+    if args.plot:
+        plot(costs, args.plot)
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> str:
+    """The median of the ratios of each round, and the range of the middle half of them."""
+    ratios = sorted(a / b for a, b in zip(one, other, strict=True))
+    quarter = len(ratios) // 4
+    return f"{statistics.median(ratios):.2f} ({ratios[quarter]:.2f} to {ratios[-1 - quarter]:.2f})"
+
+
+def table(costs: Sequence[Cost]) -> str:
+    """The costs as a Markdown table, relative to full fine-tuning and to a head alone where these were run."""
+    by_name = {cost.method: cost for cost in costs}
+    full, lora, head = by_name.get(FULL), by_name.get(LORA), by_name.get("head only")
+    lines = [
+        "| method | trained | file, MB | kept, MiB | kept / full | kept / LoRA | GFLOP forward + backward "
+        "| step / full | step / LoRA | inference / head only |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for cost in costs:
+        cells = [cost.method, f"{cost.trained:,}", f"{cost.file_mb:.1f}", f"{cost.saved_mib:.1f}"]
+        cells += [f"{cost.saved_mib / other.saved_mib:.2f}" if other else "" for other in (full, lora)]
+        cells += [f"{cost.forward_gflop:.0f} + {cost.backward_gflop:.0f}"]
+        cells += [ratio(cost.step_s, other.step_s) if other else "" for other in (full, lora)]
+        cells += [ratio(cost.inference_s, head.inference_s) if head else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(costs: Sequence[Cost], file: Path) -> None:
+    """Draw memory against time, relative to full fine-tuning."""
+    from matplotlib.figure import Figure
+
+    full = next(cost for cost in costs if cost.method == FULL)
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for cost in costs:
+        x = statistics.median(a / b for a, b in zip(cost.step_s, full.step_s, strict=True))
+        y = cost.saved_mib / full.saved_mib
+        axes.plot(x, y, "o", color="#c2410c" if cost.method[0] in "ELP" else "#475569")
+        axes.annotate(cost.method, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.set_xlabel("time of a training step / full fine-tuning")
+    axes.set_ylabel("memory kept for the backward pass / full fine-tuning")
+    axes.set_xlim(0, None)
+    axes.set_ylim(0, None)
+    axes.margins(x=0.2)
+    figure.savefig(file)
+
+
+# adapters: many on one backbone, and several tasks in one pass ------------------------------------------------------
 
 
 def backbone() -> Wav2Vec2ForSequenceClassification:
@@ -74,7 +364,7 @@ def many_adapters(method: str, config: PeftConfig, number: int) -> None:
     )
 
 
-def tasks_in_one_pass(args: Arguments) -> None:
+def tasks_in_one_pass(args: argparse.Namespace) -> None:
     names = [f"t{task}" for task in range(args.tasks)]
     config = ELPConfig(adapters="L", train_layer_norms=False)
     model: Any = get_peft_model(backbone(), config, adapter_name=names[0]).eval()
@@ -107,9 +397,7 @@ def tasks_in_one_pass(args: Arguments) -> None:
     )
 
 
-def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # pyright: ignore[reportArgumentType]
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
+def measure_adapters(args: argparse.Namespace) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     many_adapters("ELP", ELPConfig(), args.adapters)
     targets = ["intermediate_dense", "output_dense"]
@@ -117,6 +405,35 @@ def main() -> None:
         "LoRA", LoraConfig(target_modules=targets, modules_to_save=["projector", "classifier"]), args.adapters
     )
     tasks_in_one_pass(args)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one measurement and print its results. `argv` defaults to the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(required=True)
+    methods, adapters = kinds.add_parser("methods"), kinds.add_parser("adapters")
+    for kind, measure, batch_size, length in ((methods, measure_methods, 2, 3), (adapters, measure_adapters, 4, 5)):
+        kind.set_defaults(measure=measure)
+        kind.add_argument("--batch_size", type=int, default=batch_size, help="Utterances in a batch.")
+        kind.add_argument("--seconds", type=float, default=length, help="Length of each utterance.")
+        kind.add_argument("--repeats", type=int, default=5, help="Rounds of timings.")
+    methods.add_argument("--family", default="wavlm", help="wavlm, wav2vec2, hubert, whisper, ...")
+    methods.add_argument("--size", choices=WIDTHS, default="base", help="Size of the encoder.")
+    methods.add_argument("--methods", nargs="+", choices=METHODS, help="Only these.")
+    methods.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Of the frozen weights.")
+    methods.add_argument("--autocast", action="store_true", help="Compute in bfloat16.")
+    methods.add_argument("--dropout", type=float, default=0.1, help="Of the encoder.")
+    methods.add_argument("--padded", action="store_true", help="Recordings of different lengths.")
+    methods.add_argument("--gradient_checkpointing", action="store_true")
+    methods.add_argument("--compile", action="store_true")
+    methods.add_argument("--device", default="cpu")
+    methods.add_argument("--output", type=Path, help="JSON file for the results.")
+    methods.add_argument("--plot", type=Path, help="File for a plot of memory against time.")
+    adapters.add_argument("--adapters", type=int, default=50, help="Adapters of the default size to load.")
+    adapters.add_argument("--tasks", type=int, default=4, help="Tasks to run in one pass.")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
+    args.measure(args)
 
 
 if __name__ == "__main__":

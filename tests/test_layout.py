@@ -42,9 +42,7 @@ def test_attention_of_wavlm_is_laid_out_while_adapters_are_in_the_model(stable, 
     base = build("wavlm", "ForCTC", do_stable_layer_norm=stable).requires_grad_(False)
     before, (expected, plain) = hooks(base), run(base)
     assert plain == [False] * 3
-    model = get_peft_model(
-        base, ELPConfig.preset(preset, e_dim=4, **{"l_dim": 6} if "l" in preset[2:3] else {})
-    ).eval()
+    model = get_peft_model(base, ELPConfig.preset(**config)).eval()
     model.add_adapter("other", ELPConfig(**ELP))
     with model.disable_adapter():
         logits, layouts = run(model)

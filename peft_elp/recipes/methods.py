@@ -37,8 +37,10 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     Raises:
         ValueError: The settings do not fit the model.
     """
-    if model_args.method != "elp":
-        shorten_window(model, model_args.window_s)  # ELPConfig does it itself.
+    if model_args.method != "elp":  # ELPConfig does the following itself.
+        shorten_window(model, model_args.window_s)
+        if hasattr(model, "freeze_feature_encoder"):
+            model.freeze_feature_encoder()  # Else the convolutions record a graph in training, even when frozen.
     if model_args.method in ("elp", "lora"):
         config = _elp_config(model_args) if model_args.method == "elp" else _lora_config(model, model_args)
         adapted = get_peft_model(model, config)

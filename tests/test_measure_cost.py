@@ -1,0 +1,58 @@
+"""examples/measure_cost.py, in a very short form, on tiny encoders."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("psutil")
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import measure_cost
+
+# The heads of tiny models are not small beside their encoders.
+pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
+SHORT = ["methods", "--size", "tiny", "--seconds", "1", "--repeats", "2"]
+
+
+@pytest.mark.parametrize("family", ["wavlm", "whisper"])
+def test_every_method_is_measured(family, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    words = ["--family", family, "--output", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.svg")]
+    measure_cost.main([*SHORT, *words])
+    out = capsys.readouterr().out
+    expected = [name for name in measure_cost.METHODS if family != "wavlm" or name != measure_cost.Q_AND_V]
+    assert re.findall(r"^\| ([^|]+) \| [\d,]+ \|", out, flags=re.MULTILINE) == expected
+    costs = {cost["method"]: cost for cost in json.loads((tmp_path / "cost.json").read_text())["costs"]}
+    assert list(costs) == expected
+    assert "E+L+P" in (tmp_path / "cost.svg").read_text()
+    assert all(len(cost["step_s"]) == len(cost["inference_s"]) == 2 for cost in costs.values())
+    assert costs["head only"]["backward_gflop"] < costs["L without layer norms"]["backward_gflop"]
+    half, whole = costs["L of the lower half without layer norms"], costs["L without layer norms"]
+    assert half["forward_gflop"] < whole["forward_gflop"]
+    assert costs["head only"]["saved_mib"] < half["saved_mib"] < whole["saved_mib"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--gradient_checkpointing"], ["--autocast"], ["--dtype", "bfloat16", "--padded"]]
+)
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+def test_other_ways_to_train_are_measured(options, capsys):
+    measure_cost.main([*SHORT, "--methods", "E+L+P", "head only", *options])
+    assert "| E+L+P | " in capsys.readouterr().out
+
+
+def test_kept_bytes_are_those_of_distinct_tensors():
+    linear, x = torch.nn.Linear(4, 4, bias=False), torch.randn(3, 4)
+    assert measure_cost.saved_bytes(linear, lambda: linear(x)) == 3 * 4 * 4
+    assert measure_cost.saved_bytes(linear, lambda: linear(x) + linear(x.view(3, 4))) == 3 * 4 * 4
+
+
+def test_many_adapters_are_measured(capsys):
+    words = ["adapters", "--adapters", "2", "--tasks", "2", "--batch_size", "1", "--seconds", "0.5", "--repeats", "1"]
+    measure_cost.main(words)
+    assert "2 tasks on 1 x 0.5 s: one pass for all" in capsys.readouterr().out
