@@ -35,7 +35,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForAudioClassification, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
-from peft_elp import ELPConfig, find_encoder, recipes
+from peft_elp import ELPConfig, FeatureCache, find_encoder, recipes
+from peft_elp.feature_cache import CACHED
 
 # methods: one training step and one inference of each method ---------------------------------------------------------
 
@@ -50,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "E": {"adapters": "E"},
     "L": {"adapters": "L"},
     "L without layer norms": {"adapters": "L", "train_layer_norms": False},
+    "L without layer norms, from cached features": {"adapters": "L", "train_layer_norms": False, "cached": True},
     "L of the lower half without layer norms": {"adapters": "L", "train_layer_norms": False, "half": True},
     "P": {"adapters": "P"},
     "E+L": {"adapters": "EL"},
@@ -106,7 +108,7 @@ def config_of(args: argparse.Namespace, weighted: bool) -> Any:
 
 def model_of(args: argparse.Namespace, options: dict[str, Any]) -> Any:
     """A random model that is prepared for one method."""
-    options = dict(options)
+    options = {key: value for key, value in options.items() if key != "cached"}
     torch.manual_seed(0)
     weighted, half = options.pop("weighted", False), options.pop("half", False)
     model: Any = AutoModelForAudioClassification.from_config(config_of(args, weighted))
@@ -170,19 +172,34 @@ def saved_bytes(model: Any, run: Callable[[], Tensor]) -> int:
 class Method:
     """A model that is trained by one method, and how it runs."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, folder: str) -> None:
         self.name, self.args = name, args
         self.model = model_of(args, METHODS[name])
         self.call = torch.compile(self.model) if args.compile else self.model
         self.inputs = {key: value.to(args.device) for key, value in inputs_of(args).items()}
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        self.rows: Any = None
+        if METHODS[name].get("cached"):
+            self.cache = FeatureCache(self.model, folder)
+            clips = [{key: x[number] for key, x in self.inputs.items()} for number in range(args.batch_size)]
+            self.rows = self.cache.read(
+                clips, lambda rows: {key: x[None] for key, x in rows[0].items()}, progress=False
+            )
 
     def loss(self) -> Tensor:
         bfloat16 = self.args.autocast or self.args.dtype == "bfloat16"
         context = torch.autocast(self.args.device.split(":")[0], torch.bfloat16) if bfloat16 else nullcontext()
         with context:
-            return self.call(**self.inputs).loss
+            return self.call(**self.batch()).loss
+
+    def batch(self) -> dict[str, Any]:
+        """The inputs; those of training may come from the cache, and are read from its files each time."""
+        if self.rows is None or not self.model.training:
+            return self.inputs
+        batch = self.cache.collate([self.rows[number] for number in range(self.args.batch_size)])
+        features = {layer: x.to(self.args.device) for layer, x in batch.pop(CACHED).items()}
+        return {CACHED: features, **{name: x.to(self.args.device) for name, x in batch.items()}}
 
     def step(self) -> None:
         self.model.train()
@@ -233,22 +250,29 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 
 def measure_methods(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        measure_in(folder, args)
+
+
+def measure_in(folder: str, args: argparse.Namespace) -> None:
+    """Measure the methods; cached features are in `folder`."""
     names = [name for name in METHODS if args.methods is None or name in args.methods]
     if args.family == "wavlm" and Q_AND_V in names:
         names.remove(Q_AND_V)
         print(f"Left out: {Q_AND_V}. WavLM reads these weights without calling their modules, so LoRA never runs.")
-    methods = [Method(name, args) for name in names]
+    methods = [Method(name, args, folder) for name in names]
     costs = [method.measure() for method in methods]
     for method in methods:  # To warm up, and to compile.
         method.step()
         method.infer()
     for _ in range(args.repeats):
         for method, cost in zip(methods, costs, strict=True):
-            if args.device != "cpu":
+            on_gpu = args.device != "cpu"
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
+            before = torch.cuda.memory_allocated() if on_gpu else 0
             cost.step_s.append(seconds(method.step, args.device))
-            if args.device != "cpu":
+            if on_gpu:
                 cost.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
             cost.inference_s.append(seconds(method.infer, args.device))
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"

@@ -207,6 +207,8 @@ def measure_taps(args: argparse.Namespace) -> None:
         clips = {split: encode(model, extractor, read_clips(folder, split)) for split in args.splits}
         train, validation, test = clips.values()
         names = sorted({clip.row[task.column] for clip in train})
+        readers: list[Reader] = []
+        shares: list[float] = []
         for what, reading in READINGS.items():
             trained, errors = {}, {}  # of each rate
             for rate in args.rates:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .backbones import Backbone, register_backbone
 from .config import ELPConfig
+from .feature_cache import FeatureCache
 from .moved import keep_old_modules
 from .multitask import MultiTaskModel
 from .optim import create_optimizer, get_epochwise_schedule, parameter_groups
@@ -39,6 +40,7 @@ __all__ = [
     "ELPConfig",
     "ELPModel",
     "Encoder",
+    "FeatureCache",
     "MultiTaskModel",
     "__version__",
     "count_parameters",

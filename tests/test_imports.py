@@ -28,11 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "saved": {"config", *FACTS},
     "tuner": {"shapes", "pseudo", "adapters", "call", "config", *FACTS},
     "multitask": {"call", "tuner", *FACTS},
+    "feature_cache": {"call", "tuner", *FACTS},
     **{
-        name: {"__init__", "adapters", "config", "saved", *FACTS, *USED_IN_TRAINING_AND_EVALUATION}
+        name: {"__init__", "adapters", "config", "feature_cache", "saved", *FACTS, *USED_IN_TRAINING_AND_EVALUATION}
         for name in USED_IN_TRAINING_AND_EVALUATION
     },
-    "__init__": {"config", "moved", "multitask", "optim", "saved", "tuner", *FACTS},
+    "__init__": {"config", "feature_cache", "moved", "multitask", "optim", "saved", "tuner", *FACTS},
     "__main__": {"cli"},
 }
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}

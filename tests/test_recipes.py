@@ -154,6 +154,24 @@ def test_each_method_trains_what_it_says_and_nothing_else(method, run, encoder):
         assert moved == expected
 
 
+ONLY_L = ["--adapters", "L", "--train_layer_norms", "False", "--l_dim", "10"]
+
+
+@pytest.mark.parametrize("module", [recognition, emotion, intent])
+def test_training_from_cached_features_gives_the_same_adapter(module, run, tmp_path, capsys):
+    options = [*ONLY_L, *FOLD.get(module, []), "--learning_rate", "1e-4"]
+    cached, saved = [], []
+    for number, words in enumerate([[], ["--cache_features", tmp_path / "features", "--cache_dtype", "float32"]] * 2):
+        metrics, folder = run(module, *options, *words, folder=tmp_path / str(number))
+        cached.append({name: value for name, value in metrics.items() if name.startswith("eval_")})
+        saved.append(load_file(next(folder.rglob("adapter_model.safetensors"))))
+    assert "SpecAugment is off" in capsys.readouterr().out
+    assert list((tmp_path / "features").rglob("*.safetensors"))
+    for name, tensor in saved[1].items():
+        assert torch.equal(tensor, saved[3][name])  # The second time, the features are read.
+        torch.testing.assert_close(tensor, saved[0][name], rtol=1e-3, atol=1e-4)  # Dropout and SpecAugment are off.
+
+
 def test_a_folder_holds_all_that_it_takes_to_answer_as_in_the_evaluation(run):
     metrics, folder = run(intent, *ELP, "--slot_column_names", "action", "object")
     there = {path.name for path in folder.iterdir()}
@@ -445,6 +463,9 @@ def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
         (["--head", "mean", "--trials", "x", "--max_eval_samples", "2"], "only with no --trials, and --trials is x"),
         (["--folds", "2", "--eval_split_name", "test"], "--folds is used only with no --eval_split_name"),
         (["--eval_strategy", "steps"], "the test split must not choose anything"),
+        (["--cache_features", "x"], "changes what the encoder computes.*adapters='L', train_layer_norms=False"),
+        (["--method", "head", "--cache_features", "x"], "--cache_features is used only with --method elp"),
+        (["--cache_dtype", "float32"], "--cache_dtype is used only with --cache_features"),
         (["--method", "lora", "--e_dim", "8"], "--e_dim is used only with --method elp"),
         (["--method", "lora", "--head", "xvector"], "LoRA would train both"),
         (["--decoder", "beam"], "needs pyctcdecode"),

@@ -6,6 +6,7 @@ further adapter, and reuses what the first call computed instead of running the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ class SharedPass:
         readers: For each task that shares the layers, its L-adapter and the layers that the adapter taps.
         task: The task whose call is under way.
         features: The output of the convolutions over the waveform, once they have run.
+        cached: The hidden states of tapped layers, `(batch, frames, hidden)` by the number of the layer, if they were
+            computed in an earlier call. The layers do not run then.
         ends: For each task, what replaces the encoder's output, once the layers have run.
         output: The output of the stack, if the sums of taps replace it. The stack is not called again then.
         layer_outputs: The output of each layer apart from its hidden states, by the number of the layer. It is kept
@@ -34,6 +37,7 @@ class SharedPass:
     readers: dict[str, tuple[LAdapter, list[int]]] = field(default_factory=dict)
     task: str = ""
     features: Any = None
+    cached: Mapping[int, Tensor] | None = None
     ends: dict[str, Tensor] = field(default_factory=dict)
     output: Any = None
     layer_outputs: dict[int, Any] = field(default_factory=dict)
@@ -46,6 +50,16 @@ class SharedPass:
         """The output that `keep` has kept, with hidden states `x`, which nothing reads."""
         output = self.layer_outputs[layer]
         return x if output is None else another(output, x)
+
+
+# The argument of a model that holds cached features: for each tapped layer, under its number as a string, the hidden
+# states that the taps read, `(batch, frames, hidden)`.
+CACHED = "cached_features"
+
+
+def cached_pass(features: Mapping[str, Tensor]) -> SharedPass:
+    """A pass in which neither the convolutions nor the layers run."""
+    return SharedPass(cached={int(layer): x for layer, x in features.items()})
 
 
 current_pass: Current[SharedPass] = Current("peft_elp_shared_pass")

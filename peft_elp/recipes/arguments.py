@@ -78,6 +78,11 @@ class ModelArguments(ELPArguments):
     p_learning_rate: float | None = option(None, "Rate of the P-adapter. Default: the rate of the E-adapters.")
     layer_norms_learning_rate: float | None = option(None, "Rate of the layer norms. Default: the published one.")
     encoder_learning_rate: float | None = option(None, "Rate of LoRA, or of the encoder layers with --method full.")
+    cache_features: str | None = option(
+        None,
+        "With --adapters L --train_layer_norms False: run the encoder once, and keep its features in this folder.",
+    )
+    cache_dtype: str = option("float16", "Data type of these features.", choices=("float32", "float16", "bfloat16"))
     published_schedule: bool = option(
         False,
         "Multiply the rates by the published factors, stretched over this training, instead of --lr_scheduler_type.",
@@ -85,8 +90,14 @@ class ModelArguments(ELPArguments):
 
     def __post_init__(self) -> None:
         if self.method != "elp":
-            names = ["preset", *(known.name for known in fields(ELPArguments) if known.name != "window_s")]
+            names = [
+                "cache_features",
+                "preset",
+                *(known.name for known in fields(ELPArguments) if known.name != "window_s"),
+            ]
             refuse_unused(self, names, "--method elp", f"--method is {self.method}")
+        if self.cache_features is None:
+            refuse_unused(self, ["cache_dtype"], "--cache_features", "there is none")
         if self.method != "lora":
             names = ["lora_r", "lora_alpha", "lora_target_modules"]
             refuse_unused(self, names, "--method lora", f"--method is {self.method}")

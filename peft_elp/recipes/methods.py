@@ -39,8 +39,9 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     """
     if model_args.method != "elp":  # ELPConfig does the following itself.
         shorten_window(model, model_args.window_s)
-        if hasattr(model, "freeze_feature_encoder"):
-            model.freeze_feature_encoder()  # Else the convolutions record a graph in training, even when frozen.
+        freeze: Any = getattr(model, "freeze_feature_encoder", None)
+        if freeze is not None:
+            freeze()  # Else the convolutions record a graph in training, even when frozen.
     if model_args.method in ("elp", "lora"):
         config = _elp_config(model_args) if model_args.method == "elp" else _lora_config(model, model_args)
         adapted = get_peft_model(model, config)

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
+from peft_elp import FeatureCache
+from peft_elp.feature_cache import CACHED, CachedRows
 from peft_elp.optim import create_optimizer, get_epochwise_schedule
 from peft_elp.speakers import is_padding_invariant
 
@@ -117,12 +120,26 @@ def make_trainer(
     adapted = adapt(model, model_args)
     rates = learning_rates(adapted, model_args, args, task)
     print(f"Trained: {count_trained(adapted)}, at rates {rates}")  # noqa: T201
+    collate: Any = Collator(feature_extractor, adapted)
+    if model_args.cache_features is not None:
+        options["train_dataset"], collate = _cached(adapted, model_args, options["train_dataset"], collate)
     return trainer_cls(
         adapted,
         args,
-        data_collator=Collator(feature_extractor, adapted),
+        data_collator=collate,
         processing_class=feature_extractor,
         rates=rates,
         factors=schedule_factors(adapted, task) if model_args.published_schedule else None,
         **options,
     )
+
+
+def _cached(model: Any, model_args: ModelArguments, dataset: Any, collate: Collator) -> tuple[CachedRows, Any]:
+    """The training data with cached features, and what collates them as well as the recordings of other splits."""
+    if getattr(model.config, "apply_spec_augment", False):
+        print("SpecAugment is off: cached features are not masked.")  # noqa: T201
+        model.config.apply_spec_augment = False
+    assert model_args.cache_features is not None
+    cache = FeatureCache(model, model_args.cache_features, getattr(torch, model_args.cache_dtype))
+    rows = cache.read(dataset, collate)
+    return rows, lambda rows: cache.collate(rows) if CACHED in rows[0] else collate(rows)

@@ -7,11 +7,14 @@ in one product. So a frozen WavLM, whose attention transposes its input, is slow
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from .find import Encoder, find_encoder
+from peft_elp.backbones import Backbone
+
+from .find import find_encoder
 from .layers import Wrapper
 
 
@@ -28,10 +31,22 @@ def _time_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def time_first_parts(encoder: Encoder) -> list[nn.Module]:
-    """The modules of an encoder that take hidden states laid out time-first."""
-    found = [layer.get_submodule(path) for layer in encoder.layers for path in encoder.family.time_first]
+def time_first_parts(layers: Iterable[nn.Module], family: Backbone) -> list[nn.Module]:
+    """The modules of some encoder layers that take hidden states laid out time-first."""
+    found = [layer.get_submodule(path) for layer in layers for path in family.time_first]
     return [module.base_layer if isinstance(module, Wrapper) else module for module in found]
+
+
+def lay_out(parts: Iterable[nn.Module], hook: Callable[..., Any], on: bool) -> None:
+    """Put a hook on modules where it is missing, or take it off."""
+    for part in parts:
+        # The dictionary of hooks is private to PyTorch; see `undo_patches`.
+        held = [key for key, other in part._forward_pre_hooks.items() if other is hook]
+        if on and not held:
+            part.register_forward_pre_hook(hook, with_kwargs=True)
+        for key in held if not on else ():
+            del part._forward_pre_hooks[key]
+            part._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def speed_up_frozen(model: nn.Module) -> nn.Module:
@@ -56,9 +71,8 @@ def speed_up_frozen(model: nn.Module) -> nn.Module:
         >>> speed_up_frozen(model.requires_grad_(False)) is model
         True
     """
-    for module in time_first_parts(find_encoder(model)):
-        if _by_user not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_by_user, with_kwargs=True)
+    encoder = find_encoder(model)
+    lay_out(time_first_parts(encoder.layers, encoder.family), _by_user, on=True)
     return model
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from peft_elp.call.reports import asking
 from peft_elp.call.route import BASE, Route, current_route
+from peft_elp.call.shared_pass import CACHED, cached_pass, current_pass
 from peft_elp.wording import unknown_adapter
 
 from . import alone
@@ -150,7 +151,9 @@ class ELPModel(BaseTuner):
         self._watch(self.active_adapters)
         names = kwargs.get("adapter_names")
         if names is None:
-            with self._refuse_switching(), asking(self.model, args, kwargs):
+            cached = kwargs.get(CACHED)
+            passed = nullcontext() if cached is None else current_pass.set(cached_pass(cached))
+            with self._refuse_switching(), asking(self.model, args, kwargs), passed:
                 yield
             return
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):

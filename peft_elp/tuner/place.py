@@ -19,7 +19,6 @@ from .head import place_head, remove_head, remove_head_copies
 from .head_config import initialised, planned_head
 from .languages import LoadLanguage, has_languages
 from .layers import ELPLayer, ELPNorm, ELPSublayer, FrontEnd, TappedLayer
-from .layout import lay_out_time_first, time_first_parts
 from .long_form import GenerateSegment, generates_long_form
 from .patches import set_attribute, undo_patches
 from .paths import canonical, join
@@ -134,8 +133,6 @@ def wrap_stack(model: nn.Module, encoder: Encoder, active_adapters: list[str]) -
         set_attribute(cnn, "_requires_grad", False)
         encoder.backbone.register_forward_pre_hook(refuse_short_utterances, with_kwargs=True)
     encoder.backbone.register_forward_hook(trim_hidden_states)
-    for part in time_first_parts(encoder):
-        part.register_forward_pre_hook(lay_out_time_first, with_kwargs=True)
     return stack
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from peft_elp.adapters import LAdapter, TapSum
 from peft_elp.backbones import Backbone
@@ -16,7 +17,7 @@ from peft_elp.call.hidden_states import mark_replaced, without_pseudo_features
 from peft_elp.call.outputs import another, hidden_states_of, with_hidden_states
 from peft_elp.call.reports import are_watched
 from peft_elp.call.route import Route, current_route
-from peft_elp.call.shared_pass import SharedPass, readers_of_pass
+from peft_elp.call.shared_pass import SharedPass, current_pass, readers_of_pass
 from peft_elp.call.stack_call import Reader, StackCall, current_call
 from peft_elp.pseudo import RealFrames, join_each
 
@@ -24,6 +25,7 @@ from .guards import checkpointing, reentrant_checkpointing
 from .head_config import TaskHead
 from .layerdrop import LayerDrop
 from .layers import ELPLayer, ELPNorm, ELPSublayer, TappedLayer, Wrapper
+from .layout import lay_out, lay_out_time_first, time_first_parts
 from .window import Window, common_window, window_text
 
 
@@ -45,6 +47,7 @@ class ELPStack(ELPLayer):
         super().__init__(base_layer, active_adapters)
         self.family = family
         self.tapped_layers = {}  # By adapter name.
+        self.cacheable: set[str] = set()  # Adapters whose taps may read cached features.
         self.windows: dict[str, int] = {}  # Seconds by adapter name, if an adapter has a shorter window.
         self.window = Window(base_layer, family.window)
         self.elp_l = nn.ModuleDict()
@@ -54,7 +57,7 @@ class ELPStack(ELPLayer):
         self.depth = len(self.encoder_layers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"cacheable": set(), **state})
         if "layer_drop" not in state:  # Pickled by version 0.1.
             self.layer_drop = LayerDrop(self.base_layer, self.family.layerdrop)
             self.layer_drop.before = vars(self).pop("_layerdrop", None)
@@ -91,6 +94,7 @@ class ELPStack(ELPLayer):
     def remove(self, adapter_name: str) -> None:
         super().remove(adapter_name)
         self.tapped_layers.pop(adapter_name, None)
+        self.cacheable.discard(adapter_name)
         self.windows.pop(adapter_name, None)
         self.task_head.settings.pop(adapter_name, None)
         self.follow_adapters()
@@ -106,13 +110,19 @@ class ELPStack(ELPLayer):
             norm.train(self.training)
 
     def follow_adapters(self) -> None:
-        """Let the head, LayerDrop and the window follow the active adapters."""
+        """Let the head, LayerDrop, the window and the layout of hidden states follow the active adapters."""
         self.task_head.follow(self.active_adapters, not self.disable_adapters)
         if self.running(self.elp_l):
             self.layer_drop.turn_off()  # A skipped layer has no tap.
         else:
             self.layer_drop.restore()
+        # PyTorch rounds differently in another layout, and disabled adapters must leave no trace.
+        parts = time_first_parts((layer.base_layer for layer in self._tapped()), self.family)
+        lay_out(parts, lay_out_time_first, on=bool(self.active_adapters) and not self.disable_adapters)
         self.window.follow([] if self.disable_adapters else [self.windows.get(name) for name in self.active_adapters])
+
+    def _tapped(self) -> list[TappedLayer]:
+        return [layer for layer in self.encoder_layers if isinstance(layer, TappedLayer)]
 
     def check_depth(self) -> None:
         """Refuse an encoder whose layers have been cut after its adapters were placed.
@@ -185,6 +195,9 @@ class ELPStack(ELPLayer):
         hidden)`, `attention_mask`, `(batch, frames)` or None, and whatever the stack forwards to its layers.
         """
         self.check_depth()
+        current = current_pass.get()
+        if current is not None and current.cached is not None:
+            return self._from_cache(current.cached)
         self._keep_processes_in_step()
         route = None if self.disable_adapters else current_route.get()
         if route is not None and self.windows:
@@ -230,6 +243,31 @@ class ELPStack(ELPLayer):
             shared.output = another(output, hidden_states_of(output))
         # Carried pseudo features left the frames at the end of each layer.
         return with_hidden_states(output, x if inside else without_pseudo_features(x, call.real))
+
+    def _from_cache(self, cached: Mapping[int, Tensor]) -> BaseModelOutput:
+        """The output of the stack from what the taps read in an earlier call.
+
+        Raises:
+            ValueError: No L-adapter is active, or the cache lacks a layer that it taps.
+        """
+        readers = self._readers(None)
+        last = self.depth - 1
+        if self.disable_adapters or not {*self.active_adapters} <= self.cacheable:
+            raise ValueError(
+                f"The call has cached features, and the active adapters {self.active_adapters} have no FeatureCache. "
+                "Activate the adapter that the features were cached for, or cache them for this one."
+            )
+        if not cached.keys() >= readers[0].of_layer.keys():
+            raise ValueError(
+                f"The cached features are of the layers {sorted(cached)}, and adapter {self.active_adapters[0]!r} "
+                f"reads {sorted(readers[0].of_layer)}. Cache them again for this adapter."
+            )
+        for layer in readers[0].of_layer:
+            readers[0].read(layer, cached[layer], copy=False)
+        # Only a residual output looks at the encoder's own, which is what the last tap reads.
+        x = cached[last] if readers[0].sum.adapter.residual else next(iter(cached.values()))
+        _, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        return BaseModelOutput(last_hidden_state=readers[0].end(x.to(dtype)))
 
     def _last_run(self, readers: Sequence[Reader], route: Route | None, kwargs: dict[str, Any]) -> int:
         """Number of the last layer that runs: the last tapped one, where sums of taps replace all outputs."""
