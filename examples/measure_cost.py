@@ -35,7 +35,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForAudioClassification, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
-from peft_elp import ELPConfig, FeatureCache, find_encoder, recipes
+from peft_elp import ELPConfig, FeatureCache, find_encoder, recipes, speed_up_frozen
 from peft_elp.feature_cache import CACHED
 
 # methods: one training step and one inference of each method ---------------------------------------------------------
@@ -56,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "P": {"adapters": "P"},
     "E+L": {"adapters": "EL"},
     "E+L+P": {"adapters": "ELP"},
+    "E+L+P, 16 pseudo features": {"adapters": "ELP", "p_length": 16},
     FULL: {"method": "full"},
 }
 
@@ -117,7 +118,7 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> Any:
     if options.get("method") == "lora" and "lora_r" not in options:
         options["lora_r"] = equal_rank(args)
     arguments = recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **options})
-    model = recipes.adapt(model.to(args.device), arguments)
+    model = recipes.adapt(speed_up_frozen(model.to(args.device)), arguments)
     if weighted:
         model.layer_weights.requires_grad_(True)
     if args.dtype == "bfloat16":  # The frozen weights; what is trained stays in float32.

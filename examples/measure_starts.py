@@ -69,22 +69,42 @@ def read_clips(folder: Path, split: str, limit: int | None = None) -> list[Clip]
 # taps: an L-adapter with several inputs, on what the layers of a frozen encoder return -------------------------------
 
 TAPS_STEPS = 150
-# Whether each tap normalises its input, and how many times the rate of L the layer weights get.
-READINGS: dict[str, tuple[bool, float] | None] = {
+
+
+class Reading(NamedTuple):
+    """How taps read: with a normalised input or not, their layer weights at so many times the rate, times a factor."""
+
+    input_norm: bool
+    ratio: float = 1.0
+    by_root: bool = False  # Whether the layer weights are multiplied by the root of their number, before the softmax.
+
+
+READINGS: dict[str, Reading | None] = {
     "head only": None,
-    "raw taps": (False, 1.0),
-    "normalised input": (True, 1.0),
-    "normalised input, layer weights at 30 times the rate": (True, 30.0),
+    "raw taps": Reading(False),
+    "normalised input": Reading(True),
+    "normalised input, layer weights times the root of their number": Reading(True, by_root=True),
+    "normalised input, layer weights at 30 times the rate": Reading(True, 30.0),
 }
+
+
+class ScaledAdapter(LAdapter):
+    """An L-adapter whose layer weights are multiplied by the root of their number."""
+
+    def shares(self) -> Tensor:
+        return (len(self.taps) ** 0.5 * self.layer_weights).softmax(dim=0)
 
 
 class Reader(nn.Module):
     """The head of a classifier, on the mean over frames of what an L-adapter or the last layer gives."""
 
-    def __init__(self, layers: int, hidden_size: int, classes: int, input_norm: bool | None) -> None:
+    def __init__(self, layers: int, hidden_size: int, classes: int, reading: Reading | None) -> None:
         super().__init__()
-        self.adapter = None if input_norm is None else LAdapter(hidden_size, layers, 512, input_norm=input_norm)
-        self.projector = nn.Linear(hidden_size if input_norm is None else 512, 256)
+        self.adapter = None
+        if reading is not None:
+            adapter = ScaledAdapter if reading.by_root else LAdapter
+            self.adapter = adapter(hidden_size, layers, 512, input_norm=reading.input_norm)
+        self.projector = nn.Linear(hidden_size if reading is None else 512, 256)
         self.classifier = nn.Linear(256, classes)
 
     def forward(self, clips: Sequence[Clip]) -> Tensor:
@@ -156,12 +176,12 @@ def encode(model: Any, extractor: Any, clips: Sequence[Clip]) -> list[Clip]:
 
 
 def train_reader(
-    clips: Sequence[Clip], names: Sequence[str], task: TapsTask, reading: Any, rate: float, seed: int
+    clips: Sequence[Clip], names: Sequence[str], task: TapsTask, reading: Reading | None, rate: float, seed: int
 ) -> Reader:
     set_seed(seed)
-    input_norm, ratio = reading or (None, 1.0)
     layers, _, hidden_size = clips[0].data.shape
-    reader = Reader(layers, hidden_size, len(names), input_norm)
+    reader = Reader(layers, hidden_size, len(names), reading)
+    ratio = 1.0 if reading is None else reading.ratio
     weights = [] if reader.adapter is None else [reader.adapter.layer_weights]
     others = [parameter for parameter in reader.parameters() if all(parameter is not held for held in weights)]
     groups = [{"params": others, "lr": rate}, {"params": weights, "lr": ratio * rate}]
@@ -228,7 +248,7 @@ def measure_taps(args: argparse.Namespace) -> None:
 
 FRESH: dict[str, dict[str, Any] | None] = {"the model alone": None}
 FRESH |= {letters: {"adapters": letters} for letters in ("E", "L", "P", "ELP")}
-FRESH |= {f"P, p_length={length}": {"adapters": "P", "p_length": length} for length in (4, 1)}
+FRESH |= {f"P, p_length={length}": {"adapters": "P", "p_length": length} for length in (4, 16)}
 FRESH["ELP, the paper's starts"] = {"init_weights": "paper", "p_init_std": 0.02, "l_output": "project"}
 
 

@@ -115,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         "--save-threshold", action="store_true", help="save the threshold at the equal error rate with the adapter"
     )
     trials.set_defaults(run=_trials)
+    demo = commands.add_parser("demo", parents=[model], help="try adapters on your own voice, in the browser")
+    demo.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders of adapters, or their names on the Hub")
+    demo.add_argument("--host", default="127.0.0.1", help="where to serve the page (default: this machine alone)")
+    demo.add_argument("--port", type=_count, help="at which port (default: a free one from 7860)")
+    demo.add_argument("--space", metavar="FOLDER", help="write the files of a Hugging Face Space there instead")
+    demo.set_defaults(run=_demo)
     return parser
 
 
@@ -238,6 +244,33 @@ def _trials(args: argparse.Namespace) -> int:
         config.verification_threshold = max(-1.0, min(HIGHEST, threshold))
         config.save_pretrained(str(adapter.saved.folder))
     return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    names = {_tab(name, args.adapters): name for name in args.adapters}
+    if args.space:
+        demo.write_space(args.space, names)
+        print(
+            f"Wrote a Space to {_shown(args.space)}. Put {demo.wheel_name()} beside its files, which `pip wheel "
+            "--no-deps .` makes in a clone of peft_elp, and upload the folder: "
+            f"hf upload me/my-space {_shown(args.space)} . --repo-type space"
+        )
+        return 0
+    demo.import_gradio()  # Before the models, which take a while to load.
+    from .inference import SpeechAdapter
+
+    options = {"base": args.base, "device": args.device, "dtype": args.dtype}
+    page = demo.make_page({tab: SpeechAdapter.from_pretrained(name, **options) for tab, name in names.items()})
+    page.launch(server_name=args.host, server_port=args.port, share=False)
+    return 0
+
+
+def _tab(name: str, names: Sequence[str]) -> str:
+    """A short name for an adapter: the last part of its path, if no other has the same."""
+    last = Path(name).name or name
+    return last if sum(Path(other).name == last for other in names) == 1 else name
 
 
 def _load(args: argparse.Namespace) -> SpeechAdapter:

@@ -60,7 +60,7 @@ class ELPConfig(PeftConfig):
         l_output: Where the sum of taps goes: "head", "project" or "residual". None: "head" if the encoder is read by a
             known head that is trained and newly initialised, else "residual", with which a fresh adapter does not
             change the output.
-        p_length: Number of pseudo features of the P-adapter.
+        p_length: Number of pseudo features of the P-adapter. None: as few as the encoder takes, mostly 1.
         p_position: "append" puts them after each utterance's last valid frame, "prepend" before its first.
         p_init_std: Standard deviation of the pseudo features at the start. The default changes almost nothing.
         train_layer_norms: Whether the layer norms of each layer with an E- or L-adapter are trained, as copies that
@@ -138,7 +138,10 @@ class ELPConfig(PeftConfig):
             "is trained and newly initialised reads the encoder, else 'residual'."
         },
     )
-    p_length: int = field(default=16, metadata={"help": "Number of pseudo features of the P-adapter, at least 1."})
+    p_length: int | None = field(
+        default=None,
+        metadata={"help": "Number of pseudo features of the P-adapter. None: as few as the encoder takes, mostly 1."},
+    )
     p_position: str = field(
         default="append",
         metadata={
@@ -246,7 +249,7 @@ class ELPConfig(PeftConfig):
         self.e_after = _places(self.e_after)
         self.e_layers = _layers("e_layers", self.e_layers)
         self.l_layers = _layers("l_layers", self.l_layers)
-        for name in ("e_dim", "l_dim", "p_length"):
+        for name in ("e_dim", "l_dim"):
             _whole(name, getattr(self, name), 1, LARGEST_SIZE)
         for name in ("e_activation", "l_activation"):
             _one_of(name, getattr(self, name), sorted(ACTIVATIONS))
@@ -259,8 +262,9 @@ class ELPConfig(PeftConfig):
         if self.l_output is not None:
             _one_of("l_output", self.l_output, L_OUTPUTS)
         _one_of("p_position", self.p_position, P_POSITIONS)
-        if self.window_s is not None:
-            _whole("window_s", self.window_s, 1, LARGEST_SIZE)
+        for name in ("p_length", "window_s"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1, LARGEST_SIZE)
         if self.verification_threshold is not None:
             _number("verification_threshold", self.verification_threshold, -1.0, 1.0)
         if isinstance(self.modules_to_save, str):
@@ -344,7 +348,7 @@ class ELPConfig(PeftConfig):
                 module of all layers but the last, and L. "conventional": what it compares with, E after attention and
                 feed-forward in all layers. "e-only": E in all layers. "l-only": L, with trained layer norms (which the
                 published count of its parameters leaves out). "e+l+p": all three adapters, as in
-                [arXiv:2407.21066](https://arxiv.org/abs/2407.21066); what it leaves open of P has our defaults.
+                [arXiv:2407.21066](https://arxiv.org/abs/2407.21066), with 16 pseudo features, which is our choice.
             overrides: Fields to set differently. The published code has `e_activation="relu", l_activation="relu"` for
                 speaker verification and emotion recognition.
 

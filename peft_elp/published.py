@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "conventional": {"adapters": "E", "e_after": ("attention", "feed_forward"), **_SIZES, **_START},
     "e-only": {"adapters": "E", **_SIZES, **_START},
     "l-only": {"adapters": "L", **_SIZES, **_START},
-    "e+l+p": {"adapters": "ELP", "p_init_std": 0.02, **_SIZES, **_START},
+    "e+l+p": {"adapters": "ELP", "p_length": 16, "p_init_std": 0.02, **_SIZES, **_START},
 }
 
 # By setting and task: the rates of the head and of the parts that the setting trains.

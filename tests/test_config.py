@@ -9,7 +9,7 @@ from peft_elp import ELPConfig
 
 def test_the_defaults_are_those_of_the_method():
     config = ELPConfig()
-    assert (config.adapters, config.e_dim, config.l_dim, config.p_length) == ("ELP", 256, 512, 16)
+    assert (config.adapters, config.e_dim, config.l_dim, config.p_length) == ("ELP", 256, 512, None)
     assert (config.e_activation, config.l_activation) == ("gelu", "gelu")
     assert (config.e_after, config.p_position, config.p_init_std) == (("feed_forward",), "append", 1e-4)
     assert (config.train_layer_norms, config.init_weights, config.init_std) == (True, True, 1e-3)

@@ -12,7 +12,7 @@ PACKAGE = Path(peft_elp.__file__).parent
 
 FACTS = {"backbones", "heads", "parameters", "published", "weights", "wording"}
 USED_IN_TRAINING_AND_EVALUATION = {
-    "audio", "cli", "corpora", "data", "inference", "metrics", "optim", "plots", "recipes", "speakers",
+    "audio", "cli", "corpora", "data", "demo", "inference", "metrics", "optim", "plots", "recipes", "speakers",
 }  # fmt: skip
 
 # What each part of the package may import: folders and single modules, by their name.
@@ -30,7 +30,16 @@ ALLOWED: dict[str, set[str]] = {
     "multitask": {"call", "tuner", *FACTS},
     "feature_cache": {"call", "tuner", *FACTS},
     **{
-        name: {"__init__", "adapters", "config", "feature_cache", "saved", *FACTS, *USED_IN_TRAINING_AND_EVALUATION}
+        name: {
+            "__init__",
+            "adapters",
+            "config",
+            "feature_cache",
+            "multitask",
+            "saved",
+            *FACTS,
+            *USED_IN_TRAINING_AND_EVALUATION,
+        }
         for name in USED_IN_TRAINING_AND_EVALUATION
     },
     "__init__": {"config", "feature_cache", "moved", "multitask", "optim", "saved", "tuner", *FACTS},

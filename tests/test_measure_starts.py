@@ -57,7 +57,7 @@ def recogniser(request, tmp_path_factory):
     return folder
 
 
-def test_taps_are_read_in_four_ways(recogniser, recordings, monkeypatch, capsys):
+def test_taps_are_read_in_each_way(recogniser, recordings, monkeypatch, capsys):
     monkeypatch.setattr(measure_starts, "TAPS_STEPS", 2)
     words = ["--model_name_or_path", str(recogniser), "--verification", str(recordings), "--emotions", str(recordings)]
     measure_starts.main(["taps", *words, "--seeds", "0", "1", "--rates", "1e-3"])
@@ -74,7 +74,7 @@ def test_the_rate_that_is_best_on_validation_is_measured(recordings, tmp_path, m
     by_rate = {1e-3: {"validation": 30.0, "test": 20.0}, 1e-2: {"validation": 10.0, "test": 40.0}}
 
     def train(clips, names, task, reading, rate, seed):
-        reader = measure_starts.Reader(2, 24, len(names), input_norm=None)
+        reader = measure_starts.Reader(2, 24, len(names), None)
         reader.rate = rate
         return reader
 

@@ -47,3 +47,13 @@ def test_pseudo_features_come_right_before_the_first_valid_frame():
     assert joined[..., 0].tolist() == [[0, 1, 9, 9, 2, 3], [9, 9, 4, 5, 6, 7]]
     assert mask.tolist() == [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
     assert torch.equal(real.of(joined), x)
+
+
+@pytest.mark.parametrize(("name", "length"), [("wav2vec2-conformer", 1), ("whisper", 1), ("sew", 2), ("sew-odd", 3)])
+def test_the_default_is_the_shortest_length_that_the_encoder_takes(name, length):
+    family = FAMILIES[name]
+    model = get_peft_model(family.model(), ELPConfig(adapters="P", modules_to_save=[]))
+    (rows,) = (p for n, p in model.named_parameters() if ".elp_p." in n)
+    assert len(rows) == model.peft_config["default"].p_length == length
+    with torch.no_grad():
+        assert result(model(**family.inputs)).isfinite().all()

@@ -323,14 +323,16 @@ def _check_family(plan: Plan) -> None:
             f"p_position='prepend' has no meaning for {stack}: its pseudo features are carried through the layers "
             "beside the frames, and have no place among them. Leave p_position at 'append'."
         )
+    factor = 1
     if row.squeeze:
         _, _, name = row.squeeze.rpartition(".")
         factor = getattr(plan.encoder.backbone.config, name)
-        if config.p_length % factor:
-            raise ValueError(
-                f"{stack} takes {factor} frames as one, so p_length has to be a multiple of {factor}, got "
-                f"{config.p_length}. Write p_length={max(config.p_length // factor, 1) * factor}."
-            )
+    config.p_length = factor if config.p_length is None else config.p_length
+    if config.p_length % factor:
+        raise ValueError(
+            f"{stack} takes {factor} frames as one, so p_length has to be a multiple of {factor}, got "
+            f"{config.p_length}. Write p_length={max(config.p_length // factor, 1) * factor}."
+        )
 
 
 def _exclude(plan: Plan, excluded: list[str] | str, model_name: str) -> None:
