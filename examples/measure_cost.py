@@ -331,13 +331,14 @@ def plot(costs: Sequence[Cost], file: Path) -> None:
     from matplotlib.figure import Figure
 
     full = next(cost for cost in costs if cost.method == FULL)
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
+    markers = cycle("os^Dv<>Ph*Xpd8")
     for cost in costs:
         x = statistics.median(a / b for a, b in zip(cost.step_s, full.step_s, strict=True))
-        y = cost.saved_mib / full.saved_mib
-        axes.plot(x, y, "o", color="#c2410c" if cost.method[0] in "ELP" else "#475569")
-        axes.annotate(cost.method, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        color = "#64748b" if METHODS[cost.method].get("method") else "#c2410c"  # ELP-adapters stand out.
+        axes.plot(x, cost.saved_mib / full.saved_mib, next(markers), color=color, label=cost.method, markersize=8)
+    figure.legend(loc="outside right upper")
     axes.set_xlabel("time of a training step / full fine-tuning")
     axes.set_ylabel("memory kept for the backward pass / full fine-tuning")
     axes.set_xlim(0, None)
