@@ -96,7 +96,7 @@ def test_reports_make_all_layers_run(how, report):
         setattr(model.config, report, True)
         options = {}
     output = call(model.get_base_model() if how == "without PEFT" else model, **options)
-    assert torch.equal(output.logits, expected)
+    torch.testing.assert_close(output.logits, expected)  # Attention that reports its weights may round differently.
     assert len(output[key]) == len(reported) > 2
     for found, full in zip(output[key], reported, strict=True):
         assert torch.equal(found, full)
