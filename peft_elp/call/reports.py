@@ -31,8 +31,8 @@ def asking(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Abstra
     if not type(model).__module__.startswith("transformers."):
         return nullcontext()
     configs = [model.config, kwargs.get("generation_config") or getattr(model, "generation_config", None)]
-    by_default = [name for name in REPORTS if any(getattr(config, name, False) for config in configs)]
-    asked = [kwargs.get(name, name in by_default) for name in REPORTS]
+    by_default = {name: any(getattr(config, name, False) for config in configs) for name in REPORTS}
+    asked = [by_default[name] if kwargs.get(name) is None else kwargs[name] for name in REPORTS]
     return reports_asked.set(any(asked) or any(value is True for value in args))
 
 
