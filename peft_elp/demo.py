@@ -206,4 +206,5 @@ def _show(gradio: Any, adapter: SpeechAdapter) -> None:
     if "L" in str(adapter.saved.config.get("adapters")):
         weights = pandas.DataFrame(layer_weights(adapter.model), columns=["layer", "share"])
         weights["layer"] = weights["layer"].astype(str)
-        gradio.BarPlot(weights, x="layer", y="share", title="Layer weights", sort=None)
+        top = 1.1 * weights["share"].max()
+        gradio.BarPlot(weights, x="layer", y="share", title="Layer weights", sort=None, y_lim=[0, top])
