@@ -118,7 +118,8 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> Any:
     if options.get("method") == "lora" and "lora_r" not in options:
         options["lora_r"] = equal_rank(args)
     arguments = recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **options})
-    model = recipes.adapt(speed_up_frozen(model.to(args.device)), arguments)
+    speed_up_frozen(model.to(args.device))
+    model = recipes.adapt(model, arguments)
     if weighted:
         model.layer_weights.requires_grad_(True)
     if args.dtype == "bfloat16":  # The frozen weights; what is trained stays in float32.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +41,9 @@ def import_gradio() -> Any:
         ImportError: It is not installed.
     """
     try:
-        import gradio
+        return import_module("gradio")
     except ImportError as error:
         raise ImportError(f"The demo page needs gradio ({error}): pip install 'peft-elp[demo]'") from error
-    return gradio
 
 
 def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:

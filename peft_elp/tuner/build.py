@@ -38,4 +38,5 @@ def new_l_adapter(plan: Plan) -> LAdapter:
 def new_p_adapter(plan: Plan) -> PAdapter:
     """The P-adapter."""
     config = plan.config
+    assert config.p_length is not None  # `make_plan` has chosen it.
     return PAdapter(plan.encoder.hidden_size, config.p_length, config.p_position, config.p_init_std)

@@ -327,12 +327,13 @@ def _check_family(plan: Plan) -> None:
     if row.squeeze:
         _, _, name = row.squeeze.rpartition(".")
         factor = getattr(plan.encoder.backbone.config, name)
-    config.p_length = factor if config.p_length is None else config.p_length
-    if config.p_length % factor:
+    length = factor if config.p_length is None else config.p_length
+    if length % factor:
         raise ValueError(
             f"{stack} takes {factor} frames as one, so p_length has to be a multiple of {factor}, got "
-            f"{config.p_length}. Write p_length={max(config.p_length // factor, 1) * factor}."
+            f"{length}. Write p_length={max(length // factor, 1) * factor}."
         )
+    config.p_length = length
 
 
 def _exclude(plan: Plan, excluded: list[str] | str, model_name: str) -> None:
