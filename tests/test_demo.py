@@ -1,8 +1,10 @@
 """The page to try adapters on a voice, and the files of a Space."""
 
 import ast
+import gc
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -18,6 +20,14 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
 )
 COMMANDS = {"ForCTC": "transcribe", "ForSequenceClassification": "classify", "ForXVector": "verify"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    yield
+    with warnings.catch_warnings():  # Else what gradio leaves open would be reported later, in another test.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
