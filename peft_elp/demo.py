@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from .plots import layer_weights
 if TYPE_CHECKING:
     from .inference import SpeechAdapter
 
+ONE_AT_A_TIME = "adapters"  # The tabs share a backbone, and the cores of one machine.
 APP = '''"""Try the adapters on a recording."""
 
 import json
@@ -71,7 +73,8 @@ def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:
         raise ValueError("A demo page needs at least one adapter.")
     tasks = {name: _task(name, adapter) for name, adapter in adapters.items()}
     share_backbones(list(adapters.values()))
-    with gradio.Blocks(title="peft_elp") as page:
+    # What is recorded stays here: nothing is reported, and uploaded voices are deleted after an hour.
+    with gradio.Blocks(title="peft_elp", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown("# Try the adapter" if len(adapters) == 1 else "# Try the adapters")
         with gradio.Tabs():
             for name, adapter in adapters.items():
@@ -163,7 +166,7 @@ def _answering(gradio: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return answer(*recordings)
         except (ValueError, OSError, RuntimeError) as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(escape(str(error))) from error  # It may quote a name, and the page reads HTML.
 
     return answered
 
@@ -171,7 +174,7 @@ def _answering(gradio: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
 def _transcribing(gradio: Any, adapter: SpeechAdapter) -> None:
     voice, text = _voice(gradio, "Voice"), gradio.Textbox(label="Text")
     run = gradio.Button("Transcribe", variant="primary")
-    run.click(_answering(gradio, adapter.transcribe), voice, text, api_name="transcribe")
+    run.click(_answering(gradio, adapter.transcribe), voice, text, api_name="transcribe", concurrency_id=ONE_AT_A_TIME)
 
 
 def _classifying(gradio: Any, adapter: SpeechAdapter) -> None:
@@ -181,7 +184,7 @@ def _classifying(gradio: Any, adapter: SpeechAdapter) -> None:
     def answer(recording: str) -> dict[str, float]:
         return {one["label"]: one["score"] for one in adapter.classify(recording)}
 
-    run.click(_answering(gradio, answer), voice, labels, api_name="classify")
+    run.click(_answering(gradio, answer), voice, labels, api_name="classify", concurrency_id=ONE_AT_A_TIME)
 
 
 def _verifying(gradio: Any, adapter: SpeechAdapter) -> None:
@@ -195,7 +198,9 @@ def _verifying(gradio: Any, adapter: SpeechAdapter) -> None:
             return found.score, "The adapter names no threshold."
         return found.score, f"{'the same voice' if found.same else 'different voices'}, threshold {found.threshold}"
 
-    run.click(_answering(gradio, answer), [first, second], [score, verdict], api_name="verify")
+    run.click(
+        _answering(gradio, answer), [first, second], [score, verdict], api_name="verify", concurrency_id=ONE_AT_A_TIME
+    )
 
 
 def _show(gradio: Any, adapter: SpeechAdapter) -> None:

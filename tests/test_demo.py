@@ -92,6 +92,16 @@ def test_what_is_wrong_with_a_recording_is_shown(adapters, folder, tmp_path):
         found["classify"](str(tmp_path / "broken.wav"))
 
 
+def test_the_page_keeps_voices_to_itself_and_reads_no_html_of_others(adapters, tmp_path):
+    gradio = pytest.importorskip("gradio")
+    page = demo.make_page(adapters)
+    assert not page.analytics_enabled
+    assert page.delete_cache
+    (tmp_path / "<b>.wav").write_bytes(b"RIFF")
+    with pytest.raises(gradio.Error, match=r"&lt;b&gt;\.wav"):
+        answers(page)["classify"](str(tmp_path / "<b>.wav"))
+
+
 def test_a_page_needs_adapters():
     pytest.importorskip("gradio")
     with pytest.raises(ValueError, match="at least one adapter"):
