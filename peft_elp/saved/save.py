@@ -2,7 +2,8 @@
 
 PEFT writes the card, the weights and the configuration one after the other into the folder itself. There, a README.md
 that cannot be parsed costs the weights, and a process that is killed halfway leaves new weights beside the old
-configuration. Here, PEFT writes into a folder beside the files, which are then renamed into place.
+configuration. Transformers, which writes the configuration first, leaves the opposite. Here, both write
+into a folder beside the files, which are then renamed into place.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers import PreTrainedModel
 
 from .card import CARD_NAME, write_card
 
@@ -27,13 +29,44 @@ UNFINISHED = ".saving-"  # what the name of the folder beside the files starts w
 
 
 def protect_saving() -> None:
-    """Wrap `PeftModel.save_pretrained`, for models with ELP-adapters alone; harmless when repeated.
+    """Wrap `save_pretrained` of PEFT and Transformers, for models with ELP-adapters alone; harmless when repeated.
 
-    PEFT has no hook around saving: it asks a configuration to save itself when the weights have been overwritten.
+    Neither has a hook around saving. PEFT asks a configuration to save itself when the weights have been overwritten,
+    Transformers before.
     """
+    if not hasattr(PeftModel.save_pretrained, "before_elp"):
+        _protect_peft()
+    if not hasattr(PreTrainedModel.save_pretrained, "before_elp"):
+        _protect_transformers()
+
+
+def _protect_transformers() -> None:
+    save = PreTrainedModel.save_pretrained
+    parameters = signature(save)
+
+    @wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        call = parameters.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        folder = Path(call.arguments["save_directory"])
+        # Transformers sets this private flag on a model that got its adapters without a PeftModel.
+        configs: list[Any] = list(self.peft_config.values()) if getattr(self, "_hf_peft_config_loaded", False) else []
+        is_elp = any(config.peft_type == "ELP" for config in configs)
+        # A push names the repository after the folder, and compares its files with those of before.
+        plain = call.arguments["push_to_hub"] or not call.arguments["is_main_process"] or folder.is_file()
+        if not is_elp or plain:
+            save(self, *args, **kwargs)
+            return
+        with replacing(folder) as beside, settings_kept_on_error(configs):
+            call.arguments["save_directory"] = str(beside)
+            save(*call.args, **call.kwargs)
+
+    vars(save_pretrained)["before_elp"] = save
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _protect_peft() -> None:
     save = PeftModel.save_pretrained
-    if hasattr(save, "before_elp"):
-        return
     parameters = signature(save)
 
     @wraps(save)
