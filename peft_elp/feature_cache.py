@@ -129,14 +129,16 @@ class FeatureCache:
         for number in bar:
             batch = {name: x for name, x in collate([dataset[number]]).items() if isinstance(x, Tensor)}
             key = _content(batch)
-            if number == 0 and _content(collate([dataset[number]])) != key:
-                raise ValueError("A row differs when it is read twice. Cache features without augmentation or crops.")
             if key not in self._files and key not in new:
+                if _content(collate([dataset[number]])) != key:
+                    raise ValueError(
+                        f"Row {number} differs when it is read twice. Cache features without augmentation or crops."
+                    )
                 new[key] = self._features(batch)
                 bar.set_postfix_str(f"{len(dataset) * new[key].nbytes / 1e9:.2g} GB if all are like this one")
                 if len(new) == RECORDINGS_PER_FILE:
                     new = self._save(new)
-            rows.append((key, batch))
+            rows.append((key, {name: _without_values(name, x[0]) for name, x in batch.items()}))
         self._save(new)
         return CachedRows(rows, self._files, self.layers)
 
@@ -203,14 +205,13 @@ class CachedRows(torch.utils.data.Dataset):
     """The rows of a data set with cached features instead of recordings, as `FeatureCache.read` returns them.
 
     Args:
-        rows: The key of each recording, and its batch of one.
+        rows: The key of each recording, and what the model takes besides: labels, and inputs without their values.
         files: The file of each key.
         layers: The layers whose features are cached.
     """
 
     def __init__(self, rows: Sequence[tuple[str, dict[str, Tensor]]], files: Mapping[str, Path], layers: list[int]):
-        self.rows = [(key, {name: _length_only(name, x[0]) for name, x in batch.items()}) for key, batch in rows]
-        self.files, self.layers = dict(files), layers
+        self.rows, self.files, self.layers = rows, dict(files), layers
         self._open: dict[Path, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,9 +228,13 @@ class CachedRows(torch.utils.data.Dataset):
         return {CACHED: self._open[file].get_tensor(key), **rest}
 
 
-def _length_only(name: str, x: Tensor) -> Tensor:
-    """An input without its values, which takes no memory. The attention mask and labels stay."""
-    return x.new_zeros(()).expand(x.shape) if name in INPUTS and name != "attention_mask" else x
+def _without_values(name: str, x: Tensor) -> Tensor:
+    """An input of the encoder that takes no memory: its shape tells the length. A mask with zeros and labels stay."""
+    if name not in INPUTS:
+        return x
+    if name != "attention_mask":
+        return x.new_zeros(()).expand(x.shape)
+    return x.new_ones(()).expand(x.shape) if x.all() else x
 
 
 def _padded(values: Sequence[Tensor], name: str) -> Tensor:

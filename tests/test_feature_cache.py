@@ -154,6 +154,13 @@ def test_trainer_trains_and_evaluates_from_the_cache(tmp_path):
         torch.testing.assert_close(fresh(**live).logits, expected, rtol=0.02, atol=0.02)
 
 
+def test_rows_hold_no_recordings(tmp_path):
+    rows = FeatureCache(adapted(), tmp_path).read(Recordings(), collate, progress=False)
+    held = [x for _, rest in rows.rows for name, x in rest.items() if name != "labels"]
+    assert [tuple(x.shape) for x in held] == [(length,) for length in LENGTHS for _ in range(2)]
+    assert {x.untyped_storage().nbytes() for x in held} == {4, 8}  # one float32, one int64
+
+
 def test_what_is_saved_is_not_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_elp.feature_cache.RECORDINGS_PER_FILE", 2)
     calls = []
@@ -215,11 +222,18 @@ def test_other_mistakes_are_refused(tmp_path):
 
     noise = iter(range(100))
 
+    def third_noisy(rows):
+        return noisy(rows) if len(rows[0]["audio"]) == 900 else collate(rows)
+
     def noisy(rows):
         return {**collate(rows), "input_values": torch.full((1, 2000), float(next(noise)))}
 
-    with pytest.raises(ValueError, match="differs when it is read twice"):
+    with pytest.raises(ValueError, match="Row 0 differs when it is read twice"):
         cache.read(Recordings(), noisy, progress=False)
+    with pytest.raises(ValueError, match="Row 2 differs when it is read twice"):
+        cache.read(
+            Recordings(), lambda rows: (noisy if len(rows[0]["audio"]) == 900 else collate)(rows), progress=False
+        )
     rows = cache.read(Recordings(), collate, progress=False)
     model.add_adapter("other", ELPConfig(**ELP))
     model.set_adapter("other")
