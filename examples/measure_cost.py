@@ -74,7 +74,7 @@ class Cost:
         backward_gflop: Those of its backward pass.
         step_s: Seconds of a training step, in each round.
         inference_s: Seconds of an inference, in each round.
-        peak_mib: On a GPU, the highest memory of a training step above that of the model, in MiB.
+        peak_mib: On a GPU, the peak memory that a training step adds to the model, in MiB.
     """
 
     method: str
@@ -196,7 +196,7 @@ class Method:
             return self.call(**self.batch()).loss
 
     def batch(self) -> dict[str, Any]:
-        """The inputs; those of training may come from the cache, and are read from its files each time."""
+        """The inputs. In training they may come from the cache, whose files are read each time."""
         if self.rows is None or not self.model.training:
             return self.inputs
         batch = self.cache.collate([self.rows[number] for number in range(self.args.batch_size)])

@@ -62,7 +62,7 @@ def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:
 
     Raises:
         ImportError: gradio is not installed.
-        ValueError: There is no adapter, or one has a head that no page can show.
+        ValueError: `adapters` is empty, or the page cannot show the head of one of them.
 
     Examples:
         >>> page = make_page({"emotions": SpeechAdapter.from_pretrained("me/emotions")})  # doctest: +SKIP
@@ -105,7 +105,7 @@ def write_space(folder: str | Path, adapters: Mapping[str, str], title: str = "S
 
     Args:
         folder: Where to write `README.md`, `app.py`, `adapters.json` and `requirements.txt`. It is made if need be.
-            The Space also needs the wheel of peft_elp that `requirements.txt` names, as long as there is no release.
+            Until peft_elp is released, add the wheel that `requirements.txt` names.
         adapters: Names of the adapters on the Hub, or of folders beside `app.py`, by the name of their tab.
         title: Title of the Space.
 
