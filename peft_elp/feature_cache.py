@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .call.shared_pass import CACHED
+from .heads import head_row
 from .tuner.one_pass import Task, adapted_encoder
 from .wording import unknown_adapter
 
@@ -154,11 +155,14 @@ class FeatureCache:
         ]
         training, active = self.model.training, list(self.model.active_adapters)
         device = next(self.model.parameters()).device
+        row = head_row(type(self.model.get_base_model()))
+        # A decoder needs the labels. A head does not, and its own loss may not fit them.
+        needed = [name for name in batch if name != "labels" or (row and row.output == "generated_tokens")]
         try:
             self.model.eval()
             if active != [self.adapter_name]:
                 tuner.set_adapter(self.adapter_name)
-            self.model(**{name: x.to(device) for name, x in batch.items()})
+            self.model(**{name: batch[name].to(device) for name in needed})
         finally:
             for handle in handles:
                 handle.remove()

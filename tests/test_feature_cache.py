@@ -126,6 +126,12 @@ def test_other_families_are_cached_too(name, tmp_path):
             torch.testing.assert_close(result(model(**cache.collate([own]))), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_labels_may_be_for_a_loss_of_the_callers_own(tmp_path):
+    model = adapted()
+    rows = FeatureCache(model, tmp_path).read(Recordings([[0, 1]] * 4), collate, progress=False)
+    assert rows[0]["labels"].tolist() == [0, 1]  # Two numbers for one recording: the head's own loss refuses them.
+
+
 def test_trainer_trains_and_evaluates_from_the_cache(tmp_path):
     model = adapted()
     cache = FeatureCache(model, tmp_path / "features")

@@ -154,10 +154,22 @@ def test_each_method_trains_what_it_says_and_nothing_else(method, run, encoder):
         assert moved == expected
 
 
+@pytest.mark.parametrize("method", ["head", "full", "lora"])
+def test_the_weights_of_a_weighted_layer_sum_are_trained_or_the_method_is_refused(method):
+    model = build("wav2vec2", "ForSequenceClassification", use_weighted_layer_sum=True)
+    model_args = recipes.ModelArguments(model_name_or_path="", method=method)
+    if method == "lora":
+        with pytest.raises(ValueError, match=r"would leave layer_weights .* frozen.*use_weighted_layer_sum=False"):
+            recipes.adapt(model, model_args)
+    else:
+        adapted = recipes.adapt(model, model_args)
+        assert "layer_weights" in recipes.trained_parameters(adapted)["head"]
+
+
 ONLY_L = ["--adapters", "L", "--train_layer_norms", "False", "--l_dim", "10"]
 
 
-@pytest.mark.parametrize("module", [recognition, emotion, intent])
+@pytest.mark.parametrize("module", [recognition, verification, emotion, intent])
 def test_training_from_cached_features_gives_the_same_adapter(module, run, tmp_path, capsys):
     options = [*ONLY_L, *FOLD.get(module, []), "--learning_rate", "1e-4"]
     cached, saved = [], []
@@ -465,6 +477,10 @@ def test_rates_are_the_published_ones_unless_others_are_given(encoder, data):
         (["--eval_strategy", "steps"], "the test split must not choose anything"),
         (["--cache_features", "x"], "changes what the encoder computes.*adapters='L', train_layer_norms=False"),
         (["--method", "head", "--cache_features", "x"], "--cache_features is used only with --method elp"),
+        (
+            ["--head", "mean", "--cache_features", "x", "--crop_length_in_seconds", "1"],
+            "--cache_features keeps the features of whole recordings.*--crop_length_in_seconds",
+        ),
         (["--cache_dtype", "float32"], "--cache_dtype is used only with --cache_features"),
         (["--method", "lora", "--e_dim", "8"], "--e_dim is used only with --method elp"),
         (["--method", "lora", "--head", "xvector"], "LoRA would train both"),

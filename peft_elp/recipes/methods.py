@@ -56,6 +56,8 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     model.requires_grad_(False)
     for name in head_modules(model):
         model.get_submodule(name).requires_grad_(True)
+    for _, parameter in model.named_parameters(recurse=False):  # the weights of use_weighted_layer_sum
+        parameter.requires_grad_(True)
     if model_args.method == "full":
         for layer in find_encoder(model).layers:
             layer.requires_grad_(True)
@@ -68,6 +70,11 @@ def _elp_config(model_args: ModelArguments) -> ELPConfig:
 
 
 def _lora_config(model: PreTrainedModel, model_args: ModelArguments) -> LoraConfig:
+    if bare := [name for name, _ in model.named_parameters(recurse=False)]:
+        raise ValueError(
+            f"PEFT trains modules, so LoRA would leave {bare[0]} of {type(model).__name__} frozen. "
+            "Set use_weighted_layer_sum=False in the configuration of the encoder, or choose another method."
+        )
     # A decoder is pretrained and stays frozen.
     head = [] if _generates(model) else head_modules(model)
     names = [name for name, _ in model.named_modules()]

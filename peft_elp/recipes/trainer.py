@@ -122,6 +122,11 @@ def make_trainer(
     print(f"Trained: {count_trained(adapted)}, at rates {rates}")  # noqa: T201
     collate: Any = Collator(feature_extractor, adapted)
     if model_args.cache_features is not None:
+        if options.get("crop_s") is not None:
+            raise ValueError(
+                "--cache_features keeps the features of whole recordings, and --crop_length_in_seconds trains on "
+                "random pieces. Remove one of them."
+            )
         options["train_dataset"], collate = _cached(adapted, model_args, options["train_dataset"], collate)
     return trainer_cls(
         adapted,

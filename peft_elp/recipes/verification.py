@@ -50,6 +50,8 @@ class SpeakerTrainer(RecipeTrainer):
             unwrap(self.model).classifier.bias.requires_grad_(False)  # Angles have no bias.
 
     def get_train_dataloader(self) -> Any:
+        if self.crop_s is None:
+            return super().get_train_dataloader()
         whole = self.data_collator
         self.data_collator = Collator(self.processing_class, self.model, self.crop_s)
         try:
