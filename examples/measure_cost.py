@@ -40,7 +40,12 @@ from peft_elp.feature_cache import CACHED
 
 # methods: one training step and one inference of each method ---------------------------------------------------------
 
-WIDTHS = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "tiny": (32, 3, 2, 64)}
+WIDTHS = {
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "whisper-tiny": (384, 4, 6, 1536),
+    "tiny": (32, 3, 2, 64),
+}
 FULL, LORA, Q_AND_V = "full fine-tuning", "LoRA, as many parameters as E+L", "LoRA, r=8 on q and v"
 METHODS: dict[str, dict[str, Any]] = {
     "head only": {"method": "head"},
@@ -74,6 +79,9 @@ class Cost:
         backward_gflop: Those of its backward pass.
         step_s: Seconds of a training step, in each round.
         inference_s: Seconds of an inference, in each round.
+        inject_s: Seconds to put adapters into a loaded model.
+        load_s: Seconds to load a second adapter from a folder.
+        switch_s: Seconds to switch between two adapters.
         peak_mib: On a GPU, the peak memory that a training step adds to the model, in MiB.
     """
 
@@ -85,6 +93,9 @@ class Cost:
     backward_gflop: float
     step_s: list[float]
     inference_s: list[float]
+    inject_s: float | None = None
+    load_s: float | None = None
+    switch_s: float | None = None
     peak_mib: float | None = None
 
 
@@ -107,8 +118,8 @@ def config_of(args: argparse.Namespace, weighted: bool) -> Any:
     return AutoConfig.for_model(args.family, **sizes, use_weighted_layer_sum=weighted)
 
 
-def model_of(args: argparse.Namespace, options: dict[str, Any]) -> Any:
-    """A random model that is prepared for one method."""
+def model_of(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, float]:
+    """A random model that is prepared for one method, and the seconds that this took."""
     options = {key: value for key, value in options.items() if key != "cached"}
     torch.manual_seed(0)
     weighted, half = options.pop("weighted", False), options.pop("half", False)
@@ -119,16 +130,16 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> Any:
         options["lora_r"] = equal_rank(args)
     arguments = recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **options})
     speed_up_frozen(model.to(args.device))
+    start = time.perf_counter()
     model = recipes.adapt(model, arguments)
-    if weighted:
-        model.layer_weights.requires_grad_(True)
+    inject_s = time.perf_counter() - start
     if args.dtype == "bfloat16":  # The frozen weights; what is trained stays in float32.
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
     if args.gradient_checkpointing:
         recipes.unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    return model, inject_s
 
 
 def equal_rank(args: argparse.Namespace) -> int:
@@ -176,7 +187,7 @@ class Method:
 
     def __init__(self, name: str, args: argparse.Namespace, folder: str) -> None:
         self.name, self.args = name, args
-        self.model = model_of(args, METHODS[name])
+        self.model, self.inject_s = model_of(args, METHODS[name])
         self.call = torch.compile(self.model) if args.compile else self.model
         self.inputs = {key: value.to(args.device) for key, value in inputs_of(args).items()}
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -229,6 +240,7 @@ class Method:
             else:
                 torch.save(trained, Path(folder, "trained.pt"))
             size = sum(path.stat().st_size for path in Path(folder).rglob("*.*t*") if path.suffix != ".json")
+        inject_s = self.inject_s if hasattr(self.model, "peft_config") else None
         return Cost(
             self.name,
             sum(parameter.numel() for parameter in self.trained),
@@ -238,7 +250,18 @@ class Method:
             backward.get_total_flops() / 1e9,
             [],
             [],
+            inject_s,
         )
+
+    def load_and_switch(self) -> tuple[float | None, float | None]:
+        """Seconds to load a second adapter, and to switch; to be measured last, because the model keeps both."""
+        if not hasattr(self.model, "peft_config"):
+            return None, None
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            load_s = seconds(lambda: self.model.load_adapter(folder, "second"), self.args.device)
+        names = cycle(["second", "default"])
+        return load_s, median_s(lambda: self.model.set_adapter(next(names)), 20)
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
@@ -277,6 +300,8 @@ def measure_in(folder: str, args: argparse.Namespace) -> None:
             if on_gpu:
                 cost.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
             cost.inference_s.append(seconds(method.infer, args.device))
+    for method, cost in zip(methods, costs, strict=True):
+        cost.load_s, cost.switch_s = method.load_and_switch()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if args.device != "cpu":
         machine = torch.cuda.get_device_name()
@@ -314,8 +339,8 @@ def table(costs: Sequence[Cost]) -> str:
     full, lora, head = by_name.get(FULL), by_name.get(LORA), by_name.get("head only")
     lines = [
         "| method | trained | file, MB | kept, MiB | kept / full | kept / LoRA | GFLOP forward + backward "
-        "| step / full | step / LoRA | inference / head only |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| step / full | step / LoRA | inference / head only | inject, load, switch, ms |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for cost in costs:
         cells = [cost.method, f"{cost.trained:,}", f"{cost.file_mb:.1f}", f"{cost.saved_mib:.1f}"]
@@ -323,6 +348,8 @@ def table(costs: Sequence[Cost]) -> str:
         cells += [f"{cost.forward_gflop:.0f} + {cost.backward_gflop:.0f}"]
         cells += [ratio(cost.step_s, other.step_s) if other else "" for other in (full, lora)]
         cells += [ratio(cost.inference_s, head.inference_s) if head else ""]
+        life = [taken for taken in (cost.inject_s, cost.load_s, cost.switch_s) if taken is not None]
+        cells += [", ".join(f"{1000 * taken:.1f}" for taken in life)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
