@@ -25,6 +25,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import psutil
 import torch
@@ -167,19 +168,27 @@ def inputs_of(args: argparse.Namespace) -> dict[str, Tensor]:
     return batch
 
 
+class Held:
+    """A tensor that a graph keeps for the backward pass; it lives as long as its node of the graph."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def saved_bytes(model: Any, run: Callable[[], Tensor]) -> int:
     """The bytes of the tensors that a forward pass keeps for the backward pass, parameters and buffers apart."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}  # Held, so that no storage is freed and its address used again.
+    held: WeakSet[Held] = WeakSet()  # A checkpoint around frozen layers saves its input and drops it again.
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    def pack(tensor: Tensor) -> Held:
+        held.add(one := Held(tensor))
+        return one
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    with saved_tensors_hooks(pack, lambda one: one.tensor):
+        loss = run()
+    storages = {one.tensor.untyped_storage().data_ptr(): one.tensor.untyped_storage().nbytes() for one in held}
+    del loss  # Until here, it holds the graph.
+    return sum(size for address, size in storages.items() if address not in known)
 
 
 class Method:

@@ -52,6 +52,17 @@ def test_kept_bytes_are_those_of_distinct_tensors():
     assert measure_cost.saved_bytes(linear, lambda: linear(x) + linear(x.view(3, 4))) == 3 * 4 * 4
 
 
+def test_a_checkpoint_of_frozen_layers_keeps_nothing():
+    frozen = torch.nn.Linear(4, 4).requires_grad_(False)
+    head = torch.nn.Linear(4, 4)
+    x = torch.randn(3, 4)
+
+    def run():
+        return head(torch.utils.checkpoint.checkpoint(frozen, x, use_reentrant=False))
+
+    assert measure_cost.saved_bytes(torch.nn.Sequential(frozen, head), run) == 3 * 4 * 4
+
+
 def test_many_adapters_are_measured(capsys):
     words = ["adapters", "--adapters", "2", "--tasks", "2", "--batch_size", "1", "--seconds", "0.5", "--repeats", "1"]
     measure_cost.main(words)
