@@ -1,11 +1,13 @@
 """Measure what adapters cost, on random encoders, because costs do not depend on the weights.
 
     python examples/measure_cost.py methods --output cost.json --plot cost.svg
+    python examples/measure_cost.py overhead
     python examples/measure_cost.py adapters
 
 `methods` compares ELP with LoRA, full fine-tuning and a head alone, interleaved in one run: trained parameters, the
 size of the saved adapter, the bytes that a training step keeps for its backward pass, floating-point operations, and
-times as ratios. `adapters` measures many adapters on one wav2vec 2.0: loading, switching, memory, and one pass for
+times as ratios. `overhead` measures what is independent of the size of an encoder: the Python work of each layer.
+`adapters` measures many adapters on one wav2vec 2.0: loading, switching, memory, and one pass for
 several tasks. docs/reference/cost.md has results.
 """
 
@@ -47,10 +49,13 @@ WIDTHS = {
     "whisper-tiny": (384, 4, 6, 1536),
     "tiny": (32, 3, 2, 64),
 }
+# What every method costs at least that trains something in the first layer.
+FLOOR = "head only, with a gradient through all layers"
 FULL, LORA, Q_AND_V = "full fine-tuning", "LoRA, as many parameters as E+L", "LoRA, r=8 on q and v"
 METHODS: dict[str, dict[str, Any]] = {
     "head only": {"method": "head"},
     "weighted sum of layers + head": {"method": "head", "weighted": True},
+    FLOOR: {"method": "head", "through": True},
     LORA: {"method": "lora"},
     Q_AND_V: {"method": "lora", "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]},
     "conventional adapters": {"preset": "conventional"},
@@ -123,13 +128,17 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, fl
     """A random model that is prepared for one method, and the seconds that this took."""
     options = {key: value for key, value in options.items() if key != "cached"}
     torch.manual_seed(0)
-    weighted, half = options.pop("weighted", False), options.pop("half", False)
+    weighted, half, through = (options.pop(name, False) for name in ("weighted", "half", "through"))
     model: Any = AutoModelForAudioClassification.from_config(config_of(args, weighted))
     if half:
         options["l_layers"] = list(range(len(find_encoder(model).layers) // 2))
     if options.get("method") == "lora" and "lora_r" not in options:
         options["lora_r"] = equal_rank(args)
     arguments = recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **options})
+    if through:
+        find_encoder(model).layers[0].register_forward_pre_hook(
+            lambda layer, inputs: (inputs[0].requires_grad_(torch.is_grad_enabled()), *inputs[1:])
+        )
     speed_up_frozen(model.to(args.device))
     start = time.perf_counter()
     model = recipes.adapt(model, arguments)
@@ -384,6 +393,63 @@ def plot(costs: Sequence[Cost], file: Path) -> None:
     figure.savefig(file)
 
 
+# overhead: the time of an encoder whose arithmetic takes next to none ------------------------------------------------
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "conv_dim": [32] * 7}
+SMALL |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0, "mask_time_prob": 0.0}
+LAYERS = 12
+TARGETS = ["intermediate_dense", "output_dense"]
+SETTINGS: dict[str, PeftConfig | None] = {
+    "no adapter, all trained": None,
+    "LoRA": LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["projector", "classifier"]),
+    "L without layer norms": ELPConfig(adapters="L", l_dim=16, train_layer_norms=False),
+    "E without layer norms": ELPConfig(adapters="E", e_dim=8, train_layer_norms=False),
+    "E+L": ELPConfig(adapters="EL", e_dim=8, l_dim=16),
+    "E+L+P": ELPConfig(e_dim=8, l_dim=16),
+}
+
+
+def measure_overhead(args: argparse.Namespace) -> None:
+    """The shortest time of a forward pass and of a training step, and what a layer adds to it."""
+    waveforms = torch.randn(args.batch_size, int(args.seconds * 16_000))
+    labels = torch.zeros(args.batch_size).long()
+    alone: tuple[float, float] | None = None
+    print("| setting | forward, ms | more for each layer | forward + backward, ms | more for each layer |")
+    print("|---|--:|--:|--:|--:|")
+    for name, config in SETTINGS.items():
+        torch.manual_seed(0)
+        model: Any = Wav2Vec2ForSequenceClassification(
+            Wav2Vec2Config.from_dict({**SMALL, "num_hidden_layers": LAYERS})
+        )
+        model = model if config is None else get_peft_model(model, config)
+
+        def forward(model: Any = model) -> None:
+            with torch.no_grad():
+                model(waveforms)
+
+        def step(model: Any = model) -> None:
+            model.zero_grad()
+            model(waveforms, labels=labels).loss.backward()
+
+        found = {
+            name: (shortest_ms(forward, model.eval(), args.repeats), shortest_ms(step, model.train(), args.repeats))
+        }
+        if name == "E+L+P":
+            with model.disable_adapter():
+                found["E+L+P, disabled"] = (shortest_ms(forward, model.eval(), args.repeats), 0.0)
+        alone = alone or found[name]
+        for label, times in found.items():
+            cells = []
+            for taken, least in zip(times, alone, strict=True):
+                cells += [f"{taken:.2f}", f"{(taken - least) / LAYERS:+.3f}"] if taken else ["", ""]
+            print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def shortest_ms(call: Callable[[], Any], model: Any, repeats: int) -> float:
+    """The shortest of some times of a call, in ms. Other work on the machine makes some of them longer."""
+    return 1000 * min(seconds(call, "cpu") for _ in range(repeats))
+
+
 # adapters: many on one backbone, and several tasks in one pass ------------------------------------------------------
 
 
@@ -463,9 +529,8 @@ def tasks_in_one_pass(args: argparse.Namespace) -> None:
 def measure_adapters(args: argparse.Namespace) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     many_adapters("ELP", ELPConfig(), args.adapters)
-    targets = ["intermediate_dense", "output_dense"]
     many_adapters(
-        "LoRA", LoraConfig(target_modules=targets, modules_to_save=["projector", "classifier"]), args.adapters
+        "LoRA", LoraConfig(target_modules=TARGETS, modules_to_save=["projector", "classifier"]), args.adapters
     )
     tasks_in_one_pass(args)
 
@@ -474,12 +539,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one measurement and print its results. `argv` defaults to the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True)
-    methods, adapters = kinds.add_parser("methods"), kinds.add_parser("adapters")
-    for kind, measure, batch_size, length in ((methods, measure_methods, 2, 3), (adapters, measure_adapters, 4, 5)):
+    methods, overhead, adapters = (kinds.add_parser(name) for name in ("methods", "overhead", "adapters"))
+    for kind, measure, batch_size, length, repeats in (
+        (methods, measure_methods, 2, 3, 5),
+        (overhead, measure_overhead, 1, 0.25, 40),
+        (adapters, measure_adapters, 4, 5, 5),
+    ):
         kind.set_defaults(measure=measure)
         kind.add_argument("--batch_size", type=int, default=batch_size, help="Utterances in a batch.")
         kind.add_argument("--seconds", type=float, default=length, help="Length of each utterance.")
-        kind.add_argument("--repeats", type=int, default=5, help="Rounds of timings.")
+        kind.add_argument("--repeats", type=int, default=repeats, help="Rounds of timings.")
     methods.add_argument("--family", default="wavlm", help="wavlm, wav2vec2, hubert, whisper, ...")
     methods.add_argument("--size", choices=WIDTHS, default="base", help="Size of the encoder.")
     methods.add_argument("--methods", nargs="+", choices=METHODS, help="Only these.")

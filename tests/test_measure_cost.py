@@ -67,3 +67,9 @@ def test_many_adapters_are_measured(capsys):
     words = ["adapters", "--adapters", "2", "--tasks", "2", "--batch_size", "1", "--seconds", "0.5", "--repeats", "1"]
     measure_cost.main(words)
     assert "2 tasks on 1 x 0.5 s: one pass for all" in capsys.readouterr().out
+
+
+def test_the_overhead_of_a_layer_is_measured(capsys):
+    measure_cost.main(["overhead", "--repeats", "2"])
+    rows = re.findall(r"^\| ([^|]+) \| [\d.]+ \| [+-][\d.]+ \|", capsys.readouterr().out, flags=re.MULTILINE)
+    assert rows == [*measure_cost.SETTINGS, "E+L+P, disabled"]
