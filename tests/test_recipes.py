@@ -166,6 +166,12 @@ def test_the_weights_of_a_weighted_layer_sum_are_trained_or_the_method_is_refuse
         assert "layer_weights" in recipes.trained_parameters(adapted)["head"]
 
 
+@pytest.mark.parametrize("words", [["--bf16", "True"], ["--bf16", "True", "--dtype", "bfloat16"]])
+def test_speakers_are_learned_under_autocast(words, run):
+    metrics, _ = run(verification, *ELP, *words)
+    assert 0 <= metrics["eval_eer"] <= 1
+
+
 ONLY_L = ["--adapters", "L", "--train_layer_norms", "False", "--l_dim", "10"]
 
 

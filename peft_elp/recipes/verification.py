@@ -68,6 +68,8 @@ class SpeakerTrainer(RecipeTrainer):
             features, weight, bias = head.classifier(embeddings), head.objective.weight.T, None
         else:
             features, weight, bias = embeddings, head.classifier.weight, head.classifier.bias
+        # The loss is outside of autocast, which gave the embeddings its data type.
+        features, weight, bias = (x if x is None else x.float() for x in (features, weight, bias))
         if self.loss == "amsoftmax":
             cosines = linear(normalize(features), normalize(weight))
             scores = self.scale * (cosines - self.margin * one_hot(labels, cosines.shape[-1]))
