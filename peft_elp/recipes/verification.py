@@ -69,7 +69,7 @@ class SpeakerTrainer(RecipeTrainer):
         else:
             features, weight, bias = embeddings, head.classifier.weight, head.classifier.bias
         # The loss is outside of autocast, which gave the embeddings its data type.
-        features, weight, bias = (x if x is None else x.float() for x in (features, weight, bias))
+        features, weight, bias = features.float(), weight.float(), None if bias is None else bias.float()
         if self.loss == "amsoftmax":
             cosines = linear(normalize(features), normalize(weight))
             scores = self.scale * (cosines - self.margin * one_hot(labels, cosines.shape[-1]))
