@@ -1,0 +1,765 @@
+"""Measure what eleven methods reach on tasks of speech, with one protocol for all of them.
+
+    python examples/measure_quality.py run --model_name_or_path openai/whisper-tiny.en --name "Whisper tiny.en" \
+        --recordings recordings --tasks voices emotions orders
+    python examples/measure_quality.py collect --json measured.json
+    python examples/measure_quality.py report --json measured.json --page measured.md --plots plots
+
+`run` trains what is missing in `--output_dir`, with one small file for each training, so that it can be stopped and
+continued, and extended by further tasks and methods. `collect` joins these files. `report` writes the tables of a page
+and draws its figures. docs/reference/measured.md is such a page, and describes the protocol.
+
+The recordings are folders in `audiofolder` layout, with a table `metadata.csv` in each split.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import soundfile
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
+from sklearn.metrics import balanced_accuracy_score
+from tqdm.auto import tqdm
+from transformers import AutoModelForAudioClassification, AutoModelForCTC, set_seed
+from transformers.utils import logging
+
+from peft_elp import FeatureCache, recipes
+from peft_elp.adapters import LAdapter
+from peft_elp.data import read_trials
+from peft_elp.metrics import cosine_scores, equal_error_rate
+from peft_elp.plots import plot_layer_weights
+from peft_elp.speakers import speaker_embeddings
+
+RATE_HZ = 16_000
+Row = dict[str, Any]
+Splits = dict[str, list[Row]]  # "train", "validation" and "test"
+
+# Recordings ----------------------------------------------------------------------------------------------------------
+
+
+def read_split(folder: Path, split: str, seconds: float | None) -> list[Row]:
+    """The rows of a split with their samples, of which the first `seconds` are kept."""
+    with open(folder / split / "metadata.csv", encoding="utf-8") as table:
+        rows: list[Row] = list(csv.DictReader(table))
+    for row in rows:
+        row["file"] = str((folder / split / row["file_name"]).resolve())
+        row["audio"] = read_samples(row["file"], seconds)
+    return rows
+
+
+def read_samples(file: str, seconds: float | None) -> np.ndarray:
+    samples = soundfile.read(file, dtype="float32")[0]
+    return samples if seconds is None else samples[: int(seconds * RATE_HZ)]
+
+
+def given_splits(rows: Splits) -> Iterator[Splits]:
+    yield rows
+
+
+def speaker_folds(rows: Splits) -> Iterator[Splits]:
+    """In each fold one speaker is the test, the next one the validation, and the others are for training."""
+    everything = [row for split in ("train", "validation", "test") for row in rows[split]]
+    speakers = list(dict.fromkeys(row["speaker_id"] for row in everything))
+    for test in range(len(speakers) - 1, -1, -1):
+        held = {"test": speakers[test], "validation": speakers[test - 1]}
+        yield {name: [row for row in everything if row["speaker_id"] == held[name]] for name in held} | {
+            "train": [row for row in everything if row["speaker_id"] not in held.values()]
+        }
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+
+class Classes:
+    """The classes of one column or several. One head has those of all columns, one after the other."""
+
+    auto_class: Any = AutoModelForAudioClassification
+    trainer_cls: type[recipes.RecipeTrainer] = recipes.RecipeTrainer
+
+    def __init__(self, task: "Task", splits: Splits, recordings: Path) -> None:
+        self.columns, self.test = task.columns, splits["test"]
+        self.known = [sorted({row[column] for row in splits["train"]}) for column in self.columns]
+        names = [f"{column}: {name}" for column, known in zip(self.columns, self.known, strict=True) for name in known]
+        names = names if len(self.columns) > 1 else self.known[0]
+        self.settings = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        self.trainer_options: dict[str, Any] = {"compute_loss_func": self.loss}
+
+    def label(self, row: Row) -> Any:
+        """The number of the class in each column, or -100 for one that training lacks."""
+        pairs = zip(self.columns, self.known, strict=True)
+        return [known.index(row[column]) if row[column] in known else -100 for column, known in pairs]
+
+    def split(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
+        return logits.split([len(known) for known in self.known], dim=-1)
+
+    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        parts = zip(self.split(outputs.logits), labels.unbind(-1), strict=True)
+        return sum((torch.nn.functional.cross_entropy(*part) for part in parts), torch.zeros(()))
+
+    def answer(self, model: Any, batch: Mapping[str, Any]) -> Any:
+        parts = self.split(model(**batch).logits[0])
+        return [known[int(part.argmax())] for known, part in zip(self.known, parts, strict=True)]
+
+    def errors(self, rows: Sequence[Row], answers: Sequence[Any], split: str) -> dict[str, float]:
+        """100 minus the accuracy in per cent, as the mean over columns."""
+        right = [[row[column] for column in self.columns] for row in rows]
+        same = np.array(right) == np.array(answers)
+        found = {"": 100 - 100 * float(same.mean())}
+        if len(self.columns) > 1:
+            found |= {f" {column}": 100 - 100 * float(same[:, i].mean()) for i, column in enumerate(self.columns)}
+        return found
+
+
+class Emotions(Classes):
+    """Classes whose accuracy is the mean over the classes."""
+
+    def errors(self, rows: Sequence[Row], answers: Sequence[Any], split: str) -> dict[str, float]:
+        right = [row[self.columns[0]] for row in rows]
+        return {"": 100 - 100 * float(balanced_accuracy_score(right, [answer[0] for answer in answers]))}
+
+
+class Voices(Classes):
+    """Speakers in training, and pairs of recordings of other speakers afterwards."""
+
+    trainer_cls = recipes.SpeakerTrainer
+
+    def __init__(self, task: "Task", splits: Splits, recordings: Path) -> None:
+        super().__init__(task, splits, recordings)
+        self.trainer_options = {}
+        lists = {"": recordings / task.folder / "trials.csv", " across sets": recordings / str(task.cross_trials)}
+        self.trials = {what: read_trials(file, file.parent) for what, file in lists.items() if file.is_file()}
+        known = {row["file"] for row in self.test}
+        files = {str(Path(file).resolve()) for trials in self.trials.values() for _, *pair in trials for file in pair}
+        self.others = [{"file": file, "audio": read_samples(file, task.seconds)} for file in sorted(files - known)]
+
+    def label(self, row: Row) -> Any:
+        return super().label(row)[0]
+
+    def answer(self, model: Any, batch: Mapping[str, Any]) -> Any:
+        return speaker_embeddings(model, **batch)[0].float().numpy()
+
+    def errors(self, rows: Sequence[Row], answers: Sequence[Any], split: str) -> dict[str, float]:
+        """Equal error rates: of the lists of trials, or of all pairs of another split."""
+        embeddings: Any = {row["file"]: answer for row, answer in zip(rows, answers, strict=True)}
+        if split == "test":
+            found = {}
+            for what, trials in self.trials.items():
+                labels, pairs = [], []
+                for label, *files in trials:
+                    labels.append(label)
+                    pairs.append(tuple(str(Path(file).resolve()) for file in files))
+                found[what] = 100 * equal_error_rate(labels, cosine_scores(embeddings, pairs))
+            return found
+        speakers = {row["file"]: row["speaker_id"] for row in rows}
+        pairs = list(itertools.combinations(speakers, 2))
+        labels = [speakers[a] == speakers[b] for a, b in pairs]
+        return {"": 100 * equal_error_rate(labels, cosine_scores(embeddings, pairs))}
+
+
+class Texts(Classes):
+    """Characters, recognised with CTC."""
+
+    auto_class = AutoModelForCTC
+
+    def __init__(self, task: "Task", splits: Splits, recordings: Path) -> None:
+        self.columns, self.test, self.trainer_options = task.columns, splits["test"], {}
+        self.tokenizer = recipes.make_tokenizer([row[task.columns[0]] for row in splits["train"]], task.scratch)
+        self.settings = {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id}
+        self.settings |= {"ctc_loss_reduction": "mean", "ctc_zero_infinity": True}
+
+    def label(self, row: Row) -> Any:
+        return self.tokenizer(row[self.columns[0]]).input_ids
+
+    def answer(self, model: Any, batch: Mapping[str, Any]) -> Any:
+        return self.tokenizer.decode(model(**batch).logits[0].argmax(-1))
+
+    def errors(self, rows: Sequence[Row], answers: Sequence[Any], split: str) -> dict[str, float]:
+        right = [row[self.columns[0]] for row in rows]
+        return {"": 100 * jiwer.cer(right, list(answers)), " of words": 100 * jiwer.wer(right, list(answers))}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, and how long every method is trained for it.
+
+    Args:
+        kind: What a model answers, and how wrong it is.
+        folder: The folder of the recordings.
+        columns: The columns of the table that are learned.
+        error: What is measured.
+        published: The name of the task in `peft_elp.published_rates`.
+        seconds: The recordings are cut after this many seconds; also the window of an encoder with a fixed one.
+        steps: Training steps.
+        batch_size: Recordings in a step.
+        folds: Makes the folds of the recordings.
+        cross_trials: A further list of trials, with recordings of another set.
+        scratch: Where a vocabulary is written.
+    """
+
+    kind: type[Classes]
+    folder: str
+    columns: tuple[str, ...]
+    error: str
+    published: str
+    seconds: int
+    steps: int
+    batch_size: int
+    folds: Callable[[Splits], Iterator[Splits]] = given_splits
+    cross_trials: str | None = None
+    scratch: Path = Path("outputs")
+
+
+TASKS = {
+    "voices": Task(
+        Voices, "commands_ar", ("speaker_id",), "equal error rate", "asv", 1, 100, 16,
+        cross_trials="emotion_emodb/trials_cross.csv",
+    ),
+    "emotions": Task(
+        Emotions, "emotion_emodb", ("emotion",), "100 - unweighted accuracy", "er", 2, 60, 8, folds=speaker_folds
+    ),
+    "words": Task(Classes, "commands_ar", ("label",), "100 - accuracy", "ic", 1, 60, 16),
+    "orders": Task(
+        Classes, "intent_coffee", ("label", "slot_size", "slot_roast", "slot_shots", "slot_milk", "slot_sugar"),
+        "100 - accuracy, mean of six slots", "ic", 6, 80, 4,
+    ),
+    "sentences": Task(Texts, "asr_kathleen", ("transcription_norm",), "character error rate", "asr", 5, 100, 8),
+}  # fmt: skip
+
+
+# Methods -------------------------------------------------------------------------------------------------------------
+
+ADAPTER_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+HEAD, FULL = "head only", "full fine-tuning"
+LORA, L_ONLY = "LoRA, as many parameters as E+L", "L without layer norms"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Args:
+        options: Options of `recipes.ModelArguments`.
+        rates: The rates that it chooses from: of the head for `head only`, of everything else for the others.
+        seeds: The number of seeds after the choice.
+        weighted: Whether the head reads a weighted sum of the layers.
+        cached: Whether the hidden states of the encoder are computed only once.
+        times: How many times the steps of the task it is trained.
+    """
+
+    options: dict[str, Any]
+    rates: Sequence[float] = ADAPTER_RATES
+    seeds: int = 3
+    weighted: bool = False
+    cached: bool = False
+    times: int = 1
+
+
+METHODS = {
+    HEAD: Method({"method": "head"}),
+    L_ONLY: Method({"adapters": "L", "train_layer_norms": False}, seeds=5, cached=True),
+    "E+L": Method({"adapters": "EL"}),
+    LORA: Method({"method": "lora"}),
+    FULL: Method({"method": "full"}, FULL_RATES),
+    "E+L+P": Method({"adapters": "ELP"}),
+    "weighted sum of layers + head": Method({"method": "head"}, weighted=True),
+    "L": Method({"adapters": "L"}),
+    "E": Method({"adapters": "E"}),
+    "LoRA, r=8 on q and v": Method(
+        {"method": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["q_proj", "v_proj"]}
+    ),
+    "conventional adapters": Method({"preset": "conventional"}),
+}
+
+
+def _changed(name: str, **options: Any) -> dict[str, Method]:
+    """A method with other options."""
+    words = ", ".join(f"`{option}={value!r}`" for option, value in options.items())
+    return {f"{name}, {words}": replace(METHODS[name], options=METHODS[name].options | options)}
+
+
+# What one choice changes.
+CHOICES = {
+    **_changed(L_ONLY, l_dim=32),
+    **_changed(L_ONLY, l_dim=64),
+    **_changed(L_ONLY, l_dim=128),
+    **_changed(L_ONLY, l_dim=512),
+    **_changed(L_ONLY, l_input_norm=False),
+    **_changed(L_ONLY, layer_weights_ratio=1.0),
+    f"{L_ONLY}, 5 times the steps": replace(METHODS[L_ONLY], times=5),
+    **_changed("E+L", e_dim=16),
+    **_changed("E+L", e_dim=256),
+    **_changed("E+L", train_layer_norms=False),
+    **_changed("E+L", dtype="bfloat16"),
+    **_changed("E+L+P", p_length=16),
+}
+
+
+@dataclass
+class Result:
+    """What one training reached.
+
+    Args:
+        encoder: Name of the encoder.
+        task: Name of the task.
+        method: Name of the method.
+        rate: The rate that the method chooses.
+        head_rate: The rate of the head.
+        seed: The seed; 0 chooses the rate.
+        fold: Number of the fold.
+        errors: In per cent, by split; "test" only after the choice.
+        trained: Trained parameters in the encoder and in the head.
+        loss: The mean training loss.
+        seconds: How long the training took.
+        shares: The shares of the layers in an L-adapter, by layer.
+    """
+
+    encoder: str
+    task: str
+    method: str
+    rate: float
+    head_rate: float
+    seed: int
+    fold: int
+    errors: dict[str, float]
+    trained: tuple[int, int]
+    loss: float
+    seconds: float
+    shares: dict[str, float] = field(default_factory=dict)
+
+
+def quality(result: Result) -> tuple[float, float]:
+    """What a choice of rates minimises: the error on validation, and where it is the same, the loss."""
+    return result.errors["validation"], result.loss
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+class Grid:
+    """The trainings of one encoder.
+
+    Args:
+        args: The command line of `run`.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.folder: Path = args.output_dir
+        self.folds: dict[str, list[Splits]] = {}
+        self.methods = METHODS | CHOICES
+
+    def model_arguments(self, task: Task, method: Method, rate: float, head_rate: float) -> recipes.ModelArguments:
+        """The arguments of a recipe for one training."""
+        name, options = self.args.model_name_or_path, dict(method.options)
+        config = recipes.load_config(name)
+        width = config.hidden_size
+        sizes = {"e_dim": width // 6, "l_dim": 2 * width // 3}
+        options.setdefault("method", "elp")
+        if options["method"] == "elp":
+            letters = options.get("adapters", "E")
+            options = {key: sizes[key] for key in sizes if key[0].upper() in letters} | options
+        ratio = options.pop("layer_weights_ratio", None)
+        if options["method"] == "lora" and "lora_r" not in options:
+            rank = self.equal_rank(task)
+            options |= {"lora_r": rank, "lora_alpha": 2 * rank}
+        rates = {"head": head_rate, "encoder": rate}
+        if options["method"] == "elp":
+            letters = options.get("adapters", "E")
+            rates = {"head": head_rate} | {letter.lower(): rate for letter in letters}
+            if options.get("train_layer_norms", True):
+                rates["layer_norms"] = rate
+            if ratio is not None:
+                rates["layer_weights"] = ratio * rate
+        elif options["method"] == "head":
+            del rates["encoder"]
+        options |= {f"{part}_learning_rate": value for part, value in rates.items()}
+        if getattr(config, "max_source_positions", None) is not None:
+            options["window_s"] = task.seconds
+        if method.cached:
+            options |= {"cache_features": str(self.folder / "features"), "cache_dtype": "float32"}
+        return recipes.ModelArguments(model_name_or_path=name, **options)
+
+    def equal_rank(self, task: Task) -> int:
+        """The rank at which LoRA on the feed-forward modules trains as much as E+L."""
+        counts = []
+        # The heads of all tasks here are new, which a model made from its configuration does not show.
+        new_head = METHODS["E+L"].options | {"l_output": "head"}
+        for options in (new_head, {"method": "lora", "lora_r": 1, "lora_alpha": 1}):
+            arguments = self.model_arguments(task, Method(options), 0.0, 0.0)
+            config = recipes.load_config(self.args.model_name_or_path)
+            with torch.device("meta"):
+                model = recipes.adapt(AutoModelForAudioClassification.from_config(config), arguments)
+            counts.append(recipes.count_trained(model)["trained_parameters_encoder"])
+        return round(counts[0] / counts[1])
+
+    def splits(self, name: str) -> list[Splits]:
+        """The folds of a task, read once."""
+        task = TASKS[name]
+        if name not in self.folds:
+            folder = self.args.recordings / task.folder
+            rows = {split: read_split(folder, split, task.seconds) for split in ("train", "validation", "test")}
+            self.folds[name] = list(task.folds(rows))
+        return self.folds[name]
+
+    def train(self, name: str, method_name: str, rate: float, head_rate: float, seed: int, fold: int) -> Result:
+        """One training, or its result if it ended before."""
+        kept = re.sub(r"[^\w=+.-]+", "_", f"{method_name}-{rate:g}-{head_rate:g}-{seed}-{fold}")
+        file = self.folder / self.args.name / name / f"{kept}.json"
+        if file.is_file():
+            return Result(**json.loads(file.read_text()))
+        start = time.perf_counter()
+        task = replace(TASKS[name], scratch=file.parent)
+        method = self.methods[method_name]
+        splits = self.splits(name)[fold]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kind = task.kind(task, splits, self.args.recordings)
+        set_seed(seed)
+        arguments = self.model_arguments(task, method, rate, head_rate)
+        config = recipes.load_config(self.args.model_name_or_path, **kind.settings)
+        config.update({"use_weighted_layer_sum": method.weighted, "apply_spec_augment": False})
+        extractor = recipes.load_feature_extractor(arguments)
+        model = recipes.load_model(kind.auto_class, arguments, config)
+        rows = [{"audio": row["audio"], "labels": kind.label(row)} for row in splits["train"]]
+        settings = recipes.RecipeTrainingArguments(
+            output_dir=str(file.parent / kept),
+            max_steps=method.times * (self.args.steps or task.steps),
+            per_device_train_batch_size=task.batch_size,
+            bf16=arguments.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = recipes.make_trainer(
+            model, arguments, settings, task.published, extractor, kind.trainer_cls, train_dataset=rows,
+            **kind.trainer_options,
+        )  # fmt: skip
+        loss = trainer.train().training_loss
+        measured = ["validation"] if seed == 0 else ["validation", "test"]
+        errors = {}
+        for split in measured:
+            held = [*splits[split], *(getattr(kind, "others", []) if split == "test" else [])]
+            answers = self.answers(trainer.model.eval(), arguments, extractor, kind, held)
+            errors |= {f"{split}{what}": error for what, error in kind.errors(held, answers, split).items()}
+        counts = recipes.count_trained(trainer.model)
+        result = Result(
+            self.args.name, name, method_name, rate, head_rate, seed, fold, errors,
+            (counts["trained_parameters_encoder"], counts["trained_parameters_head"]), loss,
+            time.perf_counter() - start, shares_of(trainer.model),
+        )  # fmt: skip
+        if seed and arguments.method == "elp":
+            trainer.model.save_pretrained(settings.output_dir)
+            extractor.save_pretrained(settings.output_dir)
+        file.write_text(json.dumps(vars(result)))
+        return result
+
+    @torch.no_grad()
+    def answers(
+        self, model: Any, arguments: recipes.ModelArguments, extractor: Any, kind: Classes, rows: Sequence[Row]
+    ) -> list[Any]:
+        """What the model says of each recording, one at a time."""
+        collate = recipes.Collator(extractor, model)
+        batches: Any = [[{"audio": row["audio"]}] for row in rows]
+        if arguments.cache_features is not None:
+            cache = FeatureCache(model, arguments.cache_features, getattr(torch, arguments.cache_dtype))
+            cached = cache.read([batch[0] for batch in batches], collate, progress=False)
+            batches, collate = [[cached[number]] for number in range(len(cached))], cache.collate
+        return [kind.answer(model, collate(batch)) for batch in batches]
+
+    def choose(self, name: str, method_name: str, head_rate: float | None) -> tuple[float, float]:
+        """The rate, and the rate of the head, with the lowest error on validation; seed 0, in the first fold.
+
+        Where the lowest or the highest rate is the best one, up to two rates beyond it are tried.
+        """
+        rates = list(self.methods[method_name].rates)
+        found: dict[float, Result] = {}
+
+        def best() -> float:
+            for rate in rates:
+                if rate not in found:
+                    found[rate] = self.train(name, method_name, rate, head_rate or rate, seed=0, fold=0)
+            return min(rates, key=lambda rate: quality(found[rate]))
+
+        for _ in range(2 if len(rates) > 1 else 0):
+            rate = best()
+            if rate == rates[-1]:
+                rates.append(float(f"{rate * rate / rates[-2]:.0e}"))
+            elif rate == rates[0]:
+                rates.insert(0, float(f"{rate * rate / rates[1]:.0e}"))
+        rate = best()
+        return rate, head_rate or rate
+
+    def run(self) -> None:
+        """Train what is missing: the rates of each method are chosen first, then come the seeds."""
+        for name in self.args.tasks:
+            names = self.args.methods or list(self.methods)
+            if TASKS[name].kind is Texts:  # Transformers has no weighted sum with CTC.
+                names = [known for known in names if not self.methods[known].weighted]
+            head_rate = self.choose(name, HEAD, None)[1]
+            for method_name in tqdm(names, desc=f"{self.args.name}, {name}"):
+                trains_head_only = self.methods[method_name].options.get("method") == "head"
+                rates = self.choose(name, method_name, None if trains_head_only else head_rate)
+                seeds = range(1, 1 + (self.args.seeds or self.methods[method_name].seeds))
+                for seed, fold in itertools.product(seeds, range(len(self.splits(name)))):
+                    self.train(name, method_name, *rates, seed=seed, fold=fold)
+
+
+def shares_of(model: Any) -> dict[str, float]:
+    """The shares of the layers in the L-adapter of a model, if it has one."""
+    shares = [module.shares().tolist() for module in model.modules() if isinstance(module, LAdapter)]
+    return {str(layer): round(share, 4) for layer, share in enumerate(shares[0])} if shares else {}
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Join the files of all trainings. Those with rates that are not the chosen ones any more are left out."""
+    files = sorted(args.output_dir.glob("*/*/*-*-*-*-*.json"))
+    found = [Result(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    best: dict[tuple[str, str, str], Result] = {}
+    for result in found:
+        kind = (result.encoder, result.task, result.method)
+        if result.seed == 0 and (kind not in best or quality(result) < quality(best[kind])):
+            best[kind] = result
+    kept = []
+    for result in found:
+        chosen = best[result.encoder, result.task, result.method]
+        if result.seed == 0 or (result.rate, result.head_rate) == (chosen.rate, chosen.head_rate):
+            kept.append(vars(result))
+    args.json.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n", encoding="utf-8")
+    print(f"{len(kept)} trainings in {args.json}")
+
+
+def read_results(file: Path) -> list[Result]:
+    return [Result(**found) for found in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def per_seed(results: Sequence[Result], measured: str) -> dict[int, float]:
+    """The mean error over the folds of each seed after the choice."""
+    seeds = sorted({result.seed for result in results if result.seed})
+    return {
+        seed: statistics.mean(result.errors[measured] for result in results if result.seed == seed) for seed in seeds
+    }
+
+
+def with_deviation(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}" if values else ""
+
+
+def in_cell(results: Sequence[Result]) -> str:
+    """The errors on validation and test, with those of further lists of trials in brackets."""
+    names = [name for name in ("validation", "test") if results]
+    cells = [with_deviation([*per_seed(results, name).values()]) for name in names]
+    return " / ".join(cell for cell in cells if cell)
+
+
+def p_value(one: Sequence[Result], other: Sequence[Result], measured: str) -> float | None:
+    """The p-value of a paired t-test of two methods, over the seeds that both have."""
+    first, second = per_seed(one, measured), per_seed(other, measured)
+    common = sorted({*first} & {*second})
+    if len(common) < 2:
+        return None
+    return float(ttest_rel([first[seed] for seed in common], [second[seed] for seed in common]).pvalue)
+
+
+def by_method(results: Sequence[Result], encoder: str, task: str) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if (result.encoder, result.task) == (encoder, task):
+            found.setdefault(result.method, []).append(result)
+    return found
+
+
+def error_table(results: Sequence[Result], encoder: str, names: Sequence[str], tasks: Sequence[str]) -> str:
+    """A line for each of some methods, a column for each task."""
+    lines = [f"| method | trained in the encoder | {' | '.join(tasks)} |", "|---|--:|" + "--:|" * len(tasks)]
+    for name in names:
+        held = [by_method(results, encoder, task).get(name, []) for task in tasks]
+        if any(held):
+            trained = " / ".join(f"{count:,}" for count in sorted({r.trained[0] for found in held for r in found}))
+            lines.append(f"| {name} | {trained} | {' | '.join(map(in_cell, held))} |")
+    return "\n".join(lines)
+
+
+def main_table(results: Sequence[Result], encoder: str) -> str:
+    """All methods on all tasks."""
+    tasks = [task for task in TASKS if by_method(results, encoder, task)]
+    return error_table(results, encoder, list(METHODS), tasks)
+
+
+def choice_table(results: Sequence[Result], encoder: str) -> str:
+    """What one changed setting changes, as far as it was measured."""
+    tasks = [task for task in TASKS if {*CHOICES} & {*by_method(results, encoder, task)}]
+    return error_table(results, encoder, [L_ONLY, "E+L", "E+L+P", *CHOICES], tasks)
+
+
+def rate_table(results: Sequence[Result], encoder: str) -> str:
+    """The rates that the methods chose, with a mark where the best rate is the lowest or the highest."""
+    tasks = [task for task in TASKS if by_method(results, encoder, task)]
+    lines = [f"| method | rates | {' | '.join(tasks)} |", "|---|---|" + "--:|" * len(tasks)]
+    for method, known in METHODS.items():
+        cells = []
+        for task in tasks:
+            held = by_method(results, encoder, task).get(method, [])
+            chosen = sorted({result.rate for result in held if result.seed})
+            tried = [result.rate for result in held if not result.seed]
+            edge = "*" if chosen and chosen[0] in (min(tried), max(tried)) else ""
+            cells.append("".join(f"{rate:g}" for rate in chosen) + edge)
+        if any(cells):
+            lines.append(f"| {method} | {', '.join(f'{rate:g}' for rate in known.rates)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def comparison_table(results: Sequence[Result], encoder: str) -> str:
+    """The ELP settings against LoRA and full fine-tuning: differences of test errors and p-values."""
+    lines = ["| task | setting | minus LoRA | p | minus full fine-tuning | p |", "|---|---|--:|--:|--:|--:|"]
+    for task in TASKS:
+        found = by_method(results, encoder, task)
+        for method in (L_ONLY, "L", "E", "E+L", "E+L+P"):
+            if method not in found or not per_seed(found[method], "test"):
+                continue
+            cells = []
+            for other in (LORA, FULL):
+                one, two = per_seed(found[method], "test"), per_seed(found.get(other, []), "test")
+                common = sorted({*one} & {*two})
+                p = p_value(found[method], found.get(other, []), "test")
+                cells.append(f"{statistics.mean(one[s] - two[s] for s in common):+.1f}" if common else "")
+                cells.append("" if p is None else f"{p:.3f}")
+            lines.append(f"| {task} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def further_table(results: Sequence[Result], encoder: str) -> str:
+    """The errors on test that are not in the main table: trials across sets, each slot, and words."""
+    parts = []
+    for task in TASKS:
+        found = by_method(results, encoder, task)
+        names = sorted({n for held in found.values() for r in held for n in r.errors if n.startswith("test ")})
+        if names:
+            heads = [name.removeprefix("test ") for name in names]
+            lines = [f"| {task}, test | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
+            for method in METHODS:
+                if method in found:
+                    cells = [with_deviation([*per_seed(found[method], name).values()]) for name in names]
+                    lines.append(f"| {method} | {' | '.join(cells)} |")
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+NONE_TRAINED = 10_000  # Where a method without trained parameters is drawn: a logarithm has no zero.
+
+
+def draw_quality(results: Sequence[Result], encoder: str) -> Figure:
+    """Error on test against trained parameters, a panel for each task."""
+    tasks = [task for task in TASKS if by_method(results, encoder, task)]
+    figure = Figure(figsize=(max(7.0, 3.2 * len(tasks)), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    markers = dict(zip(METHODS, "os^Dv<>Ph*X", strict=True))
+    drawn: dict[str, Any] = {}
+    for axes, task in zip(panels, tasks, strict=True):
+        for method, held in by_method(results, encoder, task).items():
+            values = [*per_seed(held, "test").values()]
+            if method in METHODS and values:
+                x = max(held[0].trained[0], NONE_TRAINED)
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                color = "#64748b" if METHODS[method].options.get("method") else "#c2410c"  # ELP-adapters stand out.
+                drawn[method] = axes.errorbar(x, statistics.mean(values), deviation, fmt=markers[method], color=color)
+        axes.set_xscale("log")
+        axes.set_xlabel(f"trained in the encoder ({NONE_TRAINED:,}: none)")
+        axes.set_title(f"{task}: {TASKS[task].error}, %", fontsize=9)
+    figure.legend(
+        [drawn[m] for m in METHODS if m in drawn],
+        [m for m in METHODS if m in drawn],
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+    )
+    return figure
+
+
+def draw_layers(results: Sequence[Result], encoder: str) -> Figure:
+    """The layer weights of the L-adapter of each task, mean over seeds."""
+    means = {}
+    for task in TASKS:
+        held = [result for result in by_method(results, encoder, task).get(L_ONLY, []) if result.seed]
+        if held:
+            means[task] = [(int(n), statistics.mean(result.shares[n] for result in held)) for n in held[0].shares]
+    return plot_layer_weights(means)
+
+
+REPORTS = {
+    "methods": main_table,
+    "comparisons": comparison_table,
+    "further": further_table,
+    "rates": rate_table,
+    "choices": choice_table,
+}
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the tables of a page, and draw the figures.
+
+    A table stands between `<!-- table: <encoder>, <name> -->` and `<!-- end -->`.
+    """
+    results = read_results(args.json)
+    encoders = list(dict.fromkeys(result.encoder for result in results))
+    page = args.page.read_text(encoding="utf-8")
+    for encoder, (name, make) in itertools.product(encoders, REPORTS.items()):
+        mark = f"<!-- table: {encoder}, {name} -->\n"
+        before, found, after = page.partition(mark)
+        if found:
+            _, end, after = after.partition("<!-- end -->")
+            page = f"{before}{mark}{make(results, encoder)}\n{end}{after}"
+    args.page.write_text(page, encoding="utf-8")
+    for encoder in encoders if args.plots else ():
+        args.plots.mkdir(parents=True, exist_ok=True)
+        for name, draw in {"quality": draw_quality, "layers": draw_layers}.items():
+            draw(results, encoder).savefig(args.plots / f"{name}-{encoder.split()[0].lower()}.svg")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(required=True)
+    run = kinds.add_parser("run", help="Train what is missing.")
+    run.set_defaults(do=lambda args: Grid(args).run())
+    run.add_argument("--model_name_or_path", required=True, help="A speech encoder: Hub id or folder.")
+    run.add_argument("--name", required=True, help="Its name in the results.")
+    run.add_argument("--recordings", type=Path, required=True, help="Folder with the folders of the tasks.")
+    run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    run.add_argument("--methods", nargs="+", choices=[*METHODS, *CHOICES])
+    run.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
+    run.add_argument("--steps", type=int, help="Other than those of the task.")
+    run.add_argument("--seeds", type=int, help="After the choice; default: those of the method.")
+    joined = kinds.add_parser("collect", help="Join the results of `run`.")
+    joined.set_defaults(do=collect)
+    joined.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
+    printed = kinds.add_parser("report", help="Write the tables of a page, and draw its figures.")
+    printed.set_defaults(do=report)
+    for kind in (joined, printed):
+        kind.add_argument("--json", type=Path, required=True, help="File with all results.")
+    printed.add_argument("--page", type=Path, required=True, help="Markdown file with marks for the tables.")
+    printed.add_argument("--plots", type=Path, help="Folder for the figures.")
+    args = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""examples/measure_quality.py, in a very short form, on noise and tiny models; and the page with its results."""
+
+import csv
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from on_disk import record, save_base, save_whisper
+
+pytest.importorskip("jiwer")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import measure_quality as quality
+
+ROOT = Path(__file__).parent.parent
+
+# The heads of tiny models are not small beside their encoders.
+pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """All sets alike: in each split, four clips of two speakers, who say two words in two moods."""
+    folder = tmp_path_factory.mktemp("recordings")
+    slots = {f"slot_{name}": "" for name in ("size", "roast", "shots", "milk", "sugar")}
+    for name in {task.folder for task in quality.TASKS.values()}:
+        for number, split in enumerate(("train", "validation", "test")):
+            (folder / name / split).mkdir(parents=True)
+            rows = []
+            for clip in range(4):
+                record(folder / name / split / f"{clip}.wav", 4000 + 320 * clip, seed=4 * number + clip)
+                rows.append(
+                    {"file_name": f"{clip}.wav", "speaker_id": f"{number}{clip % 2}", "transcription_norm": "ab"}
+                    | {"emotion": ("calm", "angry")[clip // 2], "label": ("yes", "no")[clip // 2], **slots}
+                )
+            write(folder / name / split / "metadata.csv", rows)
+        trials = [(a % 2 == b % 2, f"test/{a}.wav", f"test/{b}.wav") for a, b in itertools.combinations(range(4), 2)]
+        rows = [{"label": int(same), "file_a": a, "file_b": b} for same, a, b in trials]
+        for kind in ("trials", "trials_cross"):
+            write(folder / name / f"{kind}.csv", rows)
+    return folder
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+
+
+@pytest.fixture(scope="module", params=["wav2vec2", "whisper"])
+def encoder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return save_whisper(folder) if request.param == "whisper" else save_base(folder, "wav2vec2")
+
+
+def test_a_grid_is_trained_once_and_reported(encoder, recordings, tmp_path, monkeypatch):
+    tasks = ["voices", "sentences", "orders"] if "wav2vec2" in str(encoder) else ["voices", "emotions"]
+    methods = [quality.HEAD, quality.L_ONLY, "E+L", quality.LORA, quality.FULL]
+    changed = next(iter(quality.CHOICES))
+    words = ["run", "--model_name_or_path", str(encoder), "--name", "tiny", "--recordings", str(recordings)]
+    words += ["--output_dir", str(tmp_path), "--steps", "1", "--seeds", "2", "--methods", *methods, changed]
+    for name in quality.METHODS | quality.CHOICES:
+        method = (quality.METHODS | quality.CHOICES)[name]
+        held = quality.METHODS if name in quality.METHODS else quality.CHOICES
+        monkeypatch.setitem(held, name, quality.replace(method, rates=method.rates[:1]))
+    emotions = quality.TASKS["emotions"]
+    monkeypatch.setitem(
+        quality.TASKS,
+        "emotions",
+        quality.replace(emotions, seconds=1, folds=lambda rows: itertools.islice(emotions.folds(rows), 2)),
+    )
+    quality.main([*words, "--tasks", *tasks])
+    files = {file: file.read_bytes() for file in tmp_path.glob("tiny/*/*.json")}
+    quality.main([*words, "--tasks", *tasks])
+    assert {file: file.read_bytes() for file in tmp_path.glob("tiny/*/*.json")} == files  # Nothing was trained again.
+
+    summary, page = tmp_path / "measured.json", tmp_path / "page.md"
+    quality.main(["collect", "--output_dir", str(tmp_path), "--json", str(summary)])
+    results = quality.read_results(summary)
+    chosen = [result for result in results if result.seed == 0]
+    assert {(result.fold, *result.errors) for result in chosen if result.task == "voices"} == {(0, "validation")}
+    assert len(chosen) == len(tasks) * 6
+    final = [result for result in results if result.seed]
+    assert len(final) == 6 * 2 * (len(tasks) + ("emotions" in tasks))  # Emotions have two folds.
+    assert all(0 <= error <= 100 for r in final if r.task != "sentences" for error in r.errors.values())
+    assert "test across sets" in next(result.errors for result in final if result.task == "voices")
+    lora, el = (next(r.trained[0] for r in final if r.method == name) for name in (quality.LORA, "E+L"))
+    assert lora == pytest.approx(el, rel=0.25)  # A rank is a whole number, and these encoders are tiny.
+    assert next(r.trained[0] for r in final if r.method == quality.HEAD) == 0
+
+    marks = [f"<!-- table: tiny, {name} -->\nold\n<!-- end -->\n" for name in quality.REPORTS]
+    page.write_text("".join(marks) + "the rest")
+    quality.main(["report", "--json", str(summary), "--page", str(page), "--plots", str(tmp_path / "plots")])
+    written = page.read_text()
+    assert "old" not in written
+    assert written.endswith("the rest")
+    for method in methods:
+        assert f"| {method} | " in written
+    assert len(list((tmp_path / "plots").glob("*.svg"))) == 2
+
+
+def test_folds_hold_two_speakers_out():
+    rows = [{"speaker_id": speaker} for speaker in "abcabc"]
+    found = list(quality.speaker_folds({"train": rows[:2], "validation": rows[2:4], "test": rows[4:]}))
+    assert len(found) == 3
+    for fold in found:
+        speakers = [{row["speaker_id"] for row in fold[split]} for split in ("train", "validation", "test")]
+        assert [len(held) for held in speakers] == [1, 1, 1]
+        assert len(set.union(*speakers)) == 3
+
+
+def test_the_page_has_the_tables_of_its_results(tmp_path):
+    page = shutil.copy(ROOT / "docs/reference/measured.md", tmp_path)
+    before = Path(page).read_text(encoding="utf-8")
+    quality.main(["report", "--json", str(ROOT / "docs/reference/measured.json"), "--page", page])
+    assert Path(page).read_text(encoding="utf-8") == before
+    assert "<!-- table: " in before
+    encoders = {result["encoder"] for result in json.loads((ROOT / "docs/reference/measured.json").read_text())}
+    for encoder in encoders:
+        assert f"<!-- table: {encoder}, methods -->" in before
