@@ -564,7 +564,7 @@ def with_deviation(values: Sequence[float]) -> str:
 
 
 def in_cell(results: Sequence[Result]) -> str:
-    """The errors on validation and test, with those of further lists of trials in brackets."""
+    """The errors on validation and test."""
     names = [name for name in ("validation", "test") if results]
     cells = [with_deviation([*per_seed(results, name).values()]) for name in names]
     return " / ".join(cell for cell in cells if cell)
@@ -745,8 +745,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     run.add_argument("--methods", nargs="+", choices=[*METHODS, *CHOICES])
     run.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
-    run.add_argument("--steps", type=int, help="Other than those of the task.")
-    run.add_argument("--seeds", type=int, help="After the choice; default: those of the method.")
+    run.add_argument("--steps", type=int, help="Training steps; default: those of the task.")
+    run.add_argument("--seeds", type=int, help="Seeds after the choice of rates; default: those of the method.")
     joined = kinds.add_parser("collect", help="Join the results of `run`.")
     joined.set_defaults(do=collect)
     joined.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
