@@ -252,7 +252,7 @@ class Method:
 
     Args:
         options: Options of `recipes.ModelArguments`.
-        rates: The rates that it chooses from: of the head for `head only`, of everything else for the others.
+        rates: The rates that it chooses from: of the head where nothing else is trained, else of everything else.
         seeds: The number of seeds after the choice.
         weighted: Whether the head reads a weighted sum of the layers.
         cached: Whether the hidden states of the encoder are computed only once.
@@ -298,11 +298,11 @@ CHOICES = {
     **_changed(L_ONLY, l_dim=512),
     **_changed(L_ONLY, l_input_norm=False),
     **_changed(L_ONLY, layer_weights_ratio=1.0),
+    **_changed(L_ONLY, dtype="bfloat16"),
     f"{L_ONLY}, 5 times the steps": replace(METHODS[L_ONLY], times=5),
     **_changed("E+L", e_dim=16),
     **_changed("E+L", e_dim=256),
     **_changed("E+L", train_layer_norms=False),
-    **_changed("E+L", dtype="bfloat16"),
     **_changed("E+L+P", p_length=16),
 }
 

@@ -70,13 +70,13 @@ def _elp_config(model_args: ModelArguments) -> ELPConfig:
 
 
 def _lora_config(model: PreTrainedModel, model_args: ModelArguments) -> LoraConfig:
-    if bare := [name for name, _ in model.named_parameters(recurse=False)]:
+    # A decoder is pretrained and stays frozen.
+    head = [] if _generates(model) else head_modules(model)
+    if head and (bare := [name for name, _ in model.named_parameters(recurse=False)]):
         raise ValueError(
             f"PEFT trains modules, so LoRA would leave {bare[0]} of {type(model).__name__} frozen. "
             "Set use_weighted_layer_sum=False in the configuration of the encoder, or choose another method."
         )
-    # A decoder is pretrained and stays frozen.
-    head = [] if _generates(model) else head_modules(model)
     names = [name for name, _ in model.named_modules()]
     if shared := [path for path in head if sum(f".{name}".endswith(f".{path}") for name in names) > 1]:
         raise ValueError(
