@@ -134,7 +134,7 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, fl
         options["l_layers"] = list(range(len(find_encoder(model).layers) // 2))
     if options.get("method") == "lora" and "lora_r" not in options:
         options["lora_r"] = equal_rank(args)
-    arguments = recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **options})
+    arguments = arguments_of(args, options)
     if through:
         find_encoder(model).layers[0].register_forward_pre_hook(
             lambda layer, inputs: (inputs[0].requires_grad_(torch.is_grad_enabled()), *inputs[1:])
@@ -152,13 +152,21 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, fl
     return model, inject_s
 
 
+def arguments_of(args: argparse.Namespace, options: dict[str, Any]) -> recipes.ModelArguments:
+    """The options of a method, with the sizes of the command line."""
+    letters = "" if "method" in options else options.get("adapters", "E")
+    sizes = {name: getattr(args, name) for name in ("e_dim", "l_dim") if name[0].upper() in letters}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    return recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **sizes, **options})
+
+
 def equal_rank(args: argparse.Namespace) -> int:
     """The rank at which LoRA on the feed-forward modules trains as much as E+L."""
     with torch.device("meta"):
         counts = []
         for options in ({"adapters": "EL"}, {"method": "lora", "lora_r": 1}):
             model = AutoModelForAudioClassification.from_config(config_of(args, weighted=False))
-            arguments = recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **options})
+            arguments = arguments_of(args, options)
             counts.append(recipes.count_trained(recipes.adapt(model, arguments))["trained_parameters_encoder"])
     return max(1, round(counts[0] / counts[1]))
 
@@ -554,6 +562,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods.add_argument("--methods", nargs="+", choices=METHODS, help="Only these.")
     methods.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Of the frozen weights.")
     methods.add_argument("--autocast", action="store_true", help="Compute in bfloat16.")
+    methods.add_argument("--e_dim", type=int, help="Width of the bottleneck of E-adapters.")
+    methods.add_argument("--l_dim", type=int, help="Width of the taps of L-adapters.")
     methods.add_argument("--dropout", type=float, default=0.1, help="Of the encoder.")
     methods.add_argument("--padded", action="store_true", help="Recordings of different lengths.")
     methods.add_argument("--gradient_checkpointing", action="store_true")

@@ -3,11 +3,10 @@
     python examples/measure_quality.py run --model_name_or_path openai/whisper-tiny.en --name "Whisper tiny.en" \
         --recordings recordings --tasks voices emotions orders
     python examples/measure_quality.py collect --json measured.json
-    python examples/measure_quality.py report --json measured.json --page measured.md --plots plots
 
 `run` trains what is missing in `--output_dir`, with one small file for each training, so that it can be stopped and
-continued, and extended by further tasks and methods. `collect` joins these files. `report` writes the tables of a page
-and draws its figures. docs/reference/measured.md is such a page, and describes the protocol.
+continued, and extended by further tasks and methods. `collect` joins these files, and `report_quality.py`
+makes tables and figures of them. docs/reference/measured.md has them, and describes the protocol.
 
 The recordings are folders in `audiofolder` layout, with a table `metadata.csv` in each split.
 """
@@ -17,7 +16,6 @@ import csv
 import itertools
 import json
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,8 +26,6 @@ import jiwer
 import numpy as np
 import soundfile
 import torch
-from matplotlib.figure import Figure
-from scipy.stats import ttest_rel
 from sklearn.metrics import balanced_accuracy_score
 from tqdm.auto import tqdm
 from transformers import AutoModelForAudioClassification, AutoModelForCTC, set_seed
@@ -39,7 +35,6 @@ from peft_elp import FeatureCache, recipes
 from peft_elp.adapters import LAdapter
 from peft_elp.data import read_trials
 from peft_elp.metrics import cosine_scores, equal_error_rate
-from peft_elp.plots import plot_layer_weights
 from peft_elp.speakers import speaker_embeddings
 
 RATE_HZ = 16_000
@@ -234,7 +229,7 @@ TASKS = {
         Classes, "intent_coffee", ("label", "slot_size", "slot_roast", "slot_shots", "slot_milk", "slot_sugar"),
         "100 - accuracy, mean of six slots", "ic", 6, 80, 4,
     ),
-    "sentences": Task(Texts, "asr_kathleen", ("transcription_norm",), "character error rate", "asr", 5, 100, 8),
+    "digits": Task(Texts, "digits_fsdd", ("transcription_norm",), "character error rate", "asr", 2, 300, 8),
 }  # fmt: skip
 
 
@@ -524,9 +519,6 @@ def shares_of(model: Any) -> dict[str, float]:
     return {str(layer): round(share, 4) for layer, share in enumerate(shares[0])} if shares else {}
 
 
-# Report --------------------------------------------------------------------------------------------------------------
-
-
 def collect(args: argparse.Namespace) -> None:
     """Join the files of all trainings. Those with rates that are not the chosen ones any more are left out."""
     files = sorted(args.output_dir.glob("*/*/*-*-*-*-*.json"))
@@ -545,195 +537,6 @@ def collect(args: argparse.Namespace) -> None:
     print(f"{len(kept)} trainings in {args.json}")
 
 
-def read_results(file: Path) -> list[Result]:
-    return [Result(**found) for found in json.loads(file.read_text(encoding="utf-8"))]
-
-
-def per_seed(results: Sequence[Result], measured: str) -> dict[int, float]:
-    """The mean error over the folds of each seed after the choice."""
-    seeds = sorted({result.seed for result in results if result.seed})
-    return {
-        seed: statistics.mean(result.errors[measured] for result in results if result.seed == seed) for seed in seeds
-    }
-
-
-def with_deviation(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}" if values else ""
-
-
-def in_cell(results: Sequence[Result]) -> str:
-    """The errors on validation and test."""
-    names = [name for name in ("validation", "test") if results]
-    cells = [with_deviation([*per_seed(results, name).values()]) for name in names]
-    return " / ".join(cell for cell in cells if cell)
-
-
-def p_value(one: Sequence[Result], other: Sequence[Result], measured: str) -> float | None:
-    """The p-value of a paired t-test of two methods, over the seeds that both have."""
-    first, second = per_seed(one, measured), per_seed(other, measured)
-    common = sorted({*first} & {*second})
-    if len(common) < 2:
-        return None
-    return float(ttest_rel([first[seed] for seed in common], [second[seed] for seed in common]).pvalue)
-
-
-def by_method(results: Sequence[Result], encoder: str, task: str) -> dict[str, list[Result]]:
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        if (result.encoder, result.task) == (encoder, task):
-            found.setdefault(result.method, []).append(result)
-    return found
-
-
-def error_table(results: Sequence[Result], encoder: str, names: Sequence[str], tasks: Sequence[str]) -> str:
-    """A line for each of some methods, a column for each task."""
-    lines = [f"| method | trained in the encoder | {' | '.join(tasks)} |", "|---|--:|" + "--:|" * len(tasks)]
-    for name in names:
-        held = [by_method(results, encoder, task).get(name, []) for task in tasks]
-        if any(held):
-            trained = " / ".join(f"{count:,}" for count in sorted({r.trained[0] for found in held for r in found}))
-            lines.append(f"| {name} | {trained} | {' | '.join(map(in_cell, held))} |")
-    return "\n".join(lines)
-
-
-def main_table(results: Sequence[Result], encoder: str) -> str:
-    """All methods on all tasks."""
-    tasks = [task for task in TASKS if by_method(results, encoder, task)]
-    return error_table(results, encoder, list(METHODS), tasks)
-
-
-def choice_table(results: Sequence[Result], encoder: str) -> str:
-    """What one changed setting changes, as far as it was measured."""
-    tasks = [task for task in TASKS if {*CHOICES} & {*by_method(results, encoder, task)}]
-    return error_table(results, encoder, [L_ONLY, "E+L", "E+L+P", *CHOICES], tasks)
-
-
-def rate_table(results: Sequence[Result], encoder: str) -> str:
-    """The rates that the methods chose, with a mark where the best rate is the lowest or the highest."""
-    tasks = [task for task in TASKS if by_method(results, encoder, task)]
-    lines = [f"| method | rates | {' | '.join(tasks)} |", "|---|---|" + "--:|" * len(tasks)]
-    for method, known in METHODS.items():
-        cells = []
-        for task in tasks:
-            held = by_method(results, encoder, task).get(method, [])
-            chosen = sorted({result.rate for result in held if result.seed})
-            tried = [result.rate for result in held if not result.seed]
-            edge = "*" if chosen and chosen[0] in (min(tried), max(tried)) else ""
-            cells.append("".join(f"{rate:g}" for rate in chosen) + edge)
-        if any(cells):
-            lines.append(f"| {method} | {', '.join(f'{rate:g}' for rate in known.rates)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def comparison_table(results: Sequence[Result], encoder: str) -> str:
-    """The ELP settings against LoRA and full fine-tuning: differences of test errors and p-values."""
-    lines = ["| task | setting | minus LoRA | p | minus full fine-tuning | p |", "|---|---|--:|--:|--:|--:|"]
-    for task in TASKS:
-        found = by_method(results, encoder, task)
-        for method in (L_ONLY, "L", "E", "E+L", "E+L+P"):
-            if method not in found or not per_seed(found[method], "test"):
-                continue
-            cells = []
-            for other in (LORA, FULL):
-                one, two = per_seed(found[method], "test"), per_seed(found.get(other, []), "test")
-                common = sorted({*one} & {*two})
-                p = p_value(found[method], found.get(other, []), "test")
-                cells.append(f"{statistics.mean(one[s] - two[s] for s in common):+.1f}" if common else "")
-                cells.append("" if p is None else f"{p:.3f}")
-            lines.append(f"| {task} | {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def further_table(results: Sequence[Result], encoder: str) -> str:
-    """The errors on test that are not in the main table: trials across sets, each slot, and words."""
-    parts = []
-    for task in TASKS:
-        found = by_method(results, encoder, task)
-        names = sorted({n for held in found.values() for r in held for n in r.errors if n.startswith("test ")})
-        if names:
-            heads = [name.removeprefix("test ") for name in names]
-            lines = [f"| {task}, test | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
-            for method in METHODS:
-                if method in found:
-                    cells = [with_deviation([*per_seed(found[method], name).values()]) for name in names]
-                    lines.append(f"| {method} | {' | '.join(cells)} |")
-            parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-NONE_TRAINED = 10_000  # Where a method without trained parameters is drawn: a logarithm has no zero.
-
-
-def draw_quality(results: Sequence[Result], encoder: str) -> Figure:
-    """Error on test against trained parameters, a panel for each task."""
-    tasks = [task for task in TASKS if by_method(results, encoder, task)]
-    figure = Figure(figsize=(max(7.0, 3.2 * len(tasks)), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    markers = dict(zip(METHODS, "os^Dv<>Ph*X", strict=True))
-    drawn: dict[str, Any] = {}
-    for axes, task in zip(panels, tasks, strict=True):
-        for method, held in by_method(results, encoder, task).items():
-            values = [*per_seed(held, "test").values()]
-            if method in METHODS and values:
-                x = max(held[0].trained[0], NONE_TRAINED)
-                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-                color = "#64748b" if METHODS[method].options.get("method") else "#c2410c"  # ELP-adapters stand out.
-                drawn[method] = axes.errorbar(x, statistics.mean(values), deviation, fmt=markers[method], color=color)
-        axes.set_xscale("log")
-        axes.set_xlabel(f"trained in the encoder ({NONE_TRAINED:,}: none)")
-        axes.set_title(f"{task}: {TASKS[task].error}, %", fontsize=9)
-    figure.legend(
-        [drawn[m] for m in METHODS if m in drawn],
-        [m for m in METHODS if m in drawn],
-        loc="outside lower center",
-        ncols=4,
-        fontsize=8,
-    )
-    return figure
-
-
-def draw_layers(results: Sequence[Result], encoder: str) -> Figure:
-    """The layer weights of the L-adapter of each task, mean over seeds."""
-    means = {}
-    for task in TASKS:
-        held = [result for result in by_method(results, encoder, task).get(L_ONLY, []) if result.seed]
-        if held:
-            means[task] = [(int(n), statistics.mean(result.shares[n] for result in held)) for n in held[0].shares]
-    return plot_layer_weights(means)
-
-
-REPORTS = {
-    "methods": main_table,
-    "comparisons": comparison_table,
-    "further": further_table,
-    "rates": rate_table,
-    "choices": choice_table,
-}
-
-
-def report(args: argparse.Namespace) -> None:
-    """Write the tables of a page, and draw the figures.
-
-    A table stands between `<!-- table: <encoder>, <name> -->` and `<!-- end -->`.
-    """
-    results = read_results(args.json)
-    encoders = list(dict.fromkeys(result.encoder for result in results))
-    page = args.page.read_text(encoding="utf-8")
-    for encoder, (name, make) in itertools.product(encoders, REPORTS.items()):
-        mark = f"<!-- table: {encoder}, {name} -->\n"
-        before, found, after = page.partition(mark)
-        if found:
-            _, end, after = after.partition("<!-- end -->")
-            page = f"{before}{mark}{make(results, encoder)}\n{end}{after}"
-    args.page.write_text(page, encoding="utf-8")
-    for encoder in encoders if args.plots else ():
-        args.plots.mkdir(parents=True, exist_ok=True)
-        for name, draw in {"quality": draw_quality, "layers": draw_layers}.items():
-            draw(results, encoder).savefig(args.plots / f"{name}-{encoder.split()[0].lower()}.svg")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True)
@@ -750,12 +553,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     joined = kinds.add_parser("collect", help="Join the results of `run`.")
     joined.set_defaults(do=collect)
     joined.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
-    printed = kinds.add_parser("report", help="Write the tables of a page, and draw its figures.")
-    printed.set_defaults(do=report)
-    for kind in (joined, printed):
-        kind.add_argument("--json", type=Path, required=True, help="File with all results.")
-    printed.add_argument("--page", type=Path, required=True, help="Markdown file with marks for the tables.")
-    printed.add_argument("--plots", type=Path, help="Folder for the figures.")
+    joined.add_argument("--json", type=Path, required=True, help="File for all results.")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
     args.do(args)

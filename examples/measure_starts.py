@@ -356,32 +356,37 @@ P_RATES = (1e-3, 1e-2)
 
 
 @torch.no_grad()
-def word_error(model: Any, batch_of: Callable[[Sequence[Clip]], Any], clips: Sequence[Clip]) -> float:
-    """How many of the clips get a wrong class, in per cent."""
-    wrong = [
-        model(**batch).logits.argmax(-1) != batch["labels"]
-        for batch in (batch_of(clips[start : start + 8]) for start in range(0, len(clips), 8))
-    ]
-    return 100 * torch.cat(wrong).float().mean().item()
+def loss_and_error(model: Any, batch_of: Callable[[Sequence[Clip]], Any], clips: Sequence[Clip]) -> list[float]:
+    """The mean loss, and how many of the clips get a wrong class, in per cent."""
+    losses, wrong = [], []
+    for start in range(0, len(clips), 8):
+        batch = batch_of(clips[start : start + 8])
+        logits = model(**batch).logits
+        losses.append(cross_entropy(logits, batch["labels"], reduction="none"))
+        wrong.append(logits.argmax(-1) != batch["labels"])
+    return [torch.cat(losses).mean().item(), 100 * torch.cat(wrong).float().mean().item()]
 
 
 def measure_lengths(args: argparse.Namespace) -> None:
-    train, validation, test = (read_clips(args.recordings, split) for split in ("train", "validation", "test"))
+    train, *held = (read_clips(args.recordings, split) for split in ("train", "validation", "test"))
     for letters, length in itertools.product(("", "EL"), args.lengths):
         options = {"adapters": letters + "P" * bool(length), "e_dim": 128, "l_dim": 128, "p_length": length or 1}
         if not options["adapters"]:  # The head alone: E-adapters start as the identity, and stay so at such a rate.
             options |= {"adapters": "E", "train_layer_norms": False}
-        results = {}  # of each rate: errors on validation, errors on test
+        results = {}  # of each rate: (seeds, validation and test, loss and error)
         for rate in P_RATES if length else P_RATES[:1]:
             rates = {"head": HEAD_RATE, "L": 1e-3, "layer norms": 1e-3, "P": rate, "E": 1e-3 if letters else 1e-12}
-            errors = []
+            found = []
             for seed in args.seeds:
                 model, batch_of, _ = train_words(args, train, options, rates, seed)
-                errors.append([word_error(model, batch_of, held) for held in (validation, test)])
-            results[rate] = list(zip(*errors, strict=True))
-        rate = min(results, key=lambda rate: statistics.mean(results[rate][0]))
-        held = " / ".join(f"{np.mean(errors):.1f} ± {np.std(errors, ddof=1):.1f}" for errors in results[rate])
-        print(f"{letters}P, {length} rows: error {held} (validation / test), rate {rate:g}", flush=True)
+                found.append([loss_and_error(model, batch_of, clips) for clips in held])
+            results[rate] = np.array(found)
+        rate = min(results, key=lambda rate: results[rate][:, 0, 0].mean())
+        mean, deviation = results[rate].mean(0), results[rate].std(0, ddof=1)
+        for number, (what, digits) in enumerate({"loss": 2, "error": 1}.items()):
+            pairs = zip(mean[:, number], deviation[:, number], strict=True)
+            text = " / ".join(f"{of_mean:.{digits}f} ± {spread:.{digits}f}" for of_mean, spread in pairs)
+            print(f"{letters}P, {length} rows: {what} {text} (validation / test), rate {rate:g}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "call": {"shapes", "pseudo", "adapters"},
     "config": {"adapters", *FACTS},
     "saved": {"config", *FACTS},
-    "tuner": {"shapes", "pseudo", "adapters", "call", "config", *FACTS},
+    "tuner": {"recompute", "shapes", "pseudo", "adapters", "call", "config", *FACTS},
     "multitask": {"call", "tuner", *FACTS},
     "feature_cache": {"call", "tuner", *FACTS},
     **{

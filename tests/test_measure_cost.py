@@ -38,7 +38,13 @@ def test_every_method_is_measured(family, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [["--gradient_checkpointing"], ["--autocast"], ["--dtype", "bfloat16", "--padded"]]
+    "options",
+    [
+        ["--gradient_checkpointing"],
+        ["--autocast"],
+        ["--dtype", "bfloat16", "--padded"],
+        ["--e_dim", "4", "--l_dim", "6"],
+    ],
 )
 @pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 def test_other_ways_to_train_are_measured(options, capsys):

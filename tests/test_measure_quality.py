@@ -1,4 +1,4 @@
-"""examples/measure_quality.py, in a very short form, on noise and tiny models; and the page with its results."""
+"""The grid of examples/measure_quality.py in a very short form, its report, and the page with the real results."""
 
 import csv
 import itertools
@@ -18,6 +18,7 @@ pytest.importorskip("scipy")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import measure_quality as quality
+import report_quality
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +63,7 @@ def encoder(request, tmp_path_factory):
 
 
 def test_a_grid_is_trained_once_and_reported(encoder, recordings, tmp_path, monkeypatch):
-    tasks = ["voices", "sentences", "orders"] if "wav2vec2" in str(encoder) else ["voices", "emotions"]
+    tasks = ["voices", "digits", "orders"] if "wav2vec2" in str(encoder) else ["voices", "emotions"]
     methods = [quality.HEAD, quality.L_ONLY, "E+L", quality.LORA, quality.FULL]
     changed = next(iter(quality.CHOICES))
     words = ["run", "--model_name_or_path", str(encoder), "--name", "tiny", "--recordings", str(recordings)]
@@ -84,24 +85,32 @@ def test_a_grid_is_trained_once_and_reported(encoder, recordings, tmp_path, monk
 
     summary, page = tmp_path / "measured.json", tmp_path / "page.md"
     quality.main(["collect", "--output_dir", str(tmp_path), "--json", str(summary)])
-    results = quality.read_results(summary)
+    results = report_quality.read_results(summary)
     chosen = [result for result in results if result.seed == 0]
     assert {(result.fold, *result.errors) for result in chosen if result.task == "voices"} == {(0, "validation")}
     assert len(chosen) == len(tasks) * 6
     final = [result for result in results if result.seed]
     assert len(final) == 6 * 2 * (len(tasks) + ("emotions" in tasks))  # Emotions have two folds.
-    assert all(0 <= error <= 100 for r in final if r.task != "sentences" for error in r.errors.values())
+    assert all(0 <= error <= 100 for r in final if r.task != "digits" for error in r.errors.values())
     assert "test across sets" in next(result.errors for result in final if result.task == "voices")
     lora, el = (next(r.trained[0] for r in final if r.method == name) for name in (quality.LORA, "E+L"))
     assert lora == pytest.approx(el, rel=0.25)  # A rank is a whole number, and these encoders are tiny.
     assert next(r.trained[0] for r in final if r.method == quality.HEAD) == 0
 
-    marks = [f"<!-- table: tiny, {name} -->\nold\n<!-- end -->\n" for name in quality.REPORTS]
+    marks = [f"<!-- table: tiny, {name} -->\nold\n<!-- end -->\n" for name in report_quality.REPORTS]
     page.write_text("".join(marks) + "the rest")
-    quality.main(["report", "--json", str(summary), "--page", str(page), "--plots", str(tmp_path / "plots")])
+    costs = [
+        {"method": quality.FULL, "saved_mib": 8, "step_s": [2, 4]},
+        {"method": "E+L", "saved_mib": 2, "step_s": [1, 1]},
+    ]
+    (tmp_path / "cost.json").write_text(json.dumps({"costs": costs}))
+    words = ["--json", str(summary), "--page", str(page), "--plots", str(tmp_path / "plots")]
+    report_quality.main([*words, "--cost", "tiny", str(tmp_path / "cost.json")])
     written = page.read_text()
     assert "old" not in written
     assert written.endswith("the rest")
+    (line,) = (line for line in written.splitlines() if line.startswith("| E+L | ") and "| 0.25 | 0.38 |" in line)
+    assert line.count("|") == 5 + len(tasks)
     for method in methods:
         assert f"| {method} | " in written
     assert len(list((tmp_path / "plots").glob("*.svg"))) == 2
@@ -120,7 +129,9 @@ def test_folds_hold_two_speakers_out():
 def test_the_page_has_the_tables_of_its_results(tmp_path):
     page = shutil.copy(ROOT / "docs/reference/measured.md", tmp_path)
     before = Path(page).read_text(encoding="utf-8")
-    quality.main(["report", "--json", str(ROOT / "docs/reference/measured.json"), "--page", page])
+    costs = str(ROOT / "docs/reference/measured-cost.json")
+    words = ["--json", str(ROOT / "docs/reference/measured.json"), "--page", page]
+    report_quality.main([*words, "--cost", "Whisper tiny.en", costs])
     assert Path(page).read_text(encoding="utf-8") == before
     assert "<!-- table: " in before
     encoders = {result["encoder"] for result in json.loads((ROOT / "docs/reference/measured.json").read_text())}

@@ -1,6 +1,7 @@
 """examples/measure_starts.py, in a very short form, on noise and tiny random models."""
 
 import csv
+import itertools
 import re
 import sys
 from itertools import combinations
@@ -112,7 +113,8 @@ def test_each_length_is_trained_with_e_and_l_and_without(recogniser, recordings,
     window = ["--window_s", "1"] if "whisper" in str(recogniser) else []
     words = ["--model_name_or_path", str(recogniser), "--recordings", str(recordings), *window]
     measure_starts.main(["lengths", *words, "--steps", "2", "--lengths", "0", "2", "--seeds", "0", "1"])
-    errors = rf"error {NUMBER} ± {NUMBER} / {NUMBER} ± {NUMBER} \(validation / test\), rate 0.0+1"
+    held = rf"{NUMBER} ± {NUMBER} / {NUMBER} ± {NUMBER} \(validation / test\), rate 0.0+1"
     lines = capsys.readouterr().out.splitlines()
-    for start, line in zip(["P, 0 rows", "P, 2 rows", "ELP, 0 rows", "ELP, 2 rows"], lines, strict=True):
-        assert re.match(rf"{start}: {errors}", line)
+    starts = itertools.product(["P, 0 rows", "P, 2 rows", "ELP, 0 rows", "ELP, 2 rows"], ["loss", "error"])
+    for (start, what), line in zip(starts, lines, strict=True):
+        assert re.fullmatch(rf"{start}: {what} {held}", line)
