@@ -459,6 +459,8 @@ class Grid:
         if seed and arguments.method == "elp":
             trainer.model.save_pretrained(settings.output_dir)
             extractor.save_pretrained(settings.output_dir)
+            if isinstance(kind, Texts):
+                kind.tokenizer.save_pretrained(settings.output_dir)
         file.write_text(json.dumps(vars(result)))
         return result
 

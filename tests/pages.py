@@ -303,3 +303,18 @@ def message(heading: str, folder: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def count_blocks() -> None:
+    """Print how many blocks each page has and how many of them are run, and why the others are not."""
+    totals = [0, 0]
+    for page in PAGES:
+        number = sum(isinstance(example.region.parsed, str) for example in read(page).examples())
+        why = reasons(page)
+        totals = [totals[0] + number, totals[1] + number - len(why)]
+        print(f"{page}: {number - len(why)} of {number}", *(f"    not run: {reason}" for reason in why), sep="\n")
+    print(f"\n{totals[1]} of {totals[0]} blocks are run.")
+
+
+if __name__ == "__main__":
+    count_blocks()
