@@ -294,10 +294,13 @@ CHOICES = {
     **_changed(L_ONLY, l_input_norm=False),
     **_changed(L_ONLY, layer_weights_ratio=1.0),
     **_changed(L_ONLY, dtype="bfloat16"),
+    **_changed(L_ONLY, l_layers=[0, 1]),
+    **_changed(L_ONLY, l_layers=[2, 3]),
     f"{L_ONLY}, 5 times the steps": replace(METHODS[L_ONLY], times=5),
     **_changed("E+L", e_dim=16),
     **_changed("E+L", e_dim=256),
     **_changed("E+L", train_layer_norms=False),
+    **_changed("E+L", init_weights="paper"),
     **_changed("E+L+P", p_length=16),
 }
 
