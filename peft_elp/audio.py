@@ -34,6 +34,13 @@ class AudioError(ValueError):
     Args:
         message: What is wrong, as the end of a sentence that starts with the name of the recording.
         reason: "missing", "unreadable" or "empty".
+
+    Examples:
+        >>> try:
+        ...     read_audio("no such file.wav")
+        ... except AudioError as error:
+        ...     print(f"{error} ({error.reason})")
+        there is no such file (missing)
     """
 
     def __init__(self, message: str, reason: str = "unreadable") -> None:
@@ -94,6 +101,14 @@ def read_audio(audio: str | Path | Mapping[str, Any] | None) -> tuple[np.ndarray
 
     Raises:
         AudioError: As for `decode`.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> file = Path(mkdtemp(), "call.wav")
+        >>> soundfile.write(file, np.zeros((4000, 2)), 8000)
+        >>> waveform, rate_hz = read_audio(file)
+        >>> waveform.shape, rate_hz
+        ((4000,), 8000)
     """
     entry: Mapping[str, Any] = audio if isinstance(audio, Mapping) else {"path": audio}
     path, content = entry.get("path") or "", entry.get("bytes")

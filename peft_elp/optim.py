@@ -39,6 +39,16 @@ def parameter_groups(
     Raises:
         ValueError: `rates` has an unknown part or one that is not trained, or lacks a trained part; a rate is not a
             positive number; a trainable parameter belongs to no part; or the model has no such adapter.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+        >>> from peft_elp import ELPConfig
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> config = ELPConfig(adapters="L", l_dim=8, train_layer_norms=False)
+        >>> model = get_peft_model(Wav2Vec2ForCTC(Wav2Vec2Config(**size, layerdrop=0.0)), config)
+        >>> [(group["part"], group["lr"]) for group in parameter_groups(model, {"head": 1e-3, "L": 1e-4})]
+        [('head', 0.001), ('L', 0.0001), ('layer weights', 0.003)]
     """
     parts = _trained_by_part(model, adapter_name)
     trained = [part for part in parts if parts[part]]
@@ -152,6 +162,17 @@ def get_epochwise_schedule(
 
     Raises:
         ValueError: `factors` is empty, a factor is negative or not finite, or `num_training_steps` is below 1.
+
+    Examples:
+        >>> optimizer = AdamW(nn.Linear(1, 1).parameters(), lr=1.0)
+        >>> schedule = get_epochwise_schedule(optimizer, [0.5, 1.0], num_training_steps=4)
+        >>> rates = []
+        >>> for _ in range(4):
+        ...     rates += schedule.get_last_lr()
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [0.5, 0.5, 1.0, 1.0]
     """
     if not len(factors) or not all(0 <= factor < math.inf for factor in factors):
         raise ValueError(

@@ -312,8 +312,9 @@ def count_blocks() -> None:
         number = sum(isinstance(example.region.parsed, str) for example in read(page).examples())
         why = reasons(page)
         totals = [totals[0] + number, totals[1] + number - len(why)]
-        print(f"{page}: {number - len(why)} of {number}", *(f"    not run: {reason}" for reason in why), sep="\n")
-    print(f"\n{totals[1]} of {totals[0]} blocks are run.")
+        for line in (f"{page}: {number - len(why)} of {number}", *(f"    not run: {reason}" for reason in why)):
+            print(line)  # noqa: T201
+    print(f"\n{totals[1]} of {totals[0]} blocks are run.")  # noqa: T201
 
 
 if __name__ == "__main__":

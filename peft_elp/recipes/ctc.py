@@ -20,6 +20,12 @@ def make_tokenizer(texts: Sequence[str], folder: str | Path) -> Wav2Vec2CTCToken
     Args:
         texts: The training texts.
         folder: Folder for `vocab.json`.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> tokenizer = make_tokenizer(["ab a", "b"], mkdtemp())
+        >>> tokenizer("a b").input_ids
+        [3, 2, 4]
     """
     characters = sorted({character for text in texts for character in text} - {" ", "|"})
     vocabulary = {token: number for number, token in enumerate(["[PAD]", "[UNK]", "|", *characters])}
@@ -35,6 +41,14 @@ def check_characters(tokenizer: Any, texts: Sequence[str], test_texts: Sequence[
 
     Raises:
         ValueError: The tokenizer lacks characters of the training texts.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> tokenizer = make_tokenizer(["ab"], mkdtemp())
+        >>> check_characters(tokenizer, ["ba"], ["aa"])
+        >>> check_characters(tokenizer, ["bad"], ["aa"])
+        Traceback (most recent call last):
+        ValueError: The vocabulary lacks characters of the training text: d. ...
     """
 
     def unknown(texts: Sequence[str]) -> str:
@@ -51,7 +65,15 @@ def check_characters(tokenizer: Any, texts: Sequence[str], test_texts: Sequence[
 
 
 def num_frames(model: Any, num_samples: int) -> int:
-    """The number of frames that the encoder makes of a recording."""
+    """The number of frames that the encoder makes of a recording.
+
+    Examples:
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = Wav2Vec2ForCTC(Wav2Vec2Config(**size))
+        >>> num_frames(model, 16_000)
+        49
+    """
     return int(model._get_feat_extract_output_lengths(num_samples))
 
 
@@ -71,6 +93,14 @@ def keep_alignable(
 
     Raises:
         ValueError: A text is too long and `on_long_text` is "error".
+
+    Examples:
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = Wav2Vec2ForCTC(Wav2Vec2Config(**size))
+        >>> dataset = Dataset.from_dict({"audio": [{"path": "a.wav"}, {"path": "b.wav"}], "duration_s": [1.0, 0.1]})
+        >>> keep_alignable(dataset, [[3, 4, 4], [3]], model, rate_hz=16_000)
+        [0, 1]
     """
     too_long = {}
     for row, (audio, duration_s, label) in enumerate(
@@ -102,6 +132,12 @@ def make_decoder(
 
     Raises:
         ImportError: `kind` is "beam" and pyctcdecode is not installed.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> decode = make_decoder(make_tokenizer(["ab"], mkdtemp()))
+        >>> decode(np.eye(5)[[3, 3, 0, 4]])  # a, a, blank, b
+        'ab'
     """
     if kind == "greedy":
         return lambda logits: tokenizer.decode(logits.argmax(-1))

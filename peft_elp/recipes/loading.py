@@ -20,6 +20,14 @@ def load_config(model_name_or_path: str, **settings: Any) -> Any:
     Args:
         model_name_or_path: A Hub id or folder.
         settings: Values that replace those of the configuration, such as `id2label`.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> from transformers import WavLMConfig
+        >>> folder = mkdtemp()
+        >>> WavLMConfig(layerdrop=0.1).save_pretrained(folder)
+        >>> load_config(folder, num_labels=3).layerdrop
+        0.0
     """
     config: Any = AutoConfig.from_pretrained(model_name_or_path, **settings)
     for part in (config, getattr(config, "encoder", None)):
@@ -30,7 +38,16 @@ def load_config(model_name_or_path: str, **settings: Any) -> Any:
 
 
 def load_feature_extractor(model_args: ModelArguments) -> Any:
-    """The feature extractor of an encoder, which pads to the shorter window where `--window_s` sets one."""
+    """The feature extractor of an encoder, which pads to the shorter window where `--window_s` sets one.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> from transformers import WhisperFeatureExtractor
+        >>> folder = mkdtemp()
+        >>> _ = WhisperFeatureExtractor().save_pretrained(folder)
+        >>> load_feature_extractor(ModelArguments(model_name_or_path=folder, window_s=2)).n_samples
+        32000
+    """
     settings = {} if model_args.window_s is None else {"chunk_length": model_args.window_s}
     return AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path, **settings)
 

@@ -36,6 +36,13 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
 
     Raises:
         ValueError: The settings do not fit the model.
+
+    Examples:
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = Wav2Vec2ForCTC(Wav2Vec2Config(**size))
+        >>> count_trained(adapt(model, ModelArguments(model_name_or_path="", method="head")))
+        {'trained_parameters_encoder': 0, 'trained_parameters_head': 544}
     """
     if model_args.method != "elp":  # ELPConfig does the following itself.
         shorten_window(model, model_args.window_s)
@@ -115,7 +122,15 @@ def feed_forward_layers(model: nn.Module) -> list[str]:
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """The paths of the modules with parameters outside the speech encoder: a head, or a decoder."""
+    """The paths of the modules with parameters outside the speech encoder: a head, or a decoder.
+
+    Examples:
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = Wav2Vec2ForCTC(Wav2Vec2Config(**size))
+        >>> head_modules(model)
+        ['lm_head']
+    """
     path = find_encoder(model).backbone_path
     if not path:
         raise ValueError(
@@ -131,12 +146,30 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 
 def unwrap(model: Any) -> Any:
-    """The Transformers model inside a `PeftModel`, or the model itself."""
+    """The Transformers model inside a `PeftModel`, or the model itself.
+
+    Examples:
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = Wav2Vec2ForCTC(Wav2Vec2Config(**size))
+        >>> unwrap(get_peft_model(model, ELPConfig(adapters="E", e_dim=4))) is model
+        True
+    """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def without_adapter(model: Any) -> AbstractContextManager[None]:
-    """A context in which the model answers as before its adapter was added; a model without adapters is left alone."""
+    """A context in which the model answers as before its adapter was added; a model without adapters is left alone.
+
+    Examples:
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = Wav2Vec2ForCTC(Wav2Vec2Config(**size))
+        >>> adapted = get_peft_model(model, ELPConfig(adapters="E", e_dim=4))
+        >>> import torch
+        >>> with without_adapter(adapted):
+        ...     loss = adapted(torch.zeros(1, 4000), labels=torch.tensor([[1]])).loss
+    """
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
@@ -146,7 +179,16 @@ def has_elp(model: Any) -> bool:
 
 
 def trained_parameters(model: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """The trained parameters by name, under "encoder" and "head"."""
+    """The trained parameters by name, under "encoder" and "head".
+
+    Examples:
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = Wav2Vec2ForCTC(Wav2Vec2Config(**size))
+        >>> held = trained_parameters(adapt(model, ModelArguments(model_name_or_path="", method="head")))
+        >>> {part: [*parameters] for part, parameters in held.items()}
+        {'encoder': [], 'head': ['lm_head.weight', 'lm_head.bias']}
+    """
     encoder = f"{find_encoder(unwrap(model)).backbone_path}."
     parts: dict[str, dict[str, nn.Parameter]] = {"encoder": {}, "head": {}}
     for name, parameter in model.named_parameters():
@@ -157,7 +199,15 @@ def trained_parameters(model: Any) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def count_trained(model: Any) -> dict[str, int]:
-    """The numbers of trained parameters, as `trained_parameters_encoder` and `trained_parameters_head`."""
+    """The numbers of trained parameters, as `trained_parameters_encoder` and `trained_parameters_head`.
+
+    Examples:
+        >>> from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = Wav2Vec2ForCTC(Wav2Vec2Config(**size))
+        >>> count_trained(get_peft_model(model, ELPConfig(adapters="E", e_dim=4)))
+        {'trained_parameters_encoder': 488, 'trained_parameters_head': 544}
+    """
     return {
         f"trained_parameters_{part}": sum(parameter.numel() for parameter in held.values())
         for part, held in trained_parameters(model).items()

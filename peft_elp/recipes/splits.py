@@ -33,12 +33,23 @@ def read_split(
 
 
 def limit_rows(dataset: Dataset, max_samples: int | None, seed: int) -> Dataset:
-    """At most `max_samples` rows, drawn at random with `seed`; all rows for None."""
+    """At most `max_samples` rows, drawn at random with `seed`; all rows for None.
+
+    Examples:
+        >>> len(limit_rows(Dataset.from_dict({"text": ["a", "b", "c"]}), max_samples=2, seed=0))
+        2
+    """
     if max_samples is None or max_samples >= len(dataset):
         return dataset
     return dataset.shuffle(seed=seed).select(range(max_samples))
 
 
 def training_columns(dataset: Dataset, labels: Sequence[Any]) -> Dataset:
-    """The columns that a trainer reads: `audio`, `duration_s`, and `labels` as numbers."""
+    """The columns that a trainer reads: `audio`, `duration_s`, and `labels` as numbers.
+
+    Examples:
+        >>> dataset = Dataset.from_dict({"audio": ["a.wav"], "duration_s": [1.0], "word": ["yes"]})
+        >>> training_columns(dataset, labels=[4])[0]
+        {'audio': 'a.wav', 'duration_s': 1.0, 'labels': 4}
+    """
     return dataset.select_columns(["audio", "duration_s"]).add_column("labels", list(labels))  # pyright: ignore

@@ -84,7 +84,12 @@ class SpeakerTrainer(RecipeTrainer):
 
 
 def recording_names(dataset: Dataset) -> list[str]:
-    """The file of each recording, or the number of its row where the data set holds recordings instead of files."""
+    """The file of each recording, or the number of its row where the data set holds recordings instead of files.
+
+    Examples:
+        >>> recording_names(Dataset.from_dict({"audio": [{"path": None, "bytes": b"RIFF"}]}))
+        ['row 0']
+    """
     return [
         str(Path(audio["path"]).resolve()) if audio["bytes"] is None else f"row {row}"
         for row, audio in enumerate(dataset["audio"])
@@ -100,6 +105,12 @@ def pair_up(dataset: Dataset, speaker_column: str) -> list[Trial]:
 
     Raises:
         ValueError: A recording occurs twice, there are too many pairs, or all pairs are of one kind.
+
+    Examples:
+        >>> sounds = [{"path": None, "bytes": b"RIFF"}] * 3
+        >>> dataset = Dataset.from_dict({"audio": sounds, "speaker_id": ["anna", "anna", "ben"]})
+        >>> [trial.label for trial in pair_up(dataset, "speaker_id")]
+        [1, 0, 0]
     """
     speakers, names = read_column(dataset, speaker_column), recording_names(dataset)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
