@@ -214,8 +214,12 @@ class Method:
     def __init__(self, name: str, args: argparse.Namespace, folder: str) -> None:
         self.name, self.args = name, args
         self.model, self.inject_s = model_of(args, METHODS[name])
-        self.call = torch.compile(self.model) if args.compile else self.model
         self.inputs = {key: value.to(args.device) for key, value in inputs_of(args).items()}
+        self.call: Any = self.model
+        if args.compile:
+            with torch.no_grad():
+                self.model(**self.inputs)  # In its first call, Transformers installs hooks, which cannot be compiled.
+            self.call = torch.compile(self.model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         self.rows: Any = None
@@ -311,6 +315,8 @@ def measure_in(folder: str, args: argparse.Namespace) -> None:
     if args.family == "wavlm" and Q_AND_V in names:
         names.remove(Q_AND_V)
         print(f"Left out: {Q_AND_V}. WavLM reads these weights without calling their modules, so LoRA never runs.")
+    if args.compile:  # All methods share the code of the encoder, and each needs a graph of its own.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     methods = [Method(name, args, folder) for name in names]
     costs = [method.measure() for method in methods]
     for method in methods:  # To warm up, and to compile.

@@ -155,6 +155,20 @@ def test_training_gets_the_same_gradients(one_graph):
         torch.testing.assert_close(found[1][name], gradient, msg=name, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["wavlm", "wav2vec2"])
+def test_a_model_that_reports_its_layers_trains_in_one_graph_after_its_first_call(name, one_graph):
+    """In the first call Transformers installs hooks, which break the graph with and without adapters."""
+    torch.manual_seed(0)
+    base = build(name, "ForSequenceClassification")
+    model = get_peft_model(base, ELPConfig(**ELP)).train()
+    waveform, mask = waveforms()
+    with torch.no_grad():
+        model(waveform, attention_mask=mask)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(waveform, attention_mask=mask, labels=torch.arange(len(mask))).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 @pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_other_lengths_and_batch_sizes_need_no_other_graph(padded, one_graph):
     model, counter = adapted("wav2vec2"), CompileCounterWithBackend("eager")
