@@ -82,13 +82,14 @@ def by_method(results: Sequence[Result], encoder: str, task: str) -> dict[str, l
 def error_table(
     results: Sequence[Result], encoder: str, names: Sequence[str], tasks: Sequence[str], costs: Costs
 ) -> str:
-    """A line for each of some methods, a column for each task."""
-    heads = ["method", "trained in the encoder", *(("kept / full", "step / full") if costs else ()), *tasks]
+    """A line for each of some methods, a column for each task; the head does not count as trained."""
+    heads = ["method", "trained", *(("kept / full", "step / full") if costs else ()), *tasks]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
     for name in names:
         held = [by_method(results, encoder, task).get(name, []) for task in tasks]
         if any(held):
-            trained = " / ".join(f"{count:,}" for count in sorted({r.trained[0] for found in held for r in found}))
+            counts = sorted({result.trained[0] for found in held for result in found})
+            trained = " / ".join(f"{count / 1e6:.2f} M" if count else "0" for count in counts)
             cells = [name, trained, *map(in_cell, held)]
             if costs:
                 cells[2:2] = [f"{ratio:.2f}" for ratio in costs[name]] if name in costs else ["", ""]
