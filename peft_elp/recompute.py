@@ -103,7 +103,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         held = ctx.convolution
         weight = held.weight.to(gradient.dtype)
         x_gradient = conv1d_input(ctx.shape, weight, gradient, held.stride, held.padding, held.dilation, held.groups)
