@@ -55,6 +55,7 @@ def test_the_gradient_is_that_of_the_plain_convolution(settings):
     assert torch.equal(output, expected_output)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(hooked, frames(torch.float64))
+    assert torch.autograd.gradgradcheck(lambda x: hooked(x).sin(), frames(torch.float64))
 
 
 def test_the_weight_is_not_kept():
@@ -123,6 +124,12 @@ def test_transforms_of_torch_func():
     lent = {name: parameter.clone() for name, parameter in convolution.named_parameters()}
     y = torch.func.functional_call(convolution, lent, (frames(),))
     assert y.grad_fn.name() == "ConvolutionBackward0"
+
+
+def test_a_traced_convolution_holds_no_python():
+    traced = torch.jit.trace(positional(), frames())
+    assert "PythonOp" not in str(traced.inlined_graph)
+    assert torch.equal(traced(frames()), positional(hooked=False)(frames()))
 
 
 def test_pseudo_features_have_the_same_gradient_without_a_kept_weight():
