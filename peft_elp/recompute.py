@@ -17,7 +17,7 @@ def run_again_in_backward(part: Callable[..., Tensor], weight: Any, dropout: nn.
 
     This is the plain call where nothing is to be gained: without gradients, and under `torch.compile`, which decides
     itself what to keep. So it is where the second call would compute something else or fail: with weights that
-    `torch.func.functional_call` lends to the module, under the transforms of `torch.func`, and under `torch.jit.trace`.
+    `torch.func.functional_call` lends to the module, and under `torch.func` and `torch.jit.trace`.
 
     Args:
         part: A method of a module.
@@ -44,7 +44,8 @@ def run_again_in_backward(part: Callable[..., Tensor], weight: Any, dropout: nn.
 
 def _records_plain_graph() -> bool:
     """Whether operations are recorded for gradients alone, neither compiled nor traced nor under `torch.func`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  # documented, but not in __all__
+    if tracing or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     # A private function of PyTorch; tests/test_seams.py watches it.
     return torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
