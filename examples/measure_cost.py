@@ -155,7 +155,7 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, fl
 def arguments_of(args: argparse.Namespace, options: dict[str, Any]) -> recipes.ModelArguments:
     """The options of a method, with the sizes of the command line."""
     letters = "" if "method" in options else options.get("adapters", "E")
-    sizes = {name: getattr(args, name) for name in ("e_dim", "l_dim") if name[0].upper() in letters}
+    sizes = {name: getattr(args, name) for name in ("e_dim", "l_dim", "p_length") if name[0].upper() in letters}
     sizes = {name: size for name, size in sizes.items() if size is not None}
     return recipes.ModelArguments(model_name_or_path="", **{"method": "elp", **sizes, **options})
 
@@ -570,6 +570,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods.add_argument("--autocast", action="store_true", help="Compute in bfloat16.")
     methods.add_argument("--e_dim", type=int, help="Width of the bottleneck of E-adapters.")
     methods.add_argument("--l_dim", type=int, help="Width of the taps of L-adapters.")
+    methods.add_argument("--p_length", type=int, help="Number of pseudo features, where the method does not say it.")
     methods.add_argument("--dropout", type=float, default=0.1, help="Of the encoder.")
     methods.add_argument("--padded", action="store_true", help="Recordings of different lengths.")
     methods.add_argument("--gradient_checkpointing", action="store_true")
