@@ -51,6 +51,9 @@ def _records_plain_graph() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+_SOURCE = "_elp_source"  # An attribute of a detached input: what it was detached from.
+
+
 def detach_from_frozen(convolution: nn.Conv1d, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward pre-hook of a convolution that computes a frozen weight in each call: the graph does not keep it.
 
@@ -62,8 +65,8 @@ def detach_from_frozen(convolution: nn.Conv1d, args: tuple[Any, ...]) -> tuple[A
     Nothing changes where the weight may not be there in the backward pass, because it was gathered for the call from
     several processes or from slower memory.
     """
-    x = args[0]
-    if not (x.requires_grad and _records_plain_graph() and _computes_weight_anew(convolution)):
+    x = args[0] if args else None  # Nothing changes for an input that is passed by keyword.
+    if x is None or not (x.requires_grad and _records_plain_graph() and _computes_weight_anew(convolution)):
         return args
     detached = x.detach()
     setattr(detached, _SOURCE, x)
@@ -72,11 +75,8 @@ def detach_from_frozen(convolution: nn.Conv1d, args: tuple[Any, ...]) -> tuple[A
 
 def attach_gradient(convolution: nn.Conv1d, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook that belongs to `detach_from_frozen`."""
-    x = getattr(args[0], _SOURCE, None)
+    x = getattr(args[0], _SOURCE, None) if args else None
     return output if x is None else _Gradient.apply(x, output, convolution)
-
-
-_SOURCE = "_elp_source"  # An attribute of a detached input: what it was detached from.
 
 
 def _computes_weight_anew(convolution: nn.Conv1d) -> bool:

@@ -63,6 +63,13 @@ def test_the_weight_is_not_kept():
     assert kept_shapes(lambda: positional()(frames())) == []
 
 
+def test_an_input_by_keyword_has_its_gradient():
+    x, other = frames(), frames()
+    positional()(input=x).sum().backward()
+    positional(hooked=False)(other).sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
+
+
 def test_the_output_may_be_written_to():
     x = frames()
     positional()(x).mul_(2).sum().backward()
