@@ -32,6 +32,7 @@ from weakref import WeakSet
 import psutil
 import torch
 import transformers
+from keys_and_values import KeysAndValues
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -52,6 +53,7 @@ WIDTHS = {
 # What every method costs at least that trains something in the first layer.
 FLOOR = "head only, with a gradient through all layers"
 FULL, LORA, Q_AND_V = "full fine-tuning", "LoRA, as many parameters as E+L", "LoRA, r=8 on q and v"
+KEYS = "P, as keys and values alone"
 METHODS: dict[str, dict[str, Any]] = {
     "head only": {"method": "head"},
     "weighted sum of layers + head": {"method": "head", "weighted": True},
@@ -65,6 +67,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "L without layer norms, from cached features": {"adapters": "L", "train_layer_norms": False, "cached": True},
     "L of the lower half without layer norms": {"adapters": "L", "train_layer_norms": False, "half": True},
     "P": {"adapters": "P"},
+    KEYS: {"method": "head", "keys": True},
     "E+L": {"adapters": "EL"},
     "E+L+P": {"adapters": "ELP"},
     "E+L+P, 16 pseudo features": {"adapters": "ELP", "p_length": 16},
@@ -128,7 +131,7 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, fl
     """A random model that is prepared for one method, and the seconds that this took."""
     options = {key: value for key, value in options.items() if key != "cached"}
     torch.manual_seed(0)
-    weighted, half, through = (options.pop(name, False) for name in ("weighted", "half", "through"))
+    weighted, half, through, keys = (options.pop(name, False) for name in ("weighted", "half", "through", "keys"))
     model: Any = AutoModelForAudioClassification.from_config(config_of(args, weighted))
     if half:
         options["l_layers"] = list(range(len(find_encoder(model).layers) // 2))
@@ -142,6 +145,8 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, fl
     speed_up_frozen(model.to(args.device))
     start = time.perf_counter()
     model = recipes.adapt(model, arguments)
+    if keys:
+        model.keys_and_values = KeysAndValues(find_encoder(model), args.p_length or 1)
     inject_s = time.perf_counter() - start
     if args.dtype == "bfloat16":  # The frozen weights; what is trained stays in float32.
         for parameter in model.parameters():
@@ -312,9 +317,10 @@ def measure_methods(args: argparse.Namespace) -> None:
 def measure_in(folder: str, args: argparse.Namespace) -> None:
     """Measure the methods; cached features are in `folder`."""
     names = [name for name in METHODS if args.methods is None or name in args.methods]
-    if args.family == "wavlm" and Q_AND_V in names:
-        names.remove(Q_AND_V)
-        print(f"Left out: {Q_AND_V}. WavLM reads these weights without calling their modules, so LoRA never runs.")
+    if args.family == "wavlm":
+        left_out = [names.pop(names.index(name)) for name in (Q_AND_V, KEYS) if name in names]
+        for name in left_out:
+            print(f"Left out: {name}. WavLM's attention reads its weights without calling their modules.")
     if args.compile:  # All methods share the code of the encoder, and each needs a graph of its own.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     methods = [Method(name, args, folder) for name in names]

@@ -26,6 +26,7 @@ import jiwer
 import numpy as np
 import soundfile
 import torch
+from keys_and_values import KeysAndValues
 from peft import get_peft_model
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from peft_elp import ELPConfig, count_parameters, create_optimizer, recipes
+from peft_elp import ELPConfig, count_parameters, create_optimizer, find_encoder, recipes
 from peft_elp.adapters import LAdapter
 from peft_elp.data import read_trials
 from peft_elp.metrics import cosine_scores, equal_error_rate
@@ -292,9 +293,16 @@ STARTS: dict[str, Any] = {"the default start": True, "the paper's start": "paper
 
 
 def train_words(
-    args: argparse.Namespace, clips: Sequence[Clip], options: dict[str, Any], rates: dict[str, float], seed: int
+    args: argparse.Namespace,
+    clips: Sequence[Clip],
+    options: dict[str, Any],
+    rates: dict[str, float],
+    seed: int,
+    rows: int = 0,
 ) -> tuple[Any, Callable[[Sequence[Clip]], Any], list[float]]:
     """Train adapters and a head to name the class of a clip, at the rates of their parts.
+
+    With `rows`, so many pseudo features are trained at the rate of P that are keys and values alone.
 
     Returns:
         The model; what makes a batch for it from clips; and the loss of each step.
@@ -314,6 +322,9 @@ def train_words(
 
     trained = [part for part, number in count_parameters(model).items() if number]
     optimizer = create_optimizer(model, rates={part: rates[part] for part in trained})
+    if rows:
+        keys = KeysAndValues(find_encoder(model), rows)
+        optimizer.add_param_group({"params": [keys.rows], "lr": rates["P"]})
     schedule = get_constant_schedule_with_warmup(optimizer, args.steps // 10)
     order = itertools.chain.from_iterable(torch.randperm(len(clips)).tolist() for _ in itertools.count())
     losses = []
@@ -370,7 +381,8 @@ def loss_and_error(model: Any, batch_of: Callable[[Sequence[Clip]], Any], clips:
 def measure_lengths(args: argparse.Namespace) -> None:
     train, *held = (read_clips(args.recordings, split) for split in ("train", "validation", "test"))
     for letters, length in itertools.product(("", "EL"), args.lengths):
-        options = {"adapters": letters + "P" * bool(length), "e_dim": 128, "l_dim": 128, "p_length": length or 1}
+        carried = bool(length) and not args.keys_and_values
+        options = {"adapters": letters + "P" * carried, "e_dim": 128, "l_dim": 128, "p_length": length or 1}
         if not options["adapters"]:  # The head alone: E-adapters start as the identity, and stay so at such a rate.
             options |= {"adapters": "E", "train_layer_norms": False}
         results = {}  # of each rate: (seeds, validation and test, loss and error)
@@ -378,7 +390,8 @@ def measure_lengths(args: argparse.Namespace) -> None:
             rates = {"head": HEAD_RATE, "L": 1e-3, "layer norms": 1e-3, "P": rate, "E": 1e-3 if letters else 1e-12}
             found = []
             for seed in args.seeds:
-                model, batch_of, _ = train_words(args, train, options, rates, seed)
+                rows = length if args.keys_and_values else 0
+                model, batch_of, _ = train_words(args, train, options, rates, seed, rows)
                 found.append([loss_and_error(model, batch_of, clips) for clips in held])
             results[rate] = np.array(found)
         rate = min(results, key=lambda rate: results[rate][:, 0, 0].mean())
@@ -415,6 +428,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind.add_argument("--seeds", type=int, nargs="+", default=seeds)
     rates.add_argument("--rates", type=float, nargs="+", default=RATES)
     lengths.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    lengths.add_argument("--keys_and_values", action="store_true", help="Without queries and feed-forward modules.")
     args = parser.parse_args(argv)
     # Hide what Transformers says about each tensor of a new head.
     logging.disable_progress_bar()

@@ -8,9 +8,12 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 from backbones import build
 from on_disk import record, save_base, save_tokenizer, save_whisper
 from transformers import AutoConfig
+
+from peft_elp import find_encoder
 
 pytest.importorskip("jiwer")
 pytest.importorskip("sklearn")
@@ -18,6 +21,7 @@ pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import measure_starts
+from keys_and_values import KeysAndValues
 
 # The heads of tiny models are not small beside their encoders.
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
@@ -109,12 +113,31 @@ def test_each_start_is_trained_at_each_rate(recogniser, recordings, capsys):
     assert len(starts) == 2
 
 
-def test_each_length_is_trained_with_e_and_l_and_without(recogniser, recordings, capsys):
+@pytest.mark.parametrize("options", [[], ["--keys_and_values"]], ids=["carried", "keys and values"])
+def test_each_length_is_trained_with_e_and_l_and_without(recogniser, recordings, options, capsys):
     window = ["--window_s", "1"] if "whisper" in str(recogniser) else []
     words = ["--model_name_or_path", str(recogniser), "--recordings", str(recordings), *window]
-    measure_starts.main(["lengths", *words, "--steps", "2", "--lengths", "0", "2", "--seeds", "0", "1"])
+    measure_starts.main(["lengths", *words, "--steps", "2", "--lengths", "0", "2", "--seeds", "0", "1", *options])
     held = rf"{NUMBER} ± {NUMBER} / {NUMBER} ± {NUMBER} \(validation / test\), rate 0.0+1"
     lines = capsys.readouterr().out.splitlines()
     starts = itertools.product(["P, 0 rows", "P, 2 rows", "ELP, 0 rows", "ELP, 2 rows"], ["loss", "error"])
     for (start, what), line in zip(starts, lines, strict=True):
         assert re.fullmatch(rf"{start}: {what} {held}", line)
+
+
+@pytest.mark.parametrize("stable", [False, True], ids=["post-norm", "pre-norm"])
+def test_rows_as_keys_and_values_alone_reach_the_frames_and_no_padding(stable):
+    model = build("wav2vec2", "ForSequenceClassification", do_stable_layer_norm=stable)
+    for name, parameter in model.named_parameters():
+        if "_proj.weight" in name:  # Where they start, attention adds next to nothing.
+            torch.nn.init.normal_(parameter, std=0.3)
+    waveform = torch.randn(1, 2000)
+    plain = model(waveform).logits
+    keys = KeysAndValues(find_encoder(model), 3, std=1.0)
+    changed = model(waveform).logits
+    changed.square().sum().backward()
+    assert (changed - plain).abs().max() > 1e-4
+    assert keys.rows.grad is not None
+    assert keys.rows.grad.abs().min() > 0
+    padded, mask = torch.nn.functional.pad(waveform, (0, 800)), (torch.arange(2800) < 2000).long()[None]
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits, changed)
