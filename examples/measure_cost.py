@@ -397,14 +397,14 @@ def plot(costs: Sequence[Cost], file: Path) -> None:
     from matplotlib.figure import Figure
 
     full = next(cost for cost in costs if cost.method == FULL)
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(5.2, 7.2), layout="constrained")  # legible on a phone
     axes = figure.add_subplot()
     markers = cycle("os^Dv<>Ph*Xpd8")
     for cost in costs:
         x = statistics.median(a / b for a, b in zip(cost.step_s, full.step_s, strict=True))
         color = "#64748b" if METHODS[cost.method].get("method") else "#c2410c"  # ELP-adapters stand out.
         axes.plot(x, cost.saved_mib / full.saved_mib, next(markers), color=color, label=cost.method, markersize=8)
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside lower center", fontsize=9)
     axes.set_xlabel("time of a training step / full fine-tuning")
     axes.set_ylabel("memory kept for the backward pass / full fine-tuning")
     axes.set_xlim(0, None)

@@ -166,10 +166,10 @@ NONE_TRAINED = 10_000  # Where a method without trained parameters is drawn: a l
 
 
 def draw_quality(results: Sequence[Result], encoder: str) -> Figure:
-    """Error on test against trained parameters, a panel for each task."""
+    """Error on test against trained parameters, a panel for each task, one below the other: legible on a phone."""
     tasks = [task for task in TASKS if by_method(results, encoder, task)]
-    figure = Figure(figsize=(max(7.0, 3.2 * len(tasks)), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    figure = Figure(figsize=(5.2, 2.5 * len(tasks) + 1.5), layout="constrained")
+    panels = figure.subplots(len(tasks), squeeze=False, sharex=True)[:, 0]
     markers = dict(zip(METHODS, "os^Dv<>Ph*X", strict=True))
     drawn: dict[str, Any] = {}
     for axes, task in zip(panels, tasks, strict=True):
@@ -181,14 +181,14 @@ def draw_quality(results: Sequence[Result], encoder: str) -> Figure:
                 color = "#64748b" if METHODS[method].options.get("method") else "#c2410c"  # ELP-adapters stand out.
                 drawn[method] = axes.errorbar(x, statistics.mean(values), deviation, fmt=markers[method], color=color)
         axes.set_xscale("log")
-        axes.set_xlabel(f"trained in the encoder ({NONE_TRAINED:,}: none)")
-        axes.set_title(f"{task}: {TASKS[task].error}, %", fontsize=9)
+        axes.set_title(f"{task}: {TASKS[task].error}, %", fontsize=10)
+    panels[-1].set_xlabel(f"parameters trained in the encoder ({NONE_TRAINED:,}: none)")
     figure.legend(
         [drawn[m] for m in METHODS if m in drawn],
         [m for m in METHODS if m in drawn],
         loc="outside lower center",
-        ncols=4,
-        fontsize=8,
+        ncols=2,
+        fontsize=9,
     )
     return figure
 
