@@ -3,6 +3,8 @@
 import ast
 import gc
 import json
+import re
+import shutil
 import sys
 import warnings
 
@@ -19,6 +21,7 @@ from peft_elp.inference import SpeechAdapter
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
 )
+BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 COMMANDS = {"ForCTC": "transcribe", "ForSequenceClassification": "classify", "ForXVector": "verify"}
 
 
@@ -116,6 +119,46 @@ def test_the_command_serves_this_machine_alone(folder, monkeypatch, capsys):
     ((found, options),) = launched
     assert {*found} >= {"transcribe", "verify"}
     assert options == {"server_name": "127.0.0.1", "server_port": 7999, "share": False}
+
+
+def test_a_visitor_gets_answers_in_a_real_browser(adapters, folder):
+    pytest.importorskip("gradio")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = next((program for name in BROWSERS if (program := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"none of {BROWSERS} is installed")
+    page = demo.make_page(adapters)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        with sync_api.sync_playwright() as playwright:
+            visit = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"]).new_page()
+            visit.goto(address)
+
+            def answer(head, button, *uploads):
+                """The tab of an adapter, after recordings were uploaded and the button was pressed."""
+                visit.get_by_role("tab", name=head).click()
+                tab = visit.locator("[role=tabpanel]:visible")
+                tab.get_by_role("button", name=button).wait_for()
+                for place, upload in enumerate(uploads):
+                    tab.get_by_label("Upload file").nth(place).click()
+                    tab.locator("input[type=file]").first.set_input_files(folder / upload)
+                    tab.get_by_label("Play").nth(place).wait_for()
+                tab.get_by_role("button", name=button).click()
+                return tab
+
+            expect, one, other = sync_api.expect, folder / "0.wav", folder / "1.wav"
+            tab = answer("ForCTC", "Transcribe", "0.wav")
+            expect(tab.get_by_role("textbox", name="Text")).to_have_value(adapters["ForCTC"].transcribe(one))
+            tab = answer("ForSequenceClassification", "Classify", "0.wav")
+            best = adapters["ForSequenceClassification"].classify(one)[0]
+            expect(tab).to_contain_text(re.compile(rf"{best['label']}\s*{100 * best['score']:.0f}%"))
+            tab = answer("ForXVector", "Compare", "0.wav", "1.wav")
+            same = adapters["ForXVector"].verify(one, other).same
+            verdict = f"{'the same voice' if same else 'different voices'}, threshold 0.25"
+            expect(tab.get_by_role("textbox", name="Answer")).to_have_value(verdict)
+            expect(tab).to_contain_text("Layer weights")
+    finally:
+        page.close()
 
 
 def test_without_gradio_the_extra_is_named(folder, monkeypatch, capsys):
