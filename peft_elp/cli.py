@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments. Default: those of the process.
 
     Returns:
-        0; or 1 if something could not be answered, and standard error says what. Wrong arguments exit with 2.
+        0; or 1 if something could not be answered, and standard error says what, or if the reader of a pipe stopped
+        reading. Wrong arguments exit with 2.
 
     Examples:
         >>> main(["info", "./nowhere"])
@@ -58,8 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # These are for programmers.
+            warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # Transformers' WavLM
             warnings.showwarning = lambda message, *_: _complain(message)
-            return args.run(args)
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # The reader, such as `head`, has what it wanted.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end.
+        return 1
     except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
         return _complain(error)
     except KeyboardInterrupt:

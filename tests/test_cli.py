@@ -440,3 +440,15 @@ def test_a_missing_extra_is_named_with_its_command(run, saved, files, monkeypatc
     assert re.fullmatch(rf"peft-elp: peft_elp\.{module} .*pip install 'peft-elp\[recipes\]'\.\n", err)
     with pytest.raises(ImportError, match=r"pip install 'peft-elp\[recipes\]'"):
         importlib.import_module("peft_elp.inference" if module == "audio" else "peft_elp.data")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+@pytest.mark.parametrize("command", [["info"], ["classify"]], ids=["printed at its end", "printed at once"])
+def test_a_reader_that_stops_reading_is_no_error(command, saved, files):
+    recordings = files if command == ["classify"] else []
+    words = [sys.executable, "-m", "peft_elp", *command, saved["ForSequenceClassification"], *recordings]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said == ""
