@@ -53,7 +53,7 @@ WIDTHS = {
 # What every method costs at least that trains something in the first layer.
 FLOOR = "head only, with a gradient through all layers"
 FULL, LORA, Q_AND_V = "full fine-tuning", "LoRA, as many parameters as E+L", "LoRA, r=8 on q and v"
-KEYS = "P, as keys and values alone"
+KEYS, EL_KEYS = "P, as keys and values alone", "E+L+P, P as keys and values alone"
 METHODS: dict[str, dict[str, Any]] = {
     "head only": {"method": "head"},
     "weighted sum of layers + head": {"method": "head", "weighted": True},
@@ -70,6 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
     KEYS: {"method": "head", "keys": True},
     "E+L": {"adapters": "EL"},
     "E+L+P": {"adapters": "ELP"},
+    EL_KEYS: {"adapters": "EL", "keys": True},
     "E+L+P, 16 pseudo features": {"adapters": "ELP", "p_length": 16},
     FULL: {"method": "full"},
 }
@@ -318,7 +319,7 @@ def measure_in(folder: str, args: argparse.Namespace) -> None:
     """Measure the methods; cached features are in `folder`."""
     names = [name for name in METHODS if args.methods is None or name in args.methods]
     if args.family == "wavlm":
-        left_out = [names.pop(names.index(name)) for name in (Q_AND_V, KEYS) if name in names]
+        left_out = [names.pop(names.index(name)) for name in (Q_AND_V, KEYS, EL_KEYS) if name in names]
         for name in left_out:
             print(f"Left out: {name}. WavLM's attention reads its weights without calling their modules.")
     if args.compile:  # All methods share the code of the encoder, and each needs a graph of its own.

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_every_method_is_measured(family, tmp_path, capsys):
     words = ["--family", family, "--output", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.svg")]
     measure_cost.main([*SHORT, *words])
     out = capsys.readouterr().out
-    left_out = {measure_cost.Q_AND_V, measure_cost.KEYS} if family == "wavlm" else set()
+    left_out = {measure_cost.Q_AND_V, measure_cost.KEYS, measure_cost.EL_KEYS} if family == "wavlm" else set()
     expected = [name for name in measure_cost.METHODS if name not in left_out]
     assert re.findall(r"^\| ([^|]+) \| [\d,]+ \|", out, flags=re.MULTILINE) == expected
     costs = {cost["method"]: cost for cost in json.loads((tmp_path / "cost.json").read_text())["costs"]}
@@ -80,3 +81,15 @@ def test_the_overhead_of_a_layer_is_measured(capsys):
     measure_cost.main(["overhead", "--repeats", "2"])
     rows = re.findall(r"^\| ([^|]+) \| [\d.]+ \| [+-][\d.]+ \|", capsys.readouterr().out, flags=re.MULTILINE)
     assert rows == [*measure_cost.SETTINGS, "E+L+P, disabled"]
+
+
+def test_kept_bytes_of_a_compiled_step_are_those_that_its_graph_holds():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Linear(6, 2))
+    compiled, x = torch.compile(model, backend="aot_eager"), torch.randn(3, 4)
+    kept = measure_cost.saved_bytes(model, lambda: compiled(x).sum())
+    node: Any = compiled(x).sum().grad_fn
+    while not hasattr(node, "saved_tensors"):  # the node of the whole compiled graph
+        node = node.next_functions[0][0]
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    held = {saved.untyped_storage().data_ptr(): saved.untyped_storage().nbytes() for saved in node.saved_tensors}
+    assert kept == sum(size for address, size in held.items() if address not in weights) > 0
