@@ -14,6 +14,7 @@ several tasks. docs/reference/cost.md has results.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -325,7 +326,10 @@ def measure_in(folder: str, args: argparse.Namespace) -> None:
     if args.compile:  # All methods share the code of the encoder, and each needs a graph of its own.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     methods = [Method(name, args, folder) for name in names]
-    costs = [method.measure() for method in methods]
+    costs = []
+    for method in methods:
+        costs.append(method.measure())
+        gc.collect()  # Hooks and graphs refer to each other, and a graph of 30 s holds gigabytes.
     for method in methods:  # To warm up, and to compile.
         method.step()
         method.infer()

@@ -380,8 +380,10 @@ def loss_and_error(model: Any, batch_of: Callable[[Sequence[Clip]], Any], clips:
 
 def measure_lengths(args: argparse.Namespace) -> None:
     train, *held = (read_clips(args.recordings, split) for split in ("train", "validation", "test"))
-    for letters, length in itertools.product(("", "EL"), args.lengths):
-        carried = bool(length) and not args.keys_and_values
+    lengths: list[int] = args.lengths
+    for letters, length in itertools.product(("", "EL"), lengths):
+        rows = length if args.keys_and_values else 0
+        carried = bool(length) and not rows
         options = {"adapters": letters + "P" * carried, "e_dim": 128, "l_dim": 128, "p_length": length or 1}
         if not options["adapters"]:  # The head alone: E-adapters start as the identity, and stay so at such a rate.
             options |= {"adapters": "E", "train_layer_norms": False}
@@ -390,7 +392,6 @@ def measure_lengths(args: argparse.Namespace) -> None:
             rates = {"head": HEAD_RATE, "L": 1e-3, "layer norms": 1e-3, "P": rate, "E": 1e-3 if letters else 1e-12}
             found = []
             for seed in args.seeds:
-                rows = length if args.keys_and_values else 0
                 model, batch_of, _ = train_words(args, train, options, rates, seed, rows)
                 found.append([loss_and_error(model, batch_of, clips) for clips in held])
             results[rate] = np.array(found)
