@@ -14,7 +14,6 @@ several tasks. docs/reference/cost.md has results.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
 import statistics
@@ -148,7 +147,7 @@ def model_of(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, fl
     start = time.perf_counter()
     model = recipes.adapt(model, arguments)
     if keys:
-        model.keys_and_values = KeysAndValues(find_encoder(model), args.p_length or 1)
+        model.keys_and_values = KeysAndValues(find_encoder(model), args.p_length or 1).to(args.device)
     inject_s = time.perf_counter() - start
     if args.dtype == "bfloat16":  # The frozen weights; what is trained stays in float32.
         for parameter in model.parameters():
@@ -205,7 +204,7 @@ def saved_bytes(model: Any, run: Callable[[], Tensor]) -> int:
     held: WeakSet[Held] = WeakSet()  # A checkpoint around frozen layers saves its input and drops it again.
 
     def pack(tensor: Tensor) -> Held:
-        held.add(one := Held(tensor))
+        held.add(one := Held(tensor.detach()))  # A tensor with its graph would keep the graph alive, and itself.
         return one
 
     with saved_tensors_hooks(pack, lambda one: one.tensor):
@@ -326,10 +325,7 @@ def measure_in(folder: str, args: argparse.Namespace) -> None:
     if args.compile:  # All methods share the code of the encoder, and each needs a graph of its own.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     methods = [Method(name, args, folder) for name in names]
-    costs = []
-    for method in methods:
-        costs.append(method.measure())
-        gc.collect()  # Hooks and graphs refer to each other, and a graph of 30 s holds gigabytes.
+    costs = [method.measure() for method in methods]
     for method in methods:  # To warm up, and to compile.
         method.step()
         method.infer()

@@ -442,7 +442,7 @@ def test_a_missing_extra_is_named_with_its_command(run, saved, files, monkeypatc
         importlib.import_module("peft_elp.inference" if module == "audio" else "peft_elp.data")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe raises another error on Windows")
 @pytest.mark.parametrize("command", [["info"], ["classify"]], ids=["printed at its end", "printed at once"])
 def test_a_reader_that_stops_reading_is_no_error(command, saved, files):
     recordings = files if command == ["classify"] else []

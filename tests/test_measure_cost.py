@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -69,6 +70,20 @@ def test_a_checkpoint_of_frozen_layers_keeps_nothing():
         return head(torch.utils.checkpoint.checkpoint(frozen, x, use_reentrant=False))
 
     assert measure_cost.saved_bytes(torch.nn.Sequential(frozen, head), run) == 3 * 4 * 4
+
+
+def test_nothing_is_kept_after_the_bytes_were_counted(monkeypatch):
+    made = WeakSet()
+
+    class Held(measure_cost.Held):
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            made.add(self)
+
+    monkeypatch.setattr(measure_cost, "Held", Held)
+    linear = torch.nn.Linear(4, 4)
+    assert measure_cost.saved_bytes(linear, lambda: linear(torch.randn(3, 4)).exp().sum())
+    assert not made
 
 
 def test_many_adapters_are_measured(capsys):
