@@ -63,10 +63,10 @@ def in_cell(results: Sequence[Result]) -> str:
 
 
 def p_value(one: Sequence[Result], other: Sequence[Result], measured: str) -> float | None:
-    """The p-value of a paired t-test of two methods, over the seeds that both have."""
+    """The p-value of a paired t-test of two methods, over the seeds that both have; None if all differ by as much."""
     first, second = per_seed(one, measured), per_seed(other, measured)
     common = sorted({*first} & {*second})
-    if len(common) < 2:
+    if len(common) < 2 or len({round(first[seed] - second[seed], 6) for seed in common}) == 1:
         return None
     return float(ttest_rel([first[seed] for seed in common], [second[seed] for seed in common]).pvalue)
 
