@@ -137,3 +137,16 @@ def test_the_page_has_the_tables_of_its_results(tmp_path):
     encoders = {result["encoder"] for result in json.loads((ROOT / "docs/reference/measured.json").read_text())}
     for encoder in encoders:
         assert f"<!-- table: {encoder}, methods -->" in before
+
+
+def test_p_values_are_of_paired_seeds():
+    def results(*errors):
+        return [
+            quality.Result("tiny", "words", "E", 0.1, 0.1, seed, 0, {"test": error}, (1, 1), 0.0, 0.0)
+            for seed, error in enumerate(errors, start=1)
+        ]
+
+    # By hand: differences 1, 2, 3 have a mean of 2 and a standard error of 1 / sqrt(3), so t = 3.464 with 2 degrees.
+    assert report_quality.p_value(results(2, 4, 6), results(1, 2, 3), "test") == pytest.approx(0.0742, abs=1e-4)
+    assert report_quality.p_value(results(1.1, 2.1, 3.1), results(1, 2, 3), "test") is None
+    assert report_quality.p_value(results(1), results(2), "test") is None
