@@ -160,12 +160,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "--classify",
         clip["audio"]["path"],
     ]
-    print(f"$ python {' '.join(command[1:])}")
+    print(f"$ {typed(sys.executable)} {' '.join(command[1:])}")
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     print(f"It hears {answer!r}; the clip says {commands[clip['labels']]!r}.")
     kilobytes = sum(file.stat().st_size for file in adapter.iterdir() if file.is_file()) / 1000
     print(f"The adapter's folder takes {kilobytes:,.0f} kB: {adapter}")
+    print("\nNext, try it on a recording of your own:")
+    print(f"$ {typed(str(Path(sys.executable).with_name('peft-elp')))} classify {adapter} my-voice.wav")
     return accuracies
+
+
+def typed(program: str) -> str:
+    """How to type a program: its path from here if it is below this folder, else its name alone."""
+    path = os.path.relpath(program)
+    return Path(program).name if path.startswith("..") else path
 
 
 if __name__ == "__main__":
