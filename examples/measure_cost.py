@@ -376,11 +376,12 @@ def table(costs: Sequence[Cost]) -> str:
     """The costs as a Markdown table, relative to full fine-tuning and to a head alone where these were run."""
     by_name = {cost.method: cost for cost in costs}
     full, lora, head = by_name.get(FULL), by_name.get(LORA), by_name.get("head only")
-    lines = [
-        "| method | trained | file, MB | kept, MiB | kept / full | kept / LoRA | GFLOP forward + backward "
-        "| step / full | step / LoRA | inference / head only | inject, load, switch, ms |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    heads = "| method | trained | file, MB | kept, MiB | kept / full | kept / LoRA | GFLOP forward + backward "
+    heads += "| step / full | step / LoRA | inference / head only | inject, load, switch, ms |"
+    on_gpu = any(cost.peak_mib is not None for cost in costs)
+    if on_gpu:
+        heads += " step, ms | inference, ms | peak, MiB |"
+    lines = [heads, "|---|" + "--:|" * (heads.count("|") - 2)]
     for cost in costs:
         cells = [cost.method, f"{cost.trained:,}", f"{cost.file_mb:.1f}", f"{cost.saved_mib:.1f}"]
         cells += [f"{cost.saved_mib / other.saved_mib:.2f}" if other else "" for other in (full, lora)]
@@ -389,6 +390,9 @@ def table(costs: Sequence[Cost]) -> str:
         cells += [ratio(cost.inference_s, head.inference_s) if head else ""]
         life = [taken for taken in (cost.inject_s, cost.load_s, cost.switch_s) if taken is not None]
         cells += [", ".join(f"{1000 * taken:.1f}" for taken in life)]
+        if on_gpu:
+            cells += [f"{1000 * statistics.median(taken):.1f}" for taken in (cost.step_s, cost.inference_s)]
+            cells += ["" if cost.peak_mib is None else f"{cost.peak_mib:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -5,8 +5,9 @@
     python examples/measure_quality.py collect --json measured.json
 
 `run` trains what is missing in `--output_dir`, with one small file for each training, so that it can be stopped and
-continued, and extended by further tasks and methods. `collect` joins these files, and `report_quality.py`
-makes tables and figures of them. docs/reference/measured.md has them, and describes the protocol.
+continued, and extended by further tasks and methods. Trainings are small: `--processes` runs several side by side,
+also on one GPU. `collect` joins the files, and `report_quality.py` makes tables and figures of them.
+docs/reference/measured.md has them, and describes the protocol.
 
 The recordings are folders in `audiofolder` layout, with a table `metadata.csv` in each split.
 """
@@ -15,10 +16,15 @@ import argparse
 import csv
 import itertools
 import json
+import multiprocessing
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ import jiwer
 import numpy as np
 import soundfile
 import torch
+from accelerate.utils import send_to_device
 from sklearn.metrics import balanced_accuracy_score
 from tqdm.auto import tqdm
 from transformers import AutoModelForAudioClassification, AutoModelForCTC, set_seed
@@ -143,7 +150,7 @@ class Voices(Classes):
         return super().label(row)[0]
 
     def answer(self, model: Any, batch: Mapping[str, Any]) -> Any:
-        return speaker_embeddings(model, **batch)[0].float().numpy()
+        return speaker_embeddings(model, **batch)[0].float().cpu().numpy()
 
     def errors(self, rows: Sequence[Row], answers: Sequence[Any], split: str) -> dict[str, float]:
         """Equal error rates: of the lists of trials, or of all pairs of another split."""
@@ -341,9 +348,38 @@ class Result:
     shares: dict[str, float] = field(default_factory=dict)
 
 
-def quality(result: Result) -> tuple[float, float]:
-    """What a choice of rates minimises: the error on validation, and where it is the same, the loss."""
-    return result.errors["validation"], result.loss
+def quality(results: Sequence[Result]) -> tuple[float, float]:
+    """What a choice of rates minimises, of the results in all folds: the mean error on validation, then the loss."""
+    errors = [result.errors["validation"] for result in results]
+    return statistics.mean(errors), statistics.mean(result.loss for result in results)
+
+
+@lru_cache
+def read_folds(name: str, recordings: Path) -> list[Splits]:
+    """The folds of a task, read once in each process."""
+    task = TASKS[name]
+    rows = {
+        split: read_split(recordings / task.folder, split, task.seconds) for split in ("train", "validation", "test")
+    }
+    return list(task.folds(rows))
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the grid: a method on a task, with its rate and that of the head, a seed and a fold."""
+
+    task: str
+    method: str
+    rate: float
+    head_rate: float
+    seed: int
+    fold: int
+
+    @property
+    def name(self) -> str:
+        """A name for its files."""
+        words = f"{self.method}-{self.rate:g}-{self.head_rate:g}-{self.seed}-{self.fold}"
+        return re.sub(r"[^\w=+.-]+", "_", words)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -359,7 +395,6 @@ class Grid:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.folder: Path = args.output_dir
-        self.folds: dict[str, list[Splits]] = {}
         self.methods = METHODS | CHOICES
 
     def model_arguments(self, task: Task, method: Method, rate: float, head_rate: float) -> recipes.ModelArguments:
@@ -406,36 +441,27 @@ class Grid:
             counts.append(recipes.count_trained(model)["trained_parameters_encoder"])
         return round(counts[0] / counts[1])
 
-    def splits(self, name: str) -> list[Splits]:
-        """The folds of a task, read once."""
-        task = TASKS[name]
-        if name not in self.folds:
-            folder = self.args.recordings / task.folder
-            rows = {split: read_split(folder, split, task.seconds) for split in ("train", "validation", "test")}
-            self.folds[name] = list(task.folds(rows))
-        return self.folds[name]
-
-    def train(self, name: str, method_name: str, rate: float, head_rate: float, seed: int, fold: int) -> Result:
+    def train(self, training: Training) -> Result:
         """One training, or its result if it ended before."""
-        kept = re.sub(r"[^\w=+.-]+", "_", f"{method_name}-{rate:g}-{head_rate:g}-{seed}-{fold}")
-        file = self.folder / self.args.name / name / f"{kept}.json"
+        name, seed = training.task, training.seed
+        file = self.folder / self.args.name / name / f"{training.name}.json"
         if file.is_file():
             return Result(**json.loads(file.read_text()))
         start = time.perf_counter()
         task = replace(TASKS[name], scratch=file.parent)
-        method = self.methods[method_name]
-        splits = self.splits(name)[fold]
+        method = self.methods[training.method]
+        splits = read_folds(name, self.args.recordings)[training.fold]
         file.parent.mkdir(parents=True, exist_ok=True)
         kind = task.kind(task, splits, self.args.recordings)
         set_seed(seed)
-        arguments = self.model_arguments(task, method, rate, head_rate)
+        arguments = self.model_arguments(task, method, training.rate, training.head_rate)
         config = recipes.load_config(self.args.model_name_or_path, **kind.settings)
         config.update({"use_weighted_layer_sum": method.weighted, "apply_spec_augment": False})
         extractor = recipes.load_feature_extractor(arguments)
         model = recipes.load_model(kind.auto_class, arguments, config)
         rows = [{"audio": row["audio"], "labels": kind.label(row)} for row in splits["train"]]
         settings = recipes.RecipeTrainingArguments(
-            output_dir=str(file.parent / kept),
+            output_dir=str(file.parent / training.name),
             max_steps=method.times * (self.args.steps or task.steps),
             per_device_train_batch_size=task.batch_size,
             bf16=task.bf16 or arguments.dtype == "bfloat16",
@@ -458,7 +484,7 @@ class Grid:
             errors |= {f"{split}{what}": error for what, error in kind.errors(held, answers, split).items()}
         counts = recipes.count_trained(trainer.model)
         result = Result(
-            self.args.name, name, method_name, rate, head_rate, seed, fold, errors,
+            self.args.name, name, training.method, training.rate, training.head_rate, seed, training.fold, errors,
             (counts["trained_parameters_encoder"], counts["trained_parameters_head"]), loss,
             time.perf_counter() - start, shares_of(trainer.model),
         )  # fmt: skip
@@ -467,7 +493,9 @@ class Grid:
             extractor.save_pretrained(settings.output_dir)
             if isinstance(kind, Texts):
                 kind.tokenizer.save_pretrained(settings.output_dir)
-        file.write_text(json.dumps(vars(result)))
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(vars(result)))
+        unfinished.replace(file)
         return result
 
     @torch.no_grad()
@@ -481,44 +509,73 @@ class Grid:
             cache = FeatureCache(model, arguments.cache_features, getattr(torch, arguments.cache_dtype))
             cached = cache.read([batch[0] for batch in batches], collate, progress=False)
             batches, collate = [[cached[number]] for number in range(len(cached))], cache.collate
-        return [kind.answer(model, collate(batch)) for batch in batches]
+        return [kind.answer(model, send_to_device(collate(batch), model.device)) for batch in batches]
 
-    def choose(self, name: str, method_name: str, head_rate: float | None) -> tuple[float, float]:
-        """The rate, and the rate of the head, with the lowest error on validation; seed 0, in the first fold.
+    def train_all(self, trainings: Sequence[Training], what: str) -> list[Result]:
+        """Train what is missing, several side by side."""
+        # CUDA cannot be used in a forked process.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.args.processes, spawn) if self.args.processes > 1 else nullcontext() as pool:
+            results = pool.map(self.train, trainings) if pool else map(self.train, trainings)
+            return list(tqdm(results, desc=f"{self.args.name}, {what}", total=len(trainings)))
+
+    def choose(
+        self, wanted: Sequence[tuple[str, str]], head_rates: Mapping[str, float]
+    ) -> dict[tuple[str, str], tuple[float, float]]:
+        """The rate and the rate of the head of each task and method, with the lowest mean error on validation, seed 0.
 
         Where the lowest or the highest rate is the best one, up to two rates beyond it are tried.
         """
-        rates = list(self.methods[method_name].rates)
-        found: dict[float, Result] = {}
+        rates = {pair: list(self.methods[pair[1]].rates) for pair in wanted}
+        found: dict[tuple[str, str, float], list[Result]] = {}
+        chosen: dict[tuple[str, str], tuple[float, float]] = {}
+        for _ in range(3):
+            missing = [(*pair, rate) for pair in wanted for rate in rates[pair] if (*pair, rate) not in found]
+            trainings = [
+                Training(task, method, rate, self.head_rate(task, method, rate, head_rates), 0, fold)
+                for task, method, rate in missing
+                for fold in range(len(read_folds(task, self.args.recordings)))
+            ]
+            for training, result in zip(trainings, self.train_all(trainings, "rates"), strict=True):
+                found.setdefault((training.task, training.method, training.rate), []).append(result)
+            for pair, tried in rates.items():
+                rate = min(tried, key=lambda rate: quality(found[(*pair, rate)]))
+                chosen[pair] = rate, self.head_rate(*pair, rate, head_rates)
+                if len(tried) > 1 and rate == tried[-1]:
+                    tried.append(float(f"{rate * rate / tried[-2]:.0e}"))
+                elif len(tried) > 1 and rate == tried[0]:
+                    tried.insert(0, float(f"{rate * rate / tried[1]:.0e}"))
+        return chosen
 
-        def best() -> float:
-            for rate in rates:
-                if rate not in found:
-                    found[rate] = self.train(name, method_name, rate, head_rate or rate, seed=0, fold=0)
-            return min(rates, key=lambda rate: quality(found[rate]))
-
-        for _ in range(2 if len(rates) > 1 else 0):
-            rate = best()
-            if rate == rates[-1]:
-                rates.append(float(f"{rate * rate / rates[-2]:.0e}"))
-            elif rate == rates[0]:
-                rates.insert(0, float(f"{rate * rate / rates[1]:.0e}"))
-        rate = best()
-        return rate, head_rate or rate
+    def head_rate(self, task: str, method: str, rate: float, head_rates: Mapping[str, float]) -> float:
+        """The rate of the head: that of the head alone, or the one rate of a method that trains nothing else."""
+        return rate if self.methods[method].options.get("method") == "head" else head_rates[task]
 
     def run(self) -> None:
-        """Train what is missing: the rates of each method are chosen first, then come the seeds."""
-        for name in self.args.tasks:
-            names = self.args.methods or list(self.methods)
-            if TASKS[name].kind is Texts:  # Transformers has no weighted sum with CTC.
-                names = [known for known in names if not self.methods[known].weighted]
-            head_rate = self.choose(name, HEAD, None)[1]
-            for method_name in tqdm(names, desc=f"{self.args.name}, {name}"):
-                trains_head_only = self.methods[method_name].options.get("method") == "head"
-                rates = self.choose(name, method_name, None if trains_head_only else head_rate)
-                seeds = range(1, 1 + (self.args.seeds or self.methods[method_name].seeds))
-                for seed, fold in itertools.product(seeds, range(len(self.splits(name)))):
-                    self.train(name, method_name, *rates, seed=seed, fold=fold)
+        """Train what is missing: first the rates of each method are chosen, and then come the seeds."""
+        tasks, methods = self.args.tasks, self.args.methods or list(self.methods)
+        heads = self.choose([(task, HEAD) for task in tasks], {})
+        head_rates = {task: rate for (task, _), (rate, _) in heads.items()}
+        wanted = [
+            (task, method)
+            for task, method in itertools.product(tasks, methods)
+            # Transformers has no weighted sum with CTC.
+            if TASKS[task].kind is not Texts or not self.methods[method].weighted
+        ]
+        chosen = self.choose(wanted, head_rates)
+        seeds = {pair: self.args.seeds or self.methods[pair[1]].seeds for pair in wanted}
+        trainings = [
+            Training(task, method, *chosen[task, method], seed, fold)
+            for seed in range(1, 1 + max(seeds.values()))
+            for task, method in wanted
+            if seed <= seeds[task, method]
+            for fold in range(len(read_folds(task, self.args.recordings)))
+        ]
+        self.train_all(trainings, "seeds")
+
+
+def run_grid(args: argparse.Namespace) -> None:
+    Grid(args).run()
 
 
 def shares_of(model: Any) -> dict[str, float]:
@@ -531,15 +588,16 @@ def collect(args: argparse.Namespace) -> None:
     """Join the files of all trainings. Those with rates that are not the chosen ones any more are left out."""
     files = sorted(args.output_dir.glob("*/*/*-*-*-*-*.json"))
     found = [Result(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    best: dict[tuple[str, str, str], Result] = {}
+    tried: dict[tuple[str, str, str], dict[tuple[float, float], list[Result]]] = {}
     for result in found:
-        kind = (result.encoder, result.task, result.method)
-        if result.seed == 0 and (kind not in best or quality(result) < quality(best[kind])):
-            best[kind] = result
+        if result.seed == 0:
+            by_rates = tried.setdefault((result.encoder, result.task, result.method), {})
+            by_rates.setdefault((result.rate, result.head_rate), []).append(result)
     kept = []
     for result in found:
-        chosen = best[result.encoder, result.task, result.method]
-        if result.seed == 0 or (result.rate, result.head_rate) == (chosen.rate, chosen.head_rate):
+        by_rates = tried[result.encoder, result.task, result.method]
+        chosen = min(by_rates, key=lambda rates: quality(by_rates[rates]))
+        if result.seed == 0 or (result.rate, result.head_rate) == chosen:
             kept.append(vars(result))
     args.json.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n", encoding="utf-8")
     print(f"{len(kept)} trainings in {args.json}")
@@ -549,7 +607,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True)
     run = kinds.add_parser("run", help="Train what is missing.")
-    run.set_defaults(do=lambda args: Grid(args).run())
+    run.set_defaults(do=run_grid)
     run.add_argument("--model_name_or_path", required=True, help="A speech encoder: Hub id or folder.")
     run.add_argument("--name", required=True, help="Its name in the results.")
     run.add_argument("--recordings", type=Path, required=True, help="Folder with the folders of the tasks.")
@@ -558,6 +616,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     run.add_argument("--steps", type=int, help="Training steps; default: those of the task.")
     run.add_argument("--seeds", type=int, help="Seeds after the choice of rates; default: those of the method.")
+    run.add_argument("--processes", type=int, default=1, help="Trainings side by side.")
     joined = kinds.add_parser("collect", help="Join the results of `run`.")
     joined.set_defaults(do=collect)
     joined.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,8 +181,9 @@ class FeatureCache:
         if new:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = self._folder / f"{hashlib.sha256(''.join(new).encode()).hexdigest()[:16]}.safetensors"
-            save_file(new, file.with_suffix(".unfinished"))
-            file.with_suffix(".unfinished").replace(file)
+            unfinished = file.with_suffix(f".{os.getpid()}.unfinished")  # Another process may save the same.
+            save_file(new, unfinished)
+            unfinished.replace(file)
             self._files |= dict.fromkeys(new, file)
         return {}
 

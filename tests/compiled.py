@@ -245,3 +245,20 @@ def test_generated_code_gives_the_same_over_lengths_and_hot_swaps(tmp_path, one_
     hotswap_adapter(compiled, str(tmp_path))
     torch.testing.assert_close(output(compiled, inputs), output(other, inputs), atol=1e-4, rtol=1e-4)
     assert [*counts, counter.frame_count] == [counts[0]] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("adapters", ["E", "L", "P", "ELP"])
+def test_a_compiled_training_step_on_a_gpu_gives_the_same_gradients(adapters):
+    model = adapted("wav2vec2", adapters, std=0.05).cuda().train()
+    inputs = {name: x.cuda() for name, x in inputs_of("wav2vec2").items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        model(**inputs)
+    found = []
+    for runs in (model, torch.compile(model, fullgraph=True)):
+        result(runs(**inputs)).square().sum().backward()
+        found.append({name: p.grad for name, p in trained.items()})
+        model.zero_grad()
+    for name in trained:
+        torch.testing.assert_close(found[1][name], found[0][name], atol=1e-3, rtol=1e-2)

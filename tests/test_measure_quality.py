@@ -88,7 +88,7 @@ def test_a_grid_is_trained_once_and_reported(encoder, recordings, tmp_path, monk
     results = report_quality.read_results(summary)
     chosen = [result for result in results if result.seed == 0]
     assert {(result.fold, *result.errors) for result in chosen if result.task == "voices"} == {(0, "validation")}
-    assert len(chosen) == len(tasks) * 6
+    assert len(chosen) == 6 * (len(tasks) + ("emotions" in tasks))  # Rates are chosen in all folds.
     final = [result for result in results if result.seed]
     assert len(final) == 6 * 2 * (len(tasks) + ("emotions" in tasks))  # Emotions have two folds.
     assert all(0 <= error <= 100 for r in final if r.task != "digits" for error in r.errors.values())
@@ -114,6 +114,36 @@ def test_a_grid_is_trained_once_and_reported(encoder, recordings, tmp_path, monk
     for method in methods:
         assert f"| {method} | " in written
     assert len(list((tmp_path / "plots").glob("*.svg"))) == 2
+
+
+def test_several_processes_train_the_same(recordings, tmp_path):
+    encoder = save_base(tmp_path / "encoder", "wav2vec2")
+    words = ["run", "--model_name_or_path", encoder, "--name", "tiny", "--recordings", str(recordings)]
+    words += ["--steps", "1", "--seeds", "1", "--methods", quality.HEAD, "--tasks", "words"]
+    found = {}
+    for processes in (1, 2):
+        quality.main([*words, "--output_dir", str(tmp_path / str(processes)), "--processes", str(processes)])
+        files = (tmp_path / str(processes)).glob("tiny/words/*.json")
+        found[processes] = {file.name: json.loads(file.read_text()) | {"seconds": 0} for file in files}
+    assert found[1] == found[2]
+    assert len(found[1]) >= 5
+
+
+def test_rates_are_chosen_by_the_mean_over_folds(tmp_path):
+    def result(rate, seed, fold, error):
+        return quality.Result(
+            "tiny", "emotions", "E", rate, 0.1, seed, fold, {"validation": error, "test": error}, (1, 1), 0.0, 0.0
+        )
+
+    results = [result(0.1, 0, 0, 10), result(0.1, 0, 1, 50), result(0.2, 0, 0, 20), result(0.2, 0, 1, 30)]
+    results += [result(rate, 1, fold, 0) for rate in (0.1, 0.2) for fold in (0, 1)]
+    (tmp_path / "tiny/emotions").mkdir(parents=True)
+    for number, one in enumerate(results):
+        (tmp_path / f"tiny/emotions/E-0-0-0-{number}.json").write_text(json.dumps(vars(one)))
+    quality.main(["collect", "--output_dir", str(tmp_path), "--json", str(tmp_path / "all.json")])
+    kept = report_quality.read_results(tmp_path / "all.json")
+    assert {one.rate for one in kept if one.seed} == {0.2}
+    assert len(kept) == 6
 
 
 def test_folds_hold_two_speakers_out():

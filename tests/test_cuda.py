@@ -1,0 +1,198 @@
+"""On a GPU the same is computed as on the CPU. All of this file is skipped where there is none."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from backbones import ELP, build, encoded, labels_for, result, shaken, waveforms
+from families import FAMILIES, cases
+from on_disk import adapted as adapted_on_disk
+from on_disk import save_base
+from peft import PeftModel, get_peft_model
+from test_trainer import backbone, examples
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from peft_elp import ELPConfig, FeatureCache
+from peft_elp.inference import SpeechAdapter
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),
+]
+GPU = "cuda"
+WAVE = ["data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm"]
+ADAPTERS = ("E", "L", "P", "EL", "ELP")
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Convolutions in float32; by default, cuDNN rounds their inputs to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def model_of(name, **options):
+    family = FAMILIES.get(name)
+    letters, more = (family.adapters, family.options) if family else ("ELP", {})
+    base = family.model() if family else build(name, "ForSequenceClassification")
+    return shaken(get_peft_model(base, ELPConfig(**ELP | {"adapters": letters} | more | options)), std=0.05)
+
+
+def inputs_of(name):
+    if name in FAMILIES:
+        return FAMILIES[name].inputs
+    waveform, mask = waveforms()
+    return {"input_values": waveform, "attention_mask": mask}
+
+
+def on_gpu(inputs):
+    return {key: x.to(GPU) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
+
+
+def run(model, inputs):
+    """What the encoder gives, and the gradients."""
+    model.zero_grad()
+    out = encoded(model(**inputs))
+    result(model(**inputs)).float().square().sum().backward()
+    return out.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", [*WAVE, *cases()])
+def test_a_gpu_computes_what_the_cpu_does(name):
+    model, inputs = model_of(name), inputs_of(name)
+    out, gradients = run(model, inputs)
+    found, found_gradients = run(model.to(GPU), on_gpu(inputs))
+    torch.testing.assert_close(found, out, atol=1e-3, rtol=1e-3)
+    scale = max(gradient.abs().max() for gradient in gradients.values())
+    for parameter, gradient in gradients.items():
+        assert (found_gradients[parameter] - gradient).abs().max() <= 1e-3 * scale, parameter
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_gradient_checkpointing_gives_the_same_gradients(adapters):
+    model, inputs = model_of("wavlm", adapters=adapters).to(GPU).train(), on_gpu(inputs_of("wavlm"))
+    _, gradients = run(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, found = run(model, inputs)
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(found[parameter], gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_every_adapter_trains_in_mixed_precision(adapters, dtype):
+    model = model_of("wav2vec2", adapters=adapters).to(GPU).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer, scaler = torch.optim.AdamW(trained.values(), lr=1e-2), torch.amp.GradScaler(GPU, init_scale=2.0**8)
+    labels = labels_for(model.get_base_model(), 3, 0).to(GPU)
+    losses = []
+    for _ in range(10):
+        with torch.autocast(GPU, dtype):
+            loss = cross_entropy(model(**on_gpu(inputs_of("wav2vec2"))).logits, labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, parameter in trained.items():
+        assert parameter.dtype == torch.float32
+        assert parameter.isfinite().all(), name
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_a_training_step_waits_for_the_gpu_no_more_often_than_without_adapters(adapters):
+    """The host runs ahead of a GPU until it needs a value from there."""
+
+    def waits(model):
+        inputs = on_gpu(inputs_of("wav2vec2"))
+        model.train()
+        for _ in range(2):  # The first step checks more.
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    result(model(**inputs)).square().sum().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
+    assert waits(model_of("wav2vec2", adapters=adapters).to(GPU)) <= waits(
+        build("wav2vec2", "ForSequenceClassification").to(GPU)
+    )
+
+
+def test_utterances_of_one_batch_may_have_different_adapters():
+    model = model_of("wav2vec2").to(GPU).eval()
+    model.add_adapter("second", ELPConfig(**ELP | {"adapters": "EL", "e_dim": 4}))
+    model.set_adapter("second")
+    shaken(model, seed=4)
+    inputs, names = on_gpu(inputs_of("wav2vec2")), ["default", "second", "__base__"]
+    with torch.no_grad():
+        together = model(**inputs, adapter_names=names).logits
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(**inputs).logits
+            else:
+                model.set_adapter(name)
+                alone = model(**inputs).logits
+            torch.testing.assert_close(together[row], alone[row], atol=1e-4, rtol=1e-3)
+
+
+def test_an_adapter_moves_between_cpu_and_gpu(tmp_path):
+    model = model_of("hubert").to(GPU).eval()
+    model.save_pretrained(tmp_path)
+    inputs = inputs_of("hubert")
+    with torch.no_grad():
+        expected = result(model(**on_gpu(inputs))).cpu()
+        for device in ("cpu", GPU):
+            base = build("hubert", "ForSequenceClassification").to(device)
+            loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+            found = result(loaded(**{key: x.to(device) for key, x in inputs.items()})).cpu()
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_cache_of_features_trains_as_the_recordings_do(tmp_path):
+    base = build("hubert", "ForSequenceClassification")
+    model = shaken(get_peft_model(base, ELPConfig(**ELP | {"adapters": "L", "train_layer_norms": False}))).to(GPU)
+    rows = [{"input_values": x[:1300], "labels": torch.tensor(1)} for x in waveforms()[0][:2]]
+
+    def collate(rows):
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    cache = FeatureCache(model, tmp_path, dtype=torch.float32)
+    cached = cache.read(rows, collate, progress=False)
+    batch = cache.collate([cached[0], cached[1]])
+    features = {layer: x.to(GPU) for layer, x in batch.pop("cached_features").items()}
+    model.eval()
+    found = model(**on_gpu(batch), cached_features=features).loss
+    torch.testing.assert_close(found, model(**on_gpu(collate(rows))).loss, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", [{}, {"fp16": True}, {"bf16": True}])
+def test_trainer_trains_on_a_gpu(precision, tmp_path):
+    model = get_peft_model(backbone(), ELPConfig(**ELP))
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=6, learning_rate=3e-3, per_device_train_batch_size=4, report_to=[], **precision
+    )
+    trainer = Trainer(model, settings, train_dataset=examples(16, seed=0), eval_dataset=examples(8, seed=1))
+    trainer.train()
+    assert trainer.model.device.type == GPU
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_a_speech_adapter_answers_on_a_gpu(tmp_path):
+    base = save_base(tmp_path / "base")
+    adapted_on_disk(base, "ForSequenceClassification").save_pretrained(tmp_path / "adapter")
+    audio = list(torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)).numpy())
+    on_cpu, found = (
+        SpeechAdapter.from_pretrained(tmp_path / "adapter", device=device).classify(audio, 16_000, batch_size=3)
+        for device in ("cpu", GPU)
+    )
+    for one, other in zip(on_cpu, found, strict=True):
+        assert [answer["label"] for answer in other] == [answer["label"] for answer in one]
+        assert [answer["score"] for answer in other] == pytest.approx([answer["score"] for answer in one], abs=1e-3)
