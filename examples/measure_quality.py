@@ -20,9 +20,8 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +46,7 @@ from peft_elp.speakers import speaker_embeddings
 RATE_HZ = 16_000
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]  # "train", "validation" and "test"
+DoAll = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 # Recordings ----------------------------------------------------------------------------------------------------------
 
@@ -332,6 +332,7 @@ class Result:
         loss: The mean training loss.
         seconds: How long the training took.
         shares: The shares of the layers in an L-adapter, by layer.
+        device: "cpu", or the name of the GPU.
     """
 
     encoder: str
@@ -346,6 +347,7 @@ class Result:
     loss: float
     seconds: float
     shares: dict[str, float] = field(default_factory=dict)
+    device: str = "cpu"
 
 
 def quality(results: Sequence[Result]) -> tuple[float, float]:
@@ -487,6 +489,7 @@ class Grid:
             self.args.name, name, training.method, training.rate, training.head_rate, seed, training.fold, errors,
             (counts["trained_parameters_encoder"], counts["trained_parameters_head"]), loss,
             time.perf_counter() - start, shares_of(trainer.model),
+            torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
         if seed and arguments.method == "elp":
             trainer.model.save_pretrained(settings.output_dir)
@@ -511,16 +514,12 @@ class Grid:
             batches, collate = [[cached[number]] for number in range(len(cached))], cache.collate
         return [kind.answer(model, send_to_device(collate(batch), model.device)) for batch in batches]
 
-    def train_all(self, trainings: Sequence[Training], what: str) -> list[Result]:
-        """Train what is missing, several side by side."""
-        # CUDA cannot be used in a forked process.
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.args.processes, spawn) if self.args.processes > 1 else nullcontext() as pool:
-            results = pool.map(self.train, trainings) if pool else map(self.train, trainings)
-            return list(tqdm(results, desc=f"{self.args.name}, {what}", total=len(trainings)))
+    def train_all(self, trainings: Sequence[Training], what: str, do_all: DoAll) -> list[Result]:
+        """Train what is missing."""
+        return list(tqdm(do_all(self.train, trainings), desc=f"{self.args.name}, {what}", total=len(trainings)))
 
     def choose(
-        self, wanted: Sequence[tuple[str, str]], head_rates: Mapping[str, float]
+        self, wanted: Sequence[tuple[str, str]], head_rates: Mapping[str, float], do_all: DoAll
     ) -> dict[tuple[str, str], tuple[float, float]]:
         """The rate and the rate of the head of each task and method, with the lowest mean error on validation, seed 0.
 
@@ -536,7 +535,7 @@ class Grid:
                 for task, method, rate in missing
                 for fold in range(len(read_folds(task, self.args.recordings)))
             ]
-            for training, result in zip(trainings, self.train_all(trainings, "rates"), strict=True):
+            for training, result in zip(trainings, self.train_all(trainings, "rates", do_all), strict=True):
                 found.setdefault((training.task, training.method, training.rate), []).append(result)
             for pair, tried in rates.items():
                 rate = min(tried, key=lambda rate: quality(found[(*pair, rate)]))
@@ -551,18 +550,24 @@ class Grid:
         """The rate of the head: that of the head alone, or the one rate of a method that trains nothing else."""
         return rate if self.methods[method].options.get("method") == "head" else head_rates[task]
 
-    def run(self) -> None:
-        """Train what is missing: first the rates of each method are chosen, and then come the seeds."""
+    def run(self, do_all: DoAll = map) -> None:
+        """Train what is missing: first the rates of each method are chosen, and then come the seeds.
+
+        Args:
+            do_all: Calls a function with each of some arguments, as `map` does, and may do so side by side.
+        """
         tasks, methods = self.args.tasks, self.args.methods or list(self.methods)
-        heads = self.choose([(task, HEAD) for task in tasks], {})
-        head_rates = {task: rate for (task, _), (rate, _) in heads.items()}
+        head_rates = dict.fromkeys(tasks, self.args.head_rate)
+        if self.args.head_rate is None:
+            heads = self.choose([(task, HEAD) for task in tasks], {}, do_all)
+            head_rates = {task: rate for (task, _), (rate, _) in heads.items()}
         wanted = [
             (task, method)
             for task, method in itertools.product(tasks, methods)
             # Transformers has no weighted sum with CTC.
             if TASKS[task].kind is not Texts or not self.methods[method].weighted
         ]
-        chosen = self.choose(wanted, head_rates)
+        chosen = self.choose(wanted, head_rates, do_all)
         seeds = {pair: self.args.seeds or self.methods[pair[1]].seeds for pair in wanted}
         trainings = [
             Training(task, method, *chosen[task, method], seed, fold)
@@ -571,11 +576,15 @@ class Grid:
             if seed <= seeds[task, method]
             for fold in range(len(read_folds(task, self.args.recordings)))
         ]
-        self.train_all(trainings, "seeds")
+        self.train_all(trainings, "seeds", do_all)
 
 
 def run_grid(args: argparse.Namespace) -> None:
-    Grid(args).run()
+    if args.processes == 1:
+        Grid(args).run()
+    else:  # CUDA cannot be used in a forked process.
+        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+            Grid(args).run(pool.map)
 
 
 def shares_of(model: Any) -> dict[str, float]:
@@ -615,6 +624,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("--methods", nargs="+", choices=[*METHODS, *CHOICES])
     run.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     run.add_argument("--steps", type=int, help="Training steps; default: those of the task.")
+    run.add_argument("--head_rate", type=float, help="Rate of the heads; default: what the head alone chooses.")
     run.add_argument("--seeds", type=int, help="Seeds after the choice of rates; default: those of the method.")
     run.add_argument("--processes", type=int, default=1, help="Trainings side by side.")
     joined = kinds.add_parser("collect", help="Join the results of `run`.")

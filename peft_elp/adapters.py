@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .bottleneck import after_down
 from .pseudo import RealFrames, end_of, row_places, start_of
 from .recompute import run_again_in_backward
 from .shapes import FrameMask, HiddenStates, JoinedMask, JoinedStates, LayerShares, TapFrames
@@ -95,13 +96,7 @@ class EAdapter(nn.Module):
         nn.init.constant_(self.norm.weight, norm_gain)
 
     def forward(self, z: HiddenStates) -> HiddenStates:
-        h = self.down(z)
-        if not h.requires_grad:
-            return z + self._branch(h)
-        return z + run_again_in_backward(self._branch, self.norm.weight, self.dropout, h)
-
-    def _branch(self, h: Tensor) -> HiddenStates:
-        return self.norm(self.up(self.dropout(self.activation(h))))
+        return z + after_down(self.down(z), self.activation, self.dropout, self.up, self.norm)
 
 
 class Tap(nn.Module):
@@ -147,20 +142,11 @@ class Tap(nn.Module):
         """
         if keep_input_only:
             return run_again_in_backward(self._from_input, self.norm.weight, self.dropout, x, share)
-        h = self._product(x)
-        if not h.requires_grad:
-            return self._from_product(h, share)
-        return run_again_in_backward(self._from_product, self.norm.weight, self.dropout, h, share)
-
-    def _product(self, x: HiddenStates) -> Tensor:
-        return self.down(nn.functional.layer_norm(x, x.shape[-1:]) if self.input_norm else x)
-
-    def _from_product(self, h: Tensor, share: Tensor | None) -> TapFrames:
-        y = self.norm(self.dropout(self.activation(h)))
-        return y if share is None else share * y
+        return self._from_input(x, share)
 
     def _from_input(self, x: HiddenStates, share: Tensor | None) -> TapFrames:
-        return self._from_product(self._product(x), share)
+        h = self.down(nn.functional.layer_norm(x, x.shape[-1:]) if self.input_norm else x)
+        return after_down(h, self.activation, self.dropout, None, self.norm, share)
 
 
 class LAdapter(nn.Module):

@@ -34,7 +34,7 @@ def run_again_in_backward(part: Callable[..., Tensor], weight: Any, dropout: nn.
         >>> torch.equal(y, norm(x.exp()))
         True
     """
-    if not _records_plain_graph() or not isinstance(weight, nn.Parameter):
+    if not records_plain_graph() or not isinstance(weight, nn.Parameter):
         return part(*inputs)
     same_mask = dropout.training and dropout.p > 0
     output = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=same_mask)
@@ -42,7 +42,7 @@ def run_again_in_backward(part: Callable[..., Tensor], weight: Any, dropout: nn.
     return output
 
 
-def _records_plain_graph() -> bool:
+def records_plain_graph() -> bool:
     """Whether operations are recorded for gradients alone, neither compiled nor traced nor under `torch.func`."""
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  # documented, but not in __all__
     if tracing or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -66,7 +66,7 @@ def detach_from_frozen(convolution: nn.Conv1d, args: tuple[Any, ...]) -> tuple[A
     several processes or from slower memory.
     """
     x = args[0] if args else None  # Nothing changes for an input that is passed by keyword.
-    if x is None or not (x.requires_grad and _records_plain_graph() and _computes_weight_anew(convolution)):
+    if x is None or not (x.requires_grad and records_plain_graph() and _computes_weight_anew(convolution)):
         return args
     detached = x.detach()
     setattr(detached, _SOURCE, x)

@@ -55,7 +55,7 @@ def run(model, inputs):
     model.zero_grad()
     out = encoded(model(**inputs))
     result(model(**inputs)).float().square().sum().backward()
-    return out.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
+    return out.detach().cpu(), {n: p.grad.to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("name", [*WAVE, *cases()])
@@ -120,7 +120,8 @@ def test_a_training_step_waits_for_the_gpu_no_more_often_than_without_adapters(a
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchronizing" in str(warning.message) for warning in caught)
 
-    assert waits(model_of("wav2vec2", adapters=adapters).to(GPU)) <= waits(
+    # One more for the check that no utterance is too short.
+    assert waits(model_of("wav2vec2", adapters=adapters).to(GPU)) <= 1 + waits(
         build("wav2vec2", "ForSequenceClassification").to(GPU)
     )
 
