@@ -557,10 +557,11 @@ class Grid:
             do_all: Calls a function with each of some arguments, as `map` does, and may do so side by side.
         """
         tasks, methods = self.args.tasks, self.args.methods or list(self.methods)
-        head_rates = dict.fromkeys(tasks, self.args.head_rate)
         if self.args.head_rate is None:
             heads = self.choose([(task, HEAD) for task in tasks], {}, do_all)
             head_rates = {task: rate for (task, _), (rate, _) in heads.items()}
+        else:
+            head_rates = dict.fromkeys(tasks, float(self.args.head_rate))
         wanted = [
             (task, method)
             for task, method in itertools.product(tasks, methods)
@@ -624,7 +625,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("--methods", nargs="+", choices=[*METHODS, *CHOICES])
     run.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     run.add_argument("--steps", type=int, help="Training steps; default: those of the task.")
-    run.add_argument("--head_rate", type=float, help="Rate of the heads; default: what the head alone chooses.")
+    run.add_argument(
+        "--head_rate",
+        type=float,
+        help="Rate of the heads of all methods that train more; default: that of the head alone.",
+    )
     run.add_argument("--seeds", type=int, help="Seeds after the choice of rates; default: those of the method.")
     run.add_argument("--processes", type=int, default=1, help="Trainings side by side.")
     joined = kinds.add_parser("collect", help="Join the results of `run`.")

@@ -1,12 +1,12 @@
-"""What follows the first matrix of an adapter, with a backward pass that keeps nothing but the product of that matrix.
+"""What follows the first matrix of an adapter. The backward pass recomputes it from the product of that matrix.
 
-`torch.utils.checkpoint` would do the same for any function. Its own work takes longer than a small adapter, so that a
-training step on a GPU would wait for Python. Here the backward pass is written out.
+`torch.utils.checkpoint` does the same for any function, but its overhead in Python exceeds the time of a small adapter
+on a GPU. So the backward pass is written out here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .recompute import records_plain_graph
 
 aten = torch.ops.aten
 
-# The gradient of the input, from that of the output, the input and the output.
+# The derivative of each activation y = f(x): maps the gradient of y, x, y and the module to the gradient of x.
 _BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor, Any], Tensor]] = {
     nn.GELU: lambda g, x, y, module: aten.gelu_backward.default(g, x, approximate=module.approximate),
     nn.ReLU: lambda g, x, y, module: aten.threshold_backward.default(g, x, 0),
@@ -39,10 +39,9 @@ def after_down(
 ) -> Tensor:
     """`share * norm(up(dropout(activation(h))))`, where `up` and `share` may be missing.
 
-    Where gradients are recorded, the graph keeps `h`, and one byte for each element that dropout may drop. The
-    formula runs as it stands, and keeps more, where the backward pass of this module does not fit: under
-    `torch.compile`, which decides itself what to keep, under `torch.func` and `torch.jit.trace`, with modules that are
-    replaced or have hooks, and with parameters that are not there in the backward pass.
+    The graph keeps `h`, and for dropout a mask of one byte per element. Autograd takes over, and keeps more, where
+    this backward pass would be wrong: under `torch.compile`, `torch.func` and `torch.jit.trace`, with modules that
+    were replaced or have hooks, and with parameters that are not there in the backward pass.
 
     Args:
         h: What the first matrix gives, `(..., bottleneck)`.
@@ -67,10 +66,10 @@ def after_down(
         y = norm(d if up is None else up(d))
         return y if share is None else share * y
     # With the share inside the norm, the output of the norm need not be kept for the gradient of the share.
-    weight, bias = (norm.weight, norm.bias) if share is None else (share * norm.weight, share * norm.bias)
-    matrix, offset = (None, None) if up is None else (up.weight, up.bias)
-    dropped = dropout.p if dropout.training else 0.0
-    return _AfterDown.apply(h, matrix, offset, weight, bias, activation, dropped, norm.eps)
+    norm_weight, norm_bias = (norm.weight, norm.bias) if share is None else (share * norm.weight, share * norm.bias)
+    up_weight, up_bias = (None, None) if up is None else (up.weight, up.bias)
+    p = dropout.p if dropout.training else 0.0
+    return _AfterDown.apply(h, up_weight, up_bias, norm_weight, norm_bias, activation, p, norm.eps)
 
 
 def _fits(activation: nn.Module, dropout: nn.Module, up: nn.Module | None, norm: nn.Module) -> bool:
@@ -78,93 +77,105 @@ def _fits(activation: nn.Module, dropout: nn.Module, up: nn.Module | None, norm:
 
     ZeRO-3 and FSDP leave the parameters of other processes empty, Accelerate those on slower memory on "meta".
     """
-    if not (
-        _is_plain(activation, _BACKWARD) and _is_plain(dropout, (nn.Dropout,)) and _is_plain(norm, (nn.LayerNorm,))
-    ):
-        return False
-    used = [norm.weight, norm.bias]
-    if up is not None:
-        if not _is_plain(up, (nn.Linear,)):
-            return False
-        used += [up.weight, up.bias]
-    return all(isinstance(p, nn.Parameter) and p.numel() > 0 and not p.is_meta for p in used)
+    modules = [module for module in (activation, dropout, up, norm) if module is not None]
+    return (
+        type(activation) in _BACKWARD
+        and not getattr(activation, "inplace", False)  # It would overwrite what the graph keeps.
+        and type(dropout) is nn.Dropout
+        and (up is None or type(up) is nn.Linear)
+        and type(norm) is nn.LayerNorm
+        and not any(_is_changed(module) for module in modules)
+        and all(_is_here(p) for module in modules[2:] for p in (module.weight, module.bias))
+    )
 
 
-def _is_plain(module: nn.Module, kinds: Container[type[nn.Module]]) -> bool:
-    """Whether a module is of one of these kinds, and a call does nothing but what its class says."""
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a call does more than the class of the module says."""
     hooks = (
         module._forward_pre_hooks,
         module._forward_hooks,
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    return type(module) in kinds and "forward" not in vars(module) and not any(hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def _is_here(parameter: Any) -> bool:
+    return isinstance(parameter, nn.Parameter) and parameter.numel() > 0 and not parameter.is_meta
 
 
 class _AfterDown(torch.autograd.Function):
+    """`after_down` with plain modules, of shape `(..., bottleneck)` to `(..., hidden)`.
+
+    Saves `h`, the mask of dropout, the parameters, and the mean and the reciprocal standard deviation of the norm.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         h: Tensor,
-        matrix: Tensor | None,
-        offset: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
+        up_weight: Tensor | None,
+        up_bias: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
         activation: nn.Module,
-        dropped: float,
+        p: float,
         eps: float,
     ) -> Tensor:
-        kind = h.device.type
-        ctx.kind = kind
-        ctx.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        ctx.activation, ctx.dropped, ctx.eps = activation, dropped, eps
-        d = activation(h)
-        kept = None
-        if dropped:
-            d, kept = torch.native_dropout(d, dropped, True)
-        u = d if matrix is None else _linear(d, matrix, offset, ctx)
-        y, mean, deviation = torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps)
-        ctx.save_for_backward(h, kept, matrix, offset, weight, bias, mean, deviation)
+        ctx.device_type = h.device.type
+        autocast = torch.is_autocast_enabled(ctx.device_type)
+        ctx.autocast_dtype = torch.get_autocast_dtype(ctx.device_type) if autocast else None
+        ctx.activation, ctx.p, ctx.eps = activation, p, eps
+        d, mask = activation(h), None
+        if p:
+            d, mask = torch.native_dropout(d, p, True)
+        u = d if up_weight is None else _linear(d, up_weight, up_bias, ctx)
+        y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], norm_weight, norm_bias, eps)
+        ctx.save_for_backward(h, mask, up_weight, up_bias, norm_weight, norm_bias, mean, rstd)
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        h, kept, matrix, offset, weight, bias, mean, deviation = ctx.saved_tensors
-        _, of_matrix, of_offset, of_weight, of_bias, *_ = ctx.needs_input_grad
-        again = torch.is_grad_enabled()  # Whether the gradients are differentiated in their turn.
-        scale = 1 / (1 - ctx.dropped) if ctx.dropped < 1 else 0.0
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # PyTorch has *grads
+        h, mask, up_weight, up_bias, norm_weight, norm_bias, mean, rstd = ctx.saved_tensors
+        _, needs_up_weight, needs_up_bias, needs_norm_weight, needs_norm_bias, *_ = ctx.needs_input_grad
+        create_graph = torch.is_grad_enabled()
+        scale = 1 / (1 - ctx.p) if ctx.p < 1 else 0.0
         a = ctx.activation(h)
-        d = a if kept is None else aten.native_dropout_backward.default(a, kept, scale)
-        u = d if matrix is None else _linear(d, matrix, offset, ctx)
-        # Under autocast, the norm has another type than its input.
-        normed, shape = u.to(gradient.dtype), u.shape[-1:]
-        if again:  # Those of the forward pass have no graph.
-            _, mean, deviation = torch.native_layer_norm(normed, shape, weight, bias, ctx.eps)
-        gradient, weight_gradient, bias_gradient = aten.native_layer_norm_backward.default(
-            gradient, normed, shape, mean, deviation, weight, bias, [True, of_weight, of_bias]
+        d = a if mask is None else aten.native_dropout_backward.default(a, mask, scale)
+        u = d if up_weight is None else _linear(d, up_weight, up_bias, ctx)
+        # Under autocast, the output of the norm has another dtype than its input.
+        normed, shape = u.to(grad.dtype), u.shape[-1:]
+        if create_graph:  # Those of the forward pass have no graph.
+            _, mean, rstd = torch.native_layer_norm(normed, shape, norm_weight, norm_bias, ctx.eps)
+        grad, norm_weight_grad, norm_bias_grad = aten.native_layer_norm_backward.default(
+            grad, normed, shape, mean, rstd, norm_weight, norm_bias, [True, needs_norm_weight, needs_norm_bias]
         )
-        gradient = gradient.to(u.dtype)
-        matrix_gradient = offset_gradient = None
-        if matrix is not None:
-            rows = gradient.flatten(0, -2)
-            if of_matrix:
-                matrix_gradient = (rows.T @ d.flatten(0, -2).to(rows.dtype)).to(matrix.dtype)
-            if of_offset:
-                offset_gradient = rows.sum(0).to(matrix.dtype)
-            gradient = (gradient @ matrix.to(gradient.dtype)).to(a.dtype)
-        if kept is not None:
-            gradient = aten.native_dropout_backward.default(gradient, kept, scale)
-        if again:  # Some functions of the table have no gradient.
-            (gradient,) = torch.autograd.grad(a, h, gradient, create_graph=True)
+        grad = grad.to(u.dtype)
+        up_weight_grad = up_bias_grad = None
+        if up_weight is not None:
+            rows = grad.flatten(0, -2)
+            if needs_up_weight:
+                up_weight_grad = (rows.T @ d.flatten(0, -2).to(rows.dtype)).to(up_weight.dtype)
+            if needs_up_bias:
+                up_bias_grad = rows.sum(0).to(up_weight.dtype)
+            grad = (grad @ up_weight.to(grad.dtype)).to(a.dtype)
+        if mask is not None:
+            grad = aten.native_dropout_backward.default(grad, mask, scale)
+        if create_graph:  # Some functions in _BACKWARD have no derivative.
+            (grad,) = torch.autograd.grad(a, h, grad, create_graph=True)
         else:
-            gradient = _BACKWARD[type(ctx.activation)](gradient, h, a, ctx.activation)
-        return gradient, matrix_gradient, offset_gradient, weight_gradient, bias_gradient, None, None, None
+            grad = _BACKWARD[type(ctx.activation)](grad, h, a, ctx.activation)
+        return grad, up_weight_grad, up_bias_grad, norm_weight_grad, norm_bias_grad, None, None, None
 
 
-def _linear(x: Tensor, matrix: Tensor, offset: Tensor | None, ctx: Any) -> Tensor:
-    """A linear layer in the type of autocast. Its cache of casts is not used, since casts here have no graph."""
-    if ctx.autocast is None:
-        return linear(x, matrix, offset)
-    dtype = ctx.autocast
-    with torch.autocast(ctx.kind, enabled=False):
-        return linear(x.to(dtype), matrix.to(dtype), None if offset is None else offset.to(dtype))
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, ctx: Any) -> Tensor:
+    """A linear layer in the dtype of autocast.
+
+    Autocast is switched off inside, since it would keep the cast weight in its cache. That copy has no graph, and the
+    next layer that uses the weight would get no gradient.
+    """
+    dtype = ctx.autocast_dtype
+    if dtype is None:
+        return linear(x, weight, bias)
+    with torch.autocast(ctx.device_type, enabled=False):
+        return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -41,7 +41,7 @@ def gradients(function, modules, share, dtype=torch.float64, **autocast):
     held = [x for x in (h, share) if x is not None]
     held += [parameter for module in modules if module is not None for parameter in module.parameters()]
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
-        y = function(h, *modules, share)
+        y = function(1 * h, *modules, share)  # Not a leaf, as it is in an adapter.
     return y, torch.autograd.grad(y.float().sin().sum() if autocast else y.sin().sum(), held)
 
 
@@ -155,6 +155,10 @@ def other_activation(modules):
     modules[0] = nn.Softplus()
 
 
+def in_place_activation(modules):
+    modules[0] = nn.SiLU(inplace=True)
+
+
 def without_gain(modules):
     modules[3] = nn.LayerNorm(WIDE, elementwise_affine=False)
 
@@ -167,7 +171,10 @@ def replaced_forward(modules):
     modules[2].forward = lambda d: 2 * nn.functional.linear(d, modules[2].weight, modules[2].bias)
 
 
-@pytest.mark.parametrize("change", [other_matrix, other_activation, other_dropout, without_gain, replaced_forward])
+@pytest.mark.parametrize(
+    "change",
+    [other_matrix, other_activation, in_place_activation, other_dropout, without_gain, replaced_forward],
+)
 def test_replaced_modules_run_as_they_stand(change):
     modules = parts()
     change(modules)

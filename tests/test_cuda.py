@@ -104,8 +104,8 @@ def test_every_adapter_trains_in_mixed_precision(adapters, dtype):
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
-def test_a_training_step_waits_for_the_gpu_no_more_often_than_without_adapters(adapters):
-    """The host runs ahead of a GPU until it needs a value from there."""
+def test_a_training_step_waits_for_the_gpu_at_most_once_more_than_without_adapters(adapters):
+    """The host runs ahead of a GPU until it needs a value from there, as to check that no utterance is too short."""
 
     def waits(model):
         inputs = on_gpu(inputs_of("wav2vec2"))
@@ -120,7 +120,6 @@ def test_a_training_step_waits_for_the_gpu_no_more_often_than_without_adapters(a
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchronizing" in str(warning.message) for warning in caught)
 
-    # One more for the check that no utterance is too short.
     assert waits(model_of("wav2vec2", adapters=adapters).to(GPU)) <= 1 + waits(
         build("wav2vec2", "ForSequenceClassification").to(GPU)
     )

@@ -129,6 +129,16 @@ def test_several_processes_train_the_same(recordings, tmp_path):
     assert len(found[1]) >= 5
 
 
+def test_the_rate_of_the_heads_can_be_given(recordings, tmp_path):
+    encoder = save_base(tmp_path / "encoder", "wav2vec2")
+    words = ["run", "--model_name_or_path", encoder, "--name", "tiny", "--recordings", str(recordings)]
+    words += ["--steps", "1", "--seeds", "1", "--methods", quality.HEAD, "E", "--tasks", "words"]
+    quality.main([*words, "--output_dir", str(tmp_path), "--head_rate", "0.007"])
+    found = [json.loads(file.read_text()) for file in tmp_path.glob("tiny/words/*.json")]
+    assert {result["head_rate"] for result in found if result["method"] == "E"} == {0.007}
+    assert all(result["head_rate"] == result["rate"] for result in found if result["method"] == quality.HEAD)
+
+
 def test_rates_are_chosen_by_the_mean_over_folds(tmp_path):
     def result(rate, seed, fold, error):
         return quality.Result(
