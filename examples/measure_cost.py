@@ -118,7 +118,7 @@ def config_of(args: argparse.Namespace, weighted: bool) -> Any:
             "encoder_attention_heads": heads,
             "encoder_ffn_dim": inside,
         }
-        sizes |= {"decoder_layers": 1, "max_source_positions": 50 * int(args.seconds)}
+        sizes |= {"decoder_layers": 1, "max_source_positions": round(50 * args.seconds)}
     else:
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         sizes |= {"intermediate_size": inside, "layerdrop": 0.0, "mask_time_prob": 0.0, "num_labels": 4}
@@ -182,7 +182,7 @@ def inputs_of(args: argparse.Namespace) -> dict[str, Tensor]:
     torch.manual_seed(1)
     labels = torch.arange(args.batch_size) % 4 if args.family != "whisper" else torch.zeros(args.batch_size).long()
     if args.family == "whisper":
-        return {"input_features": torch.randn(args.batch_size, 80, 100 * int(args.seconds)), "labels": labels}
+        return {"input_features": torch.randn(args.batch_size, 80, 2 * round(50 * args.seconds)), "labels": labels}
     samples = int(16_000 * args.seconds)
     batch = {"input_values": torch.randn(args.batch_size, samples), "labels": labels}
     if args.padded:

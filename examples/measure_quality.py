@@ -466,7 +466,7 @@ class Grid:
             output_dir=str(file.parent / training.name),
             max_steps=method.times * (self.args.steps or task.steps),
             per_device_train_batch_size=task.batch_size,
-            bf16=task.bf16 or arguments.dtype == "bfloat16",
+            bf16=(task.bf16 and not self.args.no_bf16) or arguments.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
             save_strategy="no",
@@ -631,6 +631,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="Rate of the heads of all methods that train more; default: that of the head alone.",
     )
     run.add_argument("--seeds", type=int, help="Seeds after the choice of rates; default: those of the method.")
+    run.add_argument("--no_bf16", action="store_true", help="Compute in float32, on a CPU that has no bfloat16.")
     run.add_argument("--processes", type=int, default=1, help="Trainings side by side.")
     joined = kinds.add_parser("collect", help="Join the results of `run`.")
     joined.set_defaults(do=collect)

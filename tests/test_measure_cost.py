@@ -18,7 +18,7 @@ import measure_cost
 
 # The heads of tiny models are not small beside their encoders.
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
-SHORT = ["methods", "--size", "tiny", "--seconds", "1", "--repeats", "2"]
+SHORT = ["methods", "--size", "tiny", "--seconds", "0.2", "--repeats", "2"]
 
 
 @pytest.mark.parametrize("family", ["wavlm", "whisper"])

@@ -67,7 +67,18 @@ def test_a_grid_is_trained_once_and_reported(encoder, recordings, tmp_path, monk
     methods = [quality.HEAD, quality.L_ONLY, "E+L", quality.LORA, quality.FULL]
     changed = next(iter(quality.CHOICES))
     words = ["run", "--model_name_or_path", str(encoder), "--name", "tiny", "--recordings", str(recordings)]
-    words += ["--output_dir", str(tmp_path), "--steps", "1", "--seeds", "2", "--methods", *methods, changed]
+    words += [
+        "--output_dir",
+        str(tmp_path),
+        "--steps",
+        "1",
+        "--seeds",
+        "2",
+        "--methods",
+        *methods,
+        changed,
+        "--no_bf16",
+    ]
     for name in quality.METHODS | quality.CHOICES:
         method = (quality.METHODS | quality.CHOICES)[name]
         held = quality.METHODS if name in quality.METHODS else quality.CHOICES
@@ -137,6 +148,20 @@ def test_the_rate_of_the_heads_can_be_given(recordings, tmp_path):
     found = [json.loads(file.read_text()) for file in tmp_path.glob("tiny/words/*.json")]
     assert {result["head_rate"] for result in found if result["method"] == "E"} == {0.007}
     assert all(result["head_rate"] == result["rate"] for result in found if result["method"] == quality.HEAD)
+
+
+def test_a_task_in_bfloat16_can_be_trained_in_float32(recordings, tmp_path, monkeypatch):
+    monkeypatch.setitem(quality.METHODS, quality.HEAD, quality.replace(quality.METHODS[quality.HEAD], rates=[0.001]))
+    encoder = save_base(tmp_path / "encoder", "wav2vec2")
+    words = ["run", "--model_name_or_path", encoder, "--name", "tiny", "--recordings", str(recordings)]
+    words += ["--steps", "1", "--seeds", "1", "--methods", quality.HEAD, "--tasks", "orders"]
+    losses = []
+    for folder, more in (("half", []), ("single", ["--no_bf16"])):
+        quality.main([*words, "--output_dir", str(tmp_path / folder), *more])
+        (file,) = (tmp_path / folder).glob("tiny/orders/*-0-0.json")
+        losses.append(json.loads(file.read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
 
 
 def test_rates_are_chosen_by_the_mean_over_folds(tmp_path):
