@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .saved.card import read_results
-from .saved.folder import find_adapter, read_adapter
 
 if TYPE_CHECKING:
     from .inference import SpeechAdapter
@@ -144,6 +142,9 @@ def _table(text: str) -> str:
 
 
 def _info(args: argparse.Namespace) -> int:
+    from .saved.card import read_results
+    from .saved.folder import find_adapter, read_adapter
+
     saved = read_adapter(find_adapter(args.adapter, args.subfolder, args.revision))
     results = [
         {"data": one.dataset_name, "split": one.dataset_split, "metric": one.metric_type, "value": one.metric_value}

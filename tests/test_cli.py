@@ -248,6 +248,37 @@ def test_each_command_has_its_help(capsys, command):
     assert f"usage: peft-elp {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["--version"], ["classify", "--help"]])
+def test_help_and_version_do_not_wait_for_pytorch(arguments):
+    code = (
+        "import sys; sys.argv = ['/usr/bin/peft-elp', *sys.argv[1:]]\n"
+        "from peft_elp.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print(sorted({'torch', 'peft', 'transformers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+    assert "peft-elp" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["peft-elp", "info", "--help-me"],
+        ["peft-elp", "classify", "folder", "--", "--help"],  # a recording of that name
+        ["train.py", "--help"],
+        ["peft-elp.py", "--help"],
+        ["", "--help"],
+        [""],
+        [],
+    ],
+)
+def test_everything_else_imports_the_whole_package(argv):
+    code = f"import sys; sys.argv = {argv}\nimport peft_elp, peft\nprint(peft.PeftType.ELP, peft_elp.ELPConfig)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_as_a_module_it_looks_at_an_adapter_without_any_model(saved):
     code = (
         "import runpy, sys; sys.argv = ['peft-elp', 'info', sys.argv[1]]\n"
@@ -395,7 +426,7 @@ def test_a_warning_is_one_line(run, saved, monkeypatch):
         warnings.warn("something\nodd", UserWarning, stacklevel=1)
         return []
 
-    monkeypatch.setattr("peft_elp.cli.read_results", warn)
+    monkeypatch.setattr("peft_elp.saved.card.read_results", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         _, err, status = run("info", saved["ForXVector"])
