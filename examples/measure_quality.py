@@ -244,6 +244,7 @@ TASKS = {
 
 # Methods -------------------------------------------------------------------------------------------------------------
 
+FURTHER_RATES = 4  # A method tries at most so many beyond the lowest or the highest of its own.
 ADAPTER_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 HEAD, FULL = "head only", "full fine-tuning"
@@ -333,6 +334,7 @@ class Result:
         seconds: How long the training took.
         shares: The shares of the layers in an L-adapter, by layer.
         device: "cpu", or the name of the GPU.
+        bf16: Whether it was computed in bfloat16.
     """
 
     encoder: str
@@ -348,6 +350,7 @@ class Result:
     seconds: float
     shares: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"
+    bf16: bool = False
 
 
 def quality(results: Sequence[Result]) -> tuple[float, float]:
@@ -444,14 +447,26 @@ class Grid:
         return round(counts[0] / counts[1])
 
     def train(self, training: Training) -> Result:
-        """One training, or its result if it ended before."""
+        """One training, or its result if it ended before.
+
+        Raises:
+            ValueError: Its result is that of a training in another precision.
+        """
         name, seed = training.task, training.seed
         file = self.folder / self.args.name / name / f"{training.name}.json"
-        if file.is_file():
-            return Result(**json.loads(file.read_text()))
-        start = time.perf_counter()
         task = replace(TASKS[name], scratch=file.parent)
         method = self.methods[training.method]
+        bf16 = (task.bf16 and not self.args.no_bf16) or method.options.get("dtype") == "bfloat16"
+        if file.is_file():
+            result = Result(**json.loads(file.read_text()))
+            if result.bf16 != bf16:
+                kinds = ["float32", "bfloat16"]
+                raise ValueError(
+                    f"{file} was trained in {kinds[result.bf16]}, and this run trains in {kinds[bf16]}. Run both with "
+                    "--no_bf16 or both without it, or give another --output_dir."
+                )
+            return result
+        start = time.perf_counter()
         splits = read_folds(name, self.args.recordings)[training.fold]
         file.parent.mkdir(parents=True, exist_ok=True)
         kind = task.kind(task, splits, self.args.recordings)
@@ -466,7 +481,7 @@ class Grid:
             output_dir=str(file.parent / training.name),
             max_steps=method.times * (self.args.steps or task.steps),
             per_device_train_batch_size=task.batch_size,
-            bf16=(task.bf16 and not self.args.no_bf16) or arguments.dtype == "bfloat16",
+            bf16=bf16,
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
             save_strategy="no",
@@ -489,7 +504,7 @@ class Grid:
             self.args.name, name, training.method, training.rate, training.head_rate, seed, training.fold, errors,
             (counts["trained_parameters_encoder"], counts["trained_parameters_head"]), loss,
             time.perf_counter() - start, shares_of(trainer.model),
-            torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", bf16,
         )  # fmt: skip
         if seed and arguments.method == "elp":
             trainer.model.save_pretrained(settings.output_dir)
@@ -523,12 +538,12 @@ class Grid:
     ) -> dict[tuple[str, str], tuple[float, float]]:
         """The rate and the rate of the head of each task and method, with the lowest mean error on validation, seed 0.
 
-        Where the lowest or the highest rate is the best one, up to two rates beyond it are tried.
+        Where the lowest or the highest rate is the best one, up to four rates beyond it are tried.
         """
         rates = {pair: list(self.methods[pair[1]].rates) for pair in wanted}
         found: dict[tuple[str, str, float], list[Result]] = {}
         chosen: dict[tuple[str, str], tuple[float, float]] = {}
-        for _ in range(3):
+        for _ in range(1 + FURTHER_RATES):
             missing = [(*pair, rate) for pair in wanted for rate in rates[pair] if (*pair, rate) not in found]
             trainings = [
                 Training(task, method, rate, self.head_rate(task, method, rate, head_rates), 0, fold)

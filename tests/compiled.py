@@ -48,7 +48,7 @@ def one_graph():
 
 
 def base_of(name):
-    return build(name, num_hidden_layers=2) if name in WAVE else FAMILIES[name].model()
+    return build(name, num_hidden_layers=2) if name in WAVE else FAMILIES[name].shallow()
 
 
 def inputs_of(name, padded=True, lengths=(2000, 1300, 900)):

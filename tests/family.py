@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+from peft_elp import find_encoder
 
 WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -116,3 +119,10 @@ class Family:
             if name.endswith("bias") or "norm" in name.lower():
                 torch.nn.init.normal_(parameter, mean=float("norm" in name.lower() and "weight" in name), std=0.3)
         return model.eval()
+
+    def shallow(self) -> nn.Module:
+        """The model with two encoder layers, for what takes its time with each layer, such as tracing."""
+        model = self.model()
+        encoder = find_encoder(model)
+        del attrgetter(encoder.family.layers)(encoder.stack)[2:]
+        return model

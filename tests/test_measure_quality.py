@@ -145,13 +145,16 @@ def test_a_task_in_bfloat16_can_be_trained_in_float32(recordings, tmp_path, monk
     encoder = save_base(tmp_path / "encoder", "wav2vec2")
     words = ["run", "--model_name_or_path", encoder, "--name", "tiny", "--recordings", str(recordings)]
     words += ["--steps", "1", "--seeds", "1", "--methods", quality.HEAD, "--tasks", "orders"]
-    losses = []
+    found = []
     for folder, more in (("half", []), ("single", ["--no_bf16"])):
         quality.main([*words, "--output_dir", str(tmp_path / folder), *more])
         (file,) = (tmp_path / folder).glob("tiny/orders/*-0-0.json")
-        losses.append(json.loads(file.read_text())["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    assert losses[0] != losses[1]
+        found.append(quality.Result(**json.loads(file.read_text())))
+    assert [result.bf16 for result in found] == [True, False]
+    assert found[0].loss == pytest.approx(found[1].loss, rel=0.02)
+    assert found[0].loss != found[1].loss
+    with pytest.raises(ValueError, match=r"was trained in float32, and this run trains in bfloat16\. .*--output_dir"):
+        quality.main([*words, "--output_dir", str(tmp_path / "single")])
 
 
 def test_rates_are_chosen_by_the_mean_over_folds(tmp_path):

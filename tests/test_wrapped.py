@@ -10,8 +10,8 @@ from test_larger_models import whisper
 from torch import nn
 
 from peft_elp import ELPConfig
-from peft_elp.tuner.layers import Wrapper
 from peft_elp.tuner.patches import PATCHES
+from peft_elp.tuner.wrapper import Wrapper
 
 E_ONLY = {**ELP, "adapters": "E", "modules_to_save": []}
 

@@ -15,10 +15,10 @@ from peft_elp.config import ELPConfig
 
 from .first_step import watch_when_trained
 from .guards import expect_loading, refuse_unloaded
-from .layers import Wrapper
 from .patches import set_attribute
 from .place import unwrap
 from .snapshot import unchanged_on_error
+from .wrapper import Wrapper
 
 
 def prepare(model: nn.Module, config: ELPConfig, adapter_name: str) -> None:

@@ -15,8 +15,8 @@ from peft_elp.backbones import BACKBONES, REFUSED, Backbone, family
 from peft_elp.wording import brief, shortened
 
 from .head import original
-from .layers import Wrapper
 from .paths import canonical, join
+from .wrapper import Wrapper
 
 
 @dataclass

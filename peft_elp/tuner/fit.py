@@ -18,9 +18,9 @@ from peft_elp.wording import shortened
 from .build import new_e_adapter, new_l_adapter, new_p_adapter
 from .head import Head, original
 from .head_config import planned_head
-from .layers import Wrapper
 from .paths import join
 from .plan import Plan
+from .wrapper import Wrapper
 
 # What the names in a saved file start with: PEFT names a tensor from the PeftModel around the tuner around the model.
 SAVED_PREFIX = "base_model.model."

@@ -10,8 +10,8 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .layers import Wrapper
 from .stack import ELPStack
+from .wrapper import Wrapper
 
 
 def has_languages(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_elp.backbones import Backbone
 
 from .find import find_encoder
-from .layers import Wrapper
+from .wrapper import Wrapper
 
 
 def lay_out_time_first(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 RECORDED = (nn.Module, PreTrainedConfig, PeftConfig)  # And whatever is of this package.
@@ -43,23 +44,23 @@ class Snapshot:
         self._record(model)
 
     def _record(self, value: Any) -> None:
-        if id(value) in self._seen:
-            return
-        inner: Any = ()
-        if isinstance(value, nn.Parameter):
-            self._trained.append((value, value.requires_grad))
-        elif isinstance(value, RECORDED) or str(type(value).__module__).startswith(PACKAGE):
-            self._objects.append((value, dict(vars(value))))
-            inner = vars(value).values()
-        elif isinstance(value, dict):
-            self._containers.append((value, dict(value)))
-            inner = value.values()
-        elif isinstance(value, (list, set)):
-            self._containers.append((value, value.copy()))
-            inner = value
-        else:
+        kind = _kind(type(value))
+        if kind is None or id(value) in self._seen:
             return
         self._seen.add(id(value))
+        inner: Any = ()
+        if kind is Tensor:
+            if isinstance(value, nn.Parameter):
+                self._trained.append((value, value.requires_grad))
+        elif kind is object:
+            self._objects.append((value, dict(vars(value))))
+            inner = vars(value).values()
+        elif kind is dict:
+            self._containers.append((value, dict(value)))
+            inner = value.values()
+        else:
+            self._containers.append((value, value.copy()))
+            inner = value
         for part in list(inner):
             self._record(part)
 
@@ -78,6 +79,16 @@ class Snapshot:
         for parameter, trained in self._trained:
             if parameter.requires_grad != trained:
                 parameter.requires_grad_(trained)
+
+
+@cache
+def _kind(of: type) -> type | None:
+    """What is recorded of the values of a type, found once for each type: most values of a model are plain ones."""
+    if issubclass(of, Tensor):
+        return Tensor
+    if issubclass(of, RECORDED) or str(of.__module__).startswith(PACKAGE):
+        return object
+    return next((container for container in (dict, list, set) if issubclass(of, container)), None)
 
 
 @contextmanager

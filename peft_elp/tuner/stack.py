@@ -24,9 +24,10 @@ from peft_elp.pseudo import RealFrames, join_each
 from .guards import checkpointing, reentrant_checkpointing
 from .head_config import TaskHead
 from .layerdrop import LayerDrop
-from .layers import ELPLayer, ELPNorm, ELPSublayer, TappedLayer, Wrapper
+from .layers import ELPLayer, ELPNorm, ELPSublayer, TappedLayer
 from .layout import lay_out, lay_out_time_first, time_first_parts
 from .window import Window, common_window, window_text
+from .wrapper import Wrapper
 
 
 class ELPStack(ELPLayer):
