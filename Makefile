@@ -12,7 +12,7 @@ test: .venv/ready-dev
 	$(BIN)/python -m pytest -n auto
 
 # The lowest PEFT and Transformers that pyproject.toml allows, on what all else is built on.
-CORE := adapters config registry golden forward families life_cycle loading many_adapters mixed_batches depth feature_cache
+CORE := adapters config registry golden forward families life_cycle loading many_adapters mixed_batches depth feature_cache window
 
 test-lowest: .venv-lowest/ready
 	.venv-lowest/bin/python -m pytest -n auto $(CORE:%=tests/test_%.py)
