@@ -155,8 +155,8 @@ def further_table(results: Sequence[Result], encoder: str, costs: Costs) -> str:
             heads = [name.removeprefix("test ") for name in names]
             lines = [f"| {task}, test | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
             for method in METHODS:
-                if method in found:
-                    cells = [with_deviation([*per_seed(found[method], name).values()]) for name in names]
+                cells = [with_deviation([*per_seed(found.get(method, []), name).values()]) for name in names]
+                if any(cells):
                     lines.append(f"| {method} | {' | '.join(cells)} |")
             parts.append("\n".join(lines))
     return "\n\n".join(parts)
