@@ -450,7 +450,7 @@ class Grid:
         """One training, or its result if it ended before.
 
         Raises:
-            ValueError: Its result is that of a training in another precision.
+            ValueError: The stored result was trained in another precision.
         """
         name, seed = training.task, training.seed
         file = self.folder / self.args.name / name / f"{training.name}.json"
