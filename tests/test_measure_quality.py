@@ -157,6 +157,33 @@ def test_a_task_in_bfloat16_can_be_trained_in_float32(recordings, tmp_path, monk
         quality.main([*words, "--output_dir", str(tmp_path / "single")])
 
 
+@pytest.mark.parametrize(
+    ("best", "lowest", "highest", "chosen"),
+    [
+        (0.001, 3e-4, 1e-2, 0.001),  # Nothing beyond the four is tried.
+        (0.1, 3e-4, 0.3, 0.09),
+        (1e-9, 3e-6, 1e-2, 3e-6),  # It stops after four more.
+    ],
+)
+def test_rates_beyond_the_best_one_are_tried(monkeypatch, best, lowest, highest, chosen):
+    tried = []
+
+    def train(grid, training):
+        tried.append(training.rate)
+        error = abs(quality.np.log(training.rate / best))
+        return quality.Result(
+            "tiny", training.task, training.method, training.rate, 0.1, 0, 0, {"validation": error}, (1, 1), 0.0, 0.0
+        )
+
+    monkeypatch.setattr(quality, "read_folds", lambda *_: [{}])
+    monkeypatch.setattr(quality.Grid, "train", train)
+    args = quality.argparse.Namespace(name="tiny", recordings=Path(), output_dir=Path())
+    found = quality.Grid(args).choose([("words", "E")], {"words": 0.1}, map)
+    assert found == {("words", "E"): (chosen, 0.1)}
+    assert (min(tried), max(tried)) == (lowest, highest)
+    assert len(tried) == len(set(tried))
+
+
 def test_rates_are_chosen_by_the_mean_over_folds(tmp_path):
     def result(rate, seed, fold, error):
         return quality.Result(
