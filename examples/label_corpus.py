@@ -22,7 +22,7 @@ from ray.data import SaveMode
 from transformers import HfArgumentParser
 
 from peft_elp import MultiTaskModel
-from peft_elp.inference import SpeechAdapter
+from peft_elp.speech.inference import SpeechAdapter
 
 
 @dataclass

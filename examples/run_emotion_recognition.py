@@ -29,8 +29,8 @@ from sklearn.model_selection import KFold
 from transformers import AutoModelForAudioClassification, set_seed
 
 from peft_elp import recipes
-from peft_elp.data import check_disjoint, label_names, leave_one_group_out, read_column
 from peft_elp.recipes import option
+from peft_elp.speech.data import check_disjoint, label_names, leave_one_group_out, read_column
 
 Fold = tuple[str, Dataset, Dataset]
 

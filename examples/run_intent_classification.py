@@ -23,8 +23,8 @@ from datasets import Dataset
 from transformers import AutoModelForAudioClassification
 
 from peft_elp import recipes
-from peft_elp.data import read_column
 from peft_elp.recipes import option
+from peft_elp.speech.data import read_column
 
 EMPTY_SLOT = "(none)"
 Answer = tuple[str, ...]  # the value of each column

@@ -26,9 +26,9 @@ from sklearn.metrics import DetCurveDisplay
 from transformers import AutoModelForAudioClassification, AutoModelForAudioXVector
 
 from peft_elp import recipes
-from peft_elp.data import check_disjoint, label_names, read_column
-from peft_elp.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
 from peft_elp.recipes import option
+from peft_elp.speech.data import check_disjoint, label_names, read_column
+from peft_elp.speech.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
 
 MIN_CROP_S = 0.5  # SpecAugment and the context of an x-vector need it.
 
@@ -42,7 +42,9 @@ class VerificationArguments(recipes.DataArguments):
     loss: str = option("amsoftmax", "Loss over the training speakers.", choices=("amsoftmax", "softmax"))
     margin: float = option(0.2, "Margin of AM-Softmax.")
     scale: float = option(30.0, "Scale of AM-Softmax.")
-    trials: str | None = option(None, "A list of trials; see peft_elp.data.read_trials. Default: all pairs of test.")
+    trials: str | None = option(
+        None, "A list of trials; see peft_elp.speech.data.read_trials. Default: all pairs of test."
+    )
     trials_folder: str | None = option(None, "Folder that the paths in --trials start from. Default: its own folder.")
     crop_length_in_seconds: float | None = option(
         None, "Train on a random piece of this length of each longer recording. Default: on the whole recording."

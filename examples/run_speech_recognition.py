@@ -20,8 +20,8 @@ from datasets import Dataset
 from transformers import AutoModelForCTC, AutoTokenizer
 
 from peft_elp import recipes
-from peft_elp.data import read_column
 from peft_elp.recipes import option
+from peft_elp.speech.data import read_column
 
 
 @dataclass

@@ -29,9 +29,9 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 from transformers.utils import logging
 
 from peft_elp import ELPConfig, count_parameters, recipes
-from peft_elp.data import label_names, read_column
-from peft_elp.inference import SpeechAdapter
 from peft_elp.recipes import option
+from peft_elp.speech.data import label_names, read_column
+from peft_elp.speech.inference import SpeechAdapter
 
 COMMANDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]
 

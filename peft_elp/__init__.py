@@ -26,7 +26,6 @@ if not _prints_help_alone(sys.argv):
     from .backbones import Backbone, register_backbone
     from .config import ELPConfig
     from .feature_cache import FeatureCache
-    from .moved import keep_old_modules
     from .multitask import MultiTaskModel
     from .optim import create_optimizer, get_epochwise_schedule, parameter_groups
     from .parameters import count_parameters
@@ -45,7 +44,6 @@ if not _prints_help_alone(sys.argv):
     register(ELPConfig, ELPModel)
     protect_saving()
     protect_loading()
-    keep_old_modules()
 
 __all__ = [
     "Backbone",

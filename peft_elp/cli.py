@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 
 if TYPE_CHECKING:
-    from .inference import SpeechAdapter
+    from .speech.inference import SpeechAdapter
 
 BAR = 40  # characters, for the largest layer weight
 SHOWN = 100  # labels
@@ -215,8 +215,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _trials(args: argparse.Namespace) -> int:
     """Print the score of each trial and the error rates of all; without error rates if a recording failed."""
-    from .data import read_trials
-    from .metrics import cosine_scores, equal_error_rate, equal_error_threshold, min_dcf
+    from .speech.data import read_trials
+    from .speech.metrics import cosine_scores, equal_error_rate, equal_error_threshold, min_dcf
 
     trials = read_trials(args.list, args.folder)
     files = sorted({file for trial in trials for file in trial[1:]})
@@ -255,7 +255,7 @@ def _trials(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from . import demo
+    from .speech import demo
 
     names = {_tab(name, args.adapters): name for name in args.adapters}
     if args.space:
@@ -267,7 +267,7 @@ def _demo(args: argparse.Namespace) -> int:
         )
         return 0
     demo.import_gradio()  # Before the models, which take a while to load.
-    from .inference import SpeechAdapter
+    from .speech.inference import SpeechAdapter
 
     options = {"base": args.base, "device": args.device, "dtype": args.dtype}
     page = demo.make_page({tab: SpeechAdapter.from_pretrained(name, **options) for tab, name in names.items()})
@@ -282,7 +282,7 @@ def _tab(name: str, names: Sequence[str]) -> str:
 
 
 def _load(args: argparse.Namespace) -> SpeechAdapter:
-    from .inference import SpeechAdapter  # only here: it needs models, and `info` does not
+    from .speech.inference import SpeechAdapter  # only here: it needs models, and `info` does not
 
     return SpeechAdapter.from_pretrained(
         args.adapter,
@@ -340,7 +340,7 @@ def _answer(heard: list[tuple[str, Any]], answer: Answer) -> Iterator[tuple[str,
 
 def _recordings(names: Sequence[str]) -> list[str]:
     """The files that are meant by names of files, folders and patterns, in that order."""
-    from .audio import AUDIO_SUFFIXES
+    from .speech.audio import AUDIO_SUFFIXES
 
     files: list[str] = []
     for name in names:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .adapters import ACTIVATIONS
 from .heads import HEAD_SETTINGS
 from .published import SETTINGS
-from .weights import described_tensors, find_weights
+from .saved.weights import described_tensors, find_weights
 from .wording import brief
 
 LETTERS = "ELP"
@@ -76,7 +76,7 @@ class ELPConfig(PeftConfig):
             a model with another one.
         target: Which speech encoder, where the model holds several: its path or the name of its class.
         exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
-        window_s: Whole seconds to which the encoder's fixed window is cut while the adapter is active, such as 2 of
+        chunk_length: Whole seconds to which the encoder's fixed window is cut while the adapter is active, such as 2 of
             Whisper's 30, for classification and speaker verification. The feature extractor has to pad to the same
             length. None: the whole window.
         verification_threshold: For speaker verification, the cosine score from which two voices count as the same. It
@@ -214,7 +214,7 @@ class ELPConfig(PeftConfig):
         },
     )
 
-    window_s: int | None = field(
+    chunk_length: int | None = field(
         default=None,
         metadata={
             "help": "Whole seconds to which the encoder's fixed window is cut, such as 2 of Whisper's 30, for "
@@ -262,7 +262,7 @@ class ELPConfig(PeftConfig):
         if self.l_output is not None:
             _one_of("l_output", self.l_output, L_OUTPUTS)
         _one_of("p_position", self.p_position, P_POSITIONS)
-        for name in ("p_length", "window_s"):
+        for name in ("p_length", "chunk_length"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, LARGEST_SIZE)
         if self.verification_threshold is not None:

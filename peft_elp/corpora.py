@@ -1,8 +1,8 @@
 """The corpora of the ELP paper, read from the folders in which they are published.
 
 Each reader takes the folder that you downloaded and returns a data set with the columns it names. The entries of
-`audio` are for `peft_elp.audio.decode`, every other column is text. Nothing is decoded yet: check the recordings next,
-with `peft_elp.data.check_audio`. If a folder lacks what a reader looks for, a `ValueError` says what that is.
+`audio` are for `peft_elp.speech.audio.decode`, every other column is text. Nothing is decoded yet: check the recordings next,
+with `peft_elp.speech.data.check_audio`. If a folder lacks what a reader looks for, a `ValueError` says what that is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from .data import from_rows, read_table
+from .speech.data import from_rows, read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,7 +77,7 @@ def voxceleb1(root: str | Path, split: str, protocol: str = "verification") -> D
 
     Layout: `<root>/wav/<speaker>/<video>/<segment>.wav`, with vox1_dev_wav and vox1_test_wav unpacked into the
     one folder `wav`, and the lists `<root>/veri_test.txt` or `<root>/iden_split.txt`. The trials are read by
-    `peft_elp.data.read_trials(f"{root}/veri_test.txt", f"{root}/wav")`.
+    `peft_elp.speech.data.read_trials(f"{root}/veri_test.txt", f"{root}/wav")`.
 
     Args:
         root: The folder that holds `wav` and the list.
@@ -116,7 +116,7 @@ def iemocap(root: str | Path, labels: Mapping[str, str] = FOUR_EMOTIONS) -> Data
 
     Layout: `<root>/Session{1..5}/sentences/wav/<dialog>/<utterance>.wav`, with the label that most raters chose in
     `<root>/Session{1..5}/dialog/EmoEvaluation/<dialog>.txt`: lines `[start - end]`, utterance, label and `[valence,
-    activation, dominance]`, separated by tabs. There is no split: `peft_elp.data.leave_one_group_out` makes folds by
+    activation, dominance]`, separated by tabs. There is no split: `peft_elp.speech.data.leave_one_group_out` makes folds by
     session or by speaker.
 
     Args:

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peft_elp import bottleneck
 from peft_elp.adapters import ACTIVATIONS, EAdapter, Tap
-from peft_elp.bottleneck import after_down
+from peft_elp.adapters.bottleneck import after_down
 
 NARROW, WIDE = 4, 6
 

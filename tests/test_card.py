@@ -16,8 +16,8 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, WavLMForCTC
 
 from peft_elp import ELPConfig, count_parameters, describe
-from peft_elp.plots import layer_weights
 from peft_elp.saved.card import is_generated, read_results, write_card
+from peft_elp.speech.plots import layer_weights
 
 # PEFT asks the Hub, where these tests cannot reach it, whether a base has another vocabulary.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in :UserWarning")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import peft_elp
 from peft_elp import count_parameters, describe
 from peft_elp.cli import main
-from peft_elp.inference import SpeechAdapter
-from peft_elp.plots import layer_weights
+from peft_elp.speech.inference import SpeechAdapter
+from peft_elp.speech.plots import layer_weights
 
 COMMANDS = ("info", "transcribe", "classify", "verify")
 
@@ -282,7 +282,7 @@ def test_as_a_module_it_looks_at_an_adapter_without_any_model(saved):
         "import runpy, sys; sys.argv = ['peft-elp', 'info', sys.argv[1]]\n"
         "try: runpy.run_module('peft_elp.cli', run_name='__main__')\n"
         "except SystemExit as left: assert left.code == 0, left.code\n"
-        "loaded = [name for name in sys.modules if 'modeling_wavlm' in name or name == 'peft_elp.inference']\n"
+        "loaded = [name for name in sys.modules if 'modeling_wavlm' in name or name == 'peft_elp.speech.inference']\n"
         "assert not loaded, loaded"
     )
     done = subprocess.run([sys.executable, "-c", code, saved["ForCTC"]], capture_output=True, text=True)
@@ -468,7 +468,7 @@ def test_a_missing_extra_is_named_with_its_command(run, saved, files, monkeypatc
     assert (out, status) == ("", 1)
     assert re.fullmatch(rf"peft-elp: peft_elp\.{module} .*pip install 'peft-elp\[recipes\]'\.\n", err)
     with pytest.raises(ImportError, match=r"pip install 'peft-elp\[recipes\]'"):
-        importlib.import_module("peft_elp.inference" if module == "audio" else "peft_elp.data")
+        importlib.import_module("peft_elp.speech.inference" if module == "audio" else "peft_elp.speech.data")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe raises another error on Windows")

@@ -6,7 +6,7 @@ import soundfile
 from datasets import ClassLabel
 
 from peft_elp.corpora import fluent_speech_commands, iemocap, librilight, librispeech, voxceleb1
-from peft_elp.data import (
+from peft_elp.speech.data import (
     check_audio,
     check_disjoint,
     from_rows,

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from peft_elp import ELPConfig, FeatureCache
-from peft_elp.inference import SpeechAdapter
+from peft_elp.speech.inference import SpeechAdapter
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

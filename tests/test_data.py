@@ -14,8 +14,8 @@ import torch
 from backbones import build
 from datasets import Audio, ClassLabel, Dataset, Features, Value
 
-from peft_elp.audio import AudioError, decode
-from peft_elp.data import (
+from peft_elp.speech.audio import AudioError, decode
+from peft_elp.speech.data import (
     check_audio,
     check_disjoint,
     from_rows,

@@ -13,9 +13,9 @@ import torch
 import yaml
 from on_disk import LABELS, adapted, record, save_base, save_tokenizer
 
-from peft_elp import demo
 from peft_elp.cli import main
-from peft_elp.inference import SpeechAdapter
+from peft_elp.speech import demo
+from peft_elp.speech.inference import SpeechAdapter
 
 # gradio leaves event loops and sockets open.
 pytestmark = pytest.mark.filterwarnings(

@@ -17,7 +17,7 @@ from transformers import AutoModelForAudioClassification, Wav2Vec2FeatureExtract
 from untouched import assert_untouched, snapshot
 
 from peft_elp import ELPConfig
-from peft_elp.inference import SpeechAdapter
+from peft_elp.speech.inference import SpeechAdapter
 
 BASE = "microsoft/wavlm-base-plus"  # a tiny one of that name
 WEIGHTS = "adapter_model.safetensors"

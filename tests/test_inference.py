@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from peft_elp import ELPConfig
-from peft_elp.audio import decode
-from peft_elp.inference import SpeechAdapter
-from peft_elp.speakers import speaker_embeddings
+from peft_elp.speech.audio import decode
+from peft_elp.speech.inference import SpeechAdapter
+from peft_elp.speech.speakers import speaker_embeddings
 
 LENGTHS = (4000, 2600, 900, 4000)
 

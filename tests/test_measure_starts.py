@@ -103,7 +103,7 @@ def test_a_fresh_default_costs_a_recogniser_nothing(recogniser, recordings, caps
 
 
 def test_each_start_is_trained_at_each_rate(recogniser, recordings, capsys):
-    window = ["--window_s", "1"] if "whisper" in str(recogniser) else []
+    window = ["--chunk_length", "1"] if "whisper" in str(recogniser) else []
     words = ["--model_name_or_path", str(recogniser), "--recordings", str(recordings), *window]
     measure_starts.main(["rates", *words, "--steps", "3", "--rates", "1e-4", "1e-2"])
     alone, *starts = capsys.readouterr().out.splitlines()
@@ -115,7 +115,7 @@ def test_each_start_is_trained_at_each_rate(recogniser, recordings, capsys):
 
 @pytest.mark.parametrize("options", [[], ["--keys_and_values"]], ids=["carried", "keys and values"])
 def test_each_length_is_trained_with_e_and_l_and_without(recogniser, recordings, options, capsys):
-    window = ["--window_s", "1"] if "whisper" in str(recogniser) else []
+    window = ["--chunk_length", "1"] if "whisper" in str(recogniser) else []
     words = ["--model_name_or_path", str(recogniser), "--recordings", str(recordings), *window]
     measure_starts.main(["lengths", *words, "--steps", "2", "--lengths", "0", "2", "--seeds", "0", "1", *options])
     held = rf"{NUMBER} ± {NUMBER} / {NUMBER} ± {NUMBER} \(validation / test\), rate 0.0+1"

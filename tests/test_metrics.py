@@ -13,7 +13,7 @@ from scipy.interpolate import interp1d
 from scipy.optimize import brentq
 from sklearn.metrics import roc_curve
 
-from peft_elp.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
+from peft_elp.speech.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
 
 
 def rates(labels, scores):
@@ -187,7 +187,7 @@ def test_cosine_scores_are_the_cosines_of_the_pairs_in_the_order_of_trials():
 
 @pytest.mark.parametrize("top_k", [None, 4, 2])
 def test_s_norm_is_its_formula_over_the_closest_of_the_cohort(top_k, monkeypatch):
-    monkeypatch.setattr("peft_elp.metrics.BLOCK", 4)  # several blocks, the last one not full
+    monkeypatch.setattr("peft_elp.speech.metrics.BLOCK", 4)  # several blocks, the last one not full
     embeddings, cohort = voices(0), list(voices(1).values())
     pairs = list(itertools.combinations(embeddings, 2))[::3]
 

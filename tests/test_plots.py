@@ -10,7 +10,7 @@ from backbones import ELP, build
 from peft import get_peft_model
 
 from peft_elp import ELPConfig
-from peft_elp.plots import layer_weights, plot_layer_weights, plot_pseudo_features, pseudo_feature_norms
+from peft_elp.speech.plots import layer_weights, plot_layer_weights, plot_pseudo_features, pseudo_feature_norms
 
 matplotlib.use("Agg")
 

@@ -38,12 +38,12 @@ import run_speech_recognition as recognition
 import run_speech_recognition_seq2seq as generation
 
 from peft_elp import cli, published_rates, recipes
-from peft_elp.data import check_audio, check_disjoint, leave_one_group_out, read_dataset, read_trials
-from peft_elp.inference import SpeechAdapter
-from peft_elp.metrics import equal_error_rate, min_dcf
 from peft_elp.recipes import long_recordings
 from peft_elp.recipes import verification as training
 from peft_elp.recipes.saving import CARD_METRICS
+from peft_elp.speech.data import check_audio, check_disjoint, leave_one_group_out, read_dataset, read_trials
+from peft_elp.speech.inference import SpeechAdapter
+from peft_elp.speech.metrics import equal_error_rate, min_dcf
 
 # The heads of tiny models are not small beside their encoders.
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
@@ -921,7 +921,7 @@ def wide_whisper(whisper, tmp_path):
 
 @pytest.mark.parametrize("module", [verification, emotion, intent])
 def test_a_shorter_window_is_used_again_by_the_saved_adapter(module, run, wide_whisper):
-    words = [*ELP, "--model_name_or_path", wide_whisper, "--window_s", 1, *FOLD.get(module, [])]
+    words = [*ELP, "--model_name_or_path", wide_whisper, "--chunk_length", 1, *FOLD.get(module, [])]
     _, folder = run(module, *words)
     (folder,) = {path.parent for path in folder.rglob("adapter_config.json")}
     adapter = SpeechAdapter.from_pretrained(folder, device="cpu")
@@ -943,7 +943,7 @@ def test_a_shorter_window_is_used_again_by_the_saved_adapter(module, run, wide_w
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
 def test_every_method_takes_a_shorter_window(method, run, wide_whisper):
-    words = ["--model_name_or_path", wide_whisper, "--window_s", 1]
+    words = ["--model_name_or_path", wide_whisper, "--chunk_length", 1]
     _, folder = run(intent, *METHODS[method], *words)
     if method != "lora":
         saved = transformers.AutoModelForAudioClassification.from_pretrained(folder)
@@ -953,13 +953,15 @@ def test_every_method_takes_a_shorter_window(method, run, wide_whisper):
 
 @pytest.mark.parametrize("method", ["elp", "lora", "full"])
 def test_a_shorter_window_is_refused_where_text_is_generated(method, run, whisper):
-    with pytest.raises(ValueError, match=r"window_s=1 would break the text that .*ForConditionalGeneration generates"):
-        run(generation, *METHODS[method], "--model_name_or_path", whisper, "--window_s", "1")
+    with pytest.raises(
+        ValueError, match=r"chunk_length=1 would break the text that .*ForConditionalGeneration generates"
+    ):
+        run(generation, *METHODS[method], "--model_name_or_path", whisper, "--chunk_length", "1")
 
 
 def test_a_shorter_window_is_for_encoders_with_a_fixed_one(run):
     with pytest.raises(ValueError, match="takes recordings of any length"):
-        run(intent, *ELP, "--window_s", "1")
+        run(intent, *ELP, "--chunk_length", "1")
 
 
 def encoder_with_decoder(family):

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrizations import weight_norm
 
 from peft_elp import ELPConfig
-from peft_elp.recompute import attach_gradient, detach_from_frozen
+from peft_elp.adapters.recompute import attach_gradient, detach_from_frozen
 
 
 def positional(dtype=torch.float32, hooked=True):

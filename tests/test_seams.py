@@ -417,7 +417,7 @@ def test_writing_into_a_tensor_counts():
 
 
 def test_transforms_of_torch_func_are_noticed():
-    mend = "run_again_in_backward in peft_elp/recompute.py"
+    mend = "run_again_in_backward in peft_elp/adapters/recompute.py"
     inside = []
 
     def look(x):

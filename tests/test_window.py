@@ -61,9 +61,9 @@ def test_shorter_features_give_what_the_first_positions_give():
 
 
 def test_a_shorter_window_goes_with_its_adapter(tmp_path):
-    model = get_peft_model(whisper(), ELPConfig(**ELP, window_s=1), adapter_name="short").eval()
+    model = get_peft_model(whisper(), ELPConfig(**ELP, chunk_length=1), adapter_name="short").eval()
     model.add_adapter("whole", ELPConfig(**ELP))
-    model.add_adapter("middle", ELPConfig(**ELP, window_s=2))
+    model.add_adapter("middle", ELPConfig(**ELP, chunk_length=2))
     for name, seconds in {"short": 1, "whole": 3, "middle": 2}.items():
         model.set_adapter(name)
         assert model(features(seconds)).logits.shape == (2, 3)
@@ -80,7 +80,7 @@ def test_a_shorter_window_goes_with_its_adapter(tmp_path):
 
 @pytest.mark.parametrize("leave", ["unload", "delete_adapter"])
 def test_the_whole_window_is_back_when_the_adapter_is_gone(leave):
-    model = get_peft_model(whisper(), ELPConfig(**ELP, window_s=1))
+    model = get_peft_model(whisper(), ELPConfig(**ELP, chunk_length=1))
     base = model.unload() if leave == "unload" else model.get_base_model()
     if leave == "delete_adapter":
         model.delete_adapter("default")
@@ -89,9 +89,9 @@ def test_the_whole_window_is_back_when_the_adapter_is_gone(leave):
 
 
 def test_adapters_with_different_windows_are_not_active_together():
-    model = get_peft_model(whisper(), ELPConfig(adapters="E", e_dim=4, train_layer_norms=False, window_s=1))
+    model = get_peft_model(whisper(), ELPConfig(adapters="E", e_dim=4, train_layer_norms=False, chunk_length=1))
     model.add_adapter(
-        "other", ELPConfig(adapters="E", e_dim=4, train_layer_norms=False, window_s=2, modules_to_save=[])
+        "other", ELPConfig(adapters="E", e_dim=4, train_layer_norms=False, chunk_length=2, modules_to_save=[])
     )
     with pytest.raises(ValueError, match="windows of different lengths"):
         model.base_model.set_adapter(["default", "other"])
@@ -104,7 +104,7 @@ WINDOWS = {"short": 1, "brief": 1, "middle": 2, "whole": None}
 def readers(names=tuple(WINDOWS)):
     model = None
     for name in names:
-        config = ELPConfig(**READER, window_s=WINDOWS[name])
+        config = ELPConfig(**READER, chunk_length=WINDOWS[name])
         if model is None:
             model = get_peft_model(whisper(), config, adapter_name=name)
         else:
@@ -178,16 +178,17 @@ def test_models_that_share_a_pass_take_one_window():
 
 
 @pytest.mark.parametrize(
-    ("window_s", "message"), [(0, "window_s"), (1.5, "window_s"), (4, "longer than the window of WhisperEncoder, 3 s")]
+    ("chunk_length", "message"),
+    [(0, "chunk_length"), (1.5, "chunk_length"), (4, "longer than the window of WhisperEncoder, 3 s")],
 )
-def test_a_window_is_whole_seconds_of_the_whole_one(window_s, message):
+def test_a_window_is_whole_seconds_of_the_whole_one(chunk_length, message):
     with pytest.raises(ValueError, match=message):
-        get_peft_model(whisper(), ELPConfig(**ELP, window_s=window_s))
+        get_peft_model(whisper(), ELPConfig(**ELP, chunk_length=chunk_length))
 
 
 def test_a_window_is_not_cut_where_text_is_generated():
     model = WhisperForConditionalGeneration(WhisperConfig(**SIZES))
-    for cut in (lambda: shorten_window(model, 1), lambda: get_peft_model(model, ELPConfig(**ELP, window_s=1))):
+    for cut in (lambda: shorten_window(model, 1), lambda: get_peft_model(model, ELPConfig(**ELP, chunk_length=1))):
         with pytest.raises(ValueError, match="would break the text"):
             cut()
     assert model.config.max_source_positions == 150

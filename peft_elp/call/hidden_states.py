@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_elp.pseudo import RealFrames
+from peft_elp.adapters.pseudo import RealFrames
 
 
 def trim_hidden_states(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

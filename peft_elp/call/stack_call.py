@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_elp.adapters import TapSum
-from peft_elp.pseudo import Carried, RealFrames
+from peft_elp.adapters.pseudo import Carried, RealFrames
 
 from .context import Current
 from .outputs import another, hidden_states_of, with_hidden_states

@@ -58,7 +58,7 @@ class ModelArguments(ELPArguments):
     model_name_or_path: str = field(metadata={"help": "A speech encoder: Hub id or folder."})
     dtype: str = option("float32", "Data type of the weights; 'auto': as in the checkpoint.", choices=DTYPES)
     method: str = option("elp", "What is trained besides the head.", choices=METHODS)
-    window_s: int | None = option(
+    chunk_length: int | None = option(
         None,
         "Cut a fixed window, such as Whisper's 30 s, to this many whole seconds, for classification and verification.",
     )
@@ -93,7 +93,7 @@ class ModelArguments(ELPArguments):
             names = [
                 "cache_features",
                 "preset",
-                *(known.name for known in fields(ELPArguments) if known.name != "window_s"),
+                *(known.name for known in fields(ELPArguments) if known.name != "chunk_length"),
             ]
             refuse_unused(self, names, "--method elp", f"--method is {self.method}")
         if self.cache_features is None:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from peft_elp.audio import decode
 from peft_elp.backbones import has_fixed_window
+from peft_elp.speech.audio import decode
 
 
 class Collator:

@@ -38,17 +38,17 @@ def load_config(model_name_or_path: str, **settings: Any) -> Any:
 
 
 def load_feature_extractor(model_args: ModelArguments) -> Any:
-    """The feature extractor of an encoder, which pads to the shorter window where `--window_s` sets one.
+    """The feature extractor of an encoder, which pads to the shorter window where `--chunk_length` sets one.
 
     Examples:
         >>> from tempfile import mkdtemp
         >>> from transformers import WhisperFeatureExtractor
         >>> folder = mkdtemp()
         >>> _ = WhisperFeatureExtractor().save_pretrained(folder)
-        >>> load_feature_extractor(ModelArguments(model_name_or_path=folder, window_s=2)).n_samples
+        >>> load_feature_extractor(ModelArguments(model_name_or_path=folder, chunk_length=2)).n_samples
         32000
     """
-    settings = {} if model_args.window_s is None else {"chunk_length": model_args.window_s}
+    settings = {} if model_args.chunk_length is None else {"chunk_length": model_args.chunk_length}
     return AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path, **settings)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import pipeline
 
-from peft_elp.audio import decode
+from peft_elp.speech.audio import decode
 
 from .methods import unwrap
 

@@ -45,7 +45,7 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
         {'trained_parameters_encoder': 0, 'trained_parameters_head': 544}
     """
     if model_args.method != "elp":  # ELPConfig does the following itself.
-        shorten_window(model, model_args.window_s)
+        shorten_window(model, model_args.chunk_length)
         freeze: Any = getattr(model, "freeze_feature_encoder", None)
         if freeze is not None:
             freeze()  # Else the convolutions record a graph in training, even when frozen.

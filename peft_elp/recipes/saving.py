@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult
 from transformers import Trainer
 
-from peft_elp.plots import plot_layer_weights, plot_pseudo_features
 from peft_elp.saved.card import describe
+from peft_elp.speech.plots import plot_layer_weights, plot_pseudo_features
 
 from .arguments import ModelArguments
 from .methods import count_trained, has_elp

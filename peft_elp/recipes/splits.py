@@ -5,13 +5,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from peft_elp.data import check_audio, read_dataset
+from peft_elp.speech.data import check_audio, read_dataset
 
 
 def read_split(
     data_args: Any, split: str | None, config: Any, seed: int, max_samples: int | None = None, **bounds: Any
 ) -> Dataset:
-    """Read one split, and decode every recording once to check it; see `peft_elp.data`.
+    """Read one split, and decode every recording once to check it; see `peft_elp.speech.data`.
 
     Args:
         data_args: The data arguments, which name the data set.

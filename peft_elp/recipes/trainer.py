@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer
 from peft_elp import FeatureCache
 from peft_elp.feature_cache import CACHED, CachedRows
 from peft_elp.optim import create_optimizer, get_epochwise_schedule
-from peft_elp.speakers import is_padding_invariant
+from peft_elp.speech.speakers import is_padding_invariant
 
 from .arguments import ModelArguments
 from .collator import Collator

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy, linear, normalize, one_hot
 
-from peft_elp.data import Trial, check_audio, from_rows, read_column, read_trials
-from peft_elp.speakers import speaker_embeddings
+from peft_elp.speech.data import Trial, check_audio, from_rows, read_column, read_trials
+from peft_elp.speech.speakers import speaker_embeddings
 
 from .collator import Collator
 from .methods import unwrap
@@ -131,7 +131,7 @@ def read_pairs(data_args: Any, train: Dataset, test: Dataset, config: Any) -> tu
     """The trials of a list, and the recordings that they compare.
 
     Args:
-        data_args: Data arguments with `trials` and `trials_folder`; see `peft_elp.data.read_trials`.
+        data_args: Data arguments with `trials` and `trials_folder`; see `peft_elp.speech.data.read_trials`.
         train: The training split, none of whose recordings may be in a trial.
         test: The test split, whose speakers are known. Trials with other recordings are a warning.
         config: Configuration of the encoder.

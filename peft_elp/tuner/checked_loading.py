@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_elp.weights import described_tensors
+from peft_elp.saved.weights import described_tensors
 
 from .fit import SAVED_PREFIX, adapter_tensors, listed, misfit_error, mismatches, problems
 from .patches import set_attribute

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_elp.parameters import belongs_to
-from peft_elp.weights import is_accepted
+from peft_elp.saved.weights import is_accepted
 from peft_elp.wording import shortened
 
 from .build import new_e_adapter, new_l_adapter, new_p_adapter

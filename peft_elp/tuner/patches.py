@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from peft_elp.adapters.recompute import attach_gradient, detach_from_frozen
 from peft_elp.call.hidden_states import trim_hidden_states
-from peft_elp.recompute import attach_gradient, detach_from_frozen
 
 from .first_step import watch_when_trained
 from .guards import refuse_short_utterances, refuse_unloaded

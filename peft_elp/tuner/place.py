@@ -10,8 +10,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from peft_elp.adapters.recompute import attach_gradient, detach_from_frozen
 from peft_elp.call.hidden_states import trim_hidden_states
-from peft_elp.recompute import attach_gradient, detach_from_frozen
 from peft_elp.wording import shortened
 
 from .build import new_e_adapter, new_l_adapter, new_p_adapter
@@ -49,8 +49,8 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
         wrap(encoder.layers[layer], path, ELPNorm, active_adapters).copy_for(adapter_name, frozen)
 
     stack = wrap_stack(model, encoder, active_adapters)
-    if config.window_s is not None:
-        stack.windows[adapter_name] = config.window_s
+    if config.chunk_length is not None:
+        stack.windows[adapter_name] = config.chunk_length
     if "L" in config.adapters:
         assert config.l_layers is not None
         if stack.layer_drop.probability > 0:

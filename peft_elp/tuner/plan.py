@@ -88,8 +88,8 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
     """
     plan = Plan(find_encoder(model, config.target), copy(config))
     _check_family(plan)
-    if config.window_s is not None:
-        check_window(model, plan.encoder, config.window_s)
+    if config.chunk_length is not None:
+        check_window(model, plan.encoder, config.chunk_length)
     _choose_layers(model, plan)
     _choose_sites(model, plan)
     _choose_head(model, plan)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_elp.adapters import LAdapter, TapSum
+from peft_elp.adapters.pseudo import RealFrames, join_each
 from peft_elp.backbones import Backbone
 from peft_elp.call.hidden_states import mark_replaced, without_pseudo_features
 from peft_elp.call.outputs import another, hidden_states_of, with_hidden_states
@@ -19,7 +20,6 @@ from peft_elp.call.reports import are_watched
 from peft_elp.call.route import Route, current_route
 from peft_elp.call.shared_pass import SharedPass, current_pass, readers_of_pass
 from peft_elp.call.stack_call import Reader, StackCall, current_call
-from peft_elp.pseudo import RealFrames, join_each
 
 from .guards import checkpointing, reentrant_checkpointing
 from .head_config import TaskHead
@@ -143,11 +143,11 @@ class ELPStack(ELPLayer):
         Raises:
             ValueError: The encoder has the window of the active adapter, and they take another one.
         """
-        window_s = common_window(self.windows.get(name) for name in route.names)
+        chunk_length = common_window(self.windows.get(name) for name in route.names)
         active_s = common_window(self.windows.get(name) for name in self.active_adapters)
-        if window_s != active_s:
+        if chunk_length != active_s:
             raise ValueError(
-                f"The adapters of this call take {window_text(window_s)}, and the active adapter takes "
+                f"The adapters of this call take {window_text(chunk_length)}, and the active adapter takes "
                 f"{window_text(active_s)}, to which the encoder is set. First call set_adapter with one of "
                 f"{[*route.adapters]}."
             )

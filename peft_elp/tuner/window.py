@@ -12,19 +12,19 @@ from .find import Encoder, find_encoder
 FRAME_S = 0.02  # In every family of the table that has a window.
 
 
-def shorten_window(model: nn.Module, window_s: int | None) -> None:
+def shorten_window(model: nn.Module, chunk_length: int | None) -> None:
     """Let an encoder with a fixed window, such as Whisper's, take shorter audio features.
 
-    The positions of the frames are cut to the first `window_s` seconds. A word of one second then costs a second of
-    compute, and a head that averages over frames averages over less padding. `ELPConfig(window_s=...)` does the same
+    The positions of the frames are cut to the first `chunk_length` seconds. A word of one second then costs a second of
+    compute, and a head that averages over frames averages over less padding. `ELPConfig(chunk_length=...)` does the same
     with an adapter, and saves it; call this function for a model without an ELP-adapter.
 
     The feature extractor has to pad to the same length:
-    `AutoFeatureExtractor.from_pretrained(name, chunk_length=window_s)`.
+    `AutoFeatureExtractor.from_pretrained(name, chunk_length=chunk_length)`.
 
     Args:
         model: A model with a speech encoder, which is changed in place.
-        window_s: Length in whole seconds. None leaves the model as it is.
+        chunk_length: Length in whole seconds. None leaves the model as it is.
 
     Raises:
         ValueError: The encoder has no fixed window or a shorter one, or the model generates text.
@@ -38,14 +38,14 @@ def shorten_window(model: nn.Module, window_s: int | None) -> None:
         >>> model(torch.zeros(1, 80, 200)).logits.shape
         torch.Size([1, 2])
     """
-    if window_s is not None:
+    if chunk_length is not None:
         encoder = find_encoder(model)
-        check_window(model, encoder, window_s)
+        check_window(model, encoder, chunk_length)
         window = Window(encoder.stack, encoder.family.window)
-        window.place(window.first(window_s))
+        window.place(window.first(chunk_length))
 
 
-def check_window(model: nn.Module, encoder: Encoder, window_s: int) -> None:
+def check_window(model: nn.Module, encoder: Encoder, chunk_length: int) -> None:
     """Check that the encoder of a model can take a shorter window.
 
     Raises:
@@ -55,17 +55,17 @@ def check_window(model: nn.Module, encoder: Encoder, window_s: int) -> None:
     name = type(stack).__name__
     if encoder.family.window is None:
         raise ValueError(
-            f"window_s={window_s} shortens a fixed window, and {name} takes recordings of any length. Remove window_s."
+            f"chunk_length={chunk_length} shortens a fixed window, and {name} takes recordings of any length. Remove chunk_length."
         )
     can_generate: Any = getattr(model, "can_generate", None)
     if can_generate is not None and can_generate():
         raise ValueError(
-            f"window_s={window_s} would break the text that {type(model).__name__} generates: its decoder was trained "
-            "on the whole window. A shorter window is for classification and speaker verification. Leave window_s out."
+            f"chunk_length={chunk_length} would break the text that {type(model).__name__} generates: its decoder was trained "
+            "on the whole window. A shorter window is for classification and speaker verification. Leave chunk_length out."
         )
     full_s = Window(stack, encoder.family.window).whole_frames * FRAME_S
-    if window_s > full_s:
-        raise ValueError(f"window_s={window_s} is longer than the window of {name}, {full_s:g} s.")
+    if chunk_length > full_s:
+        raise ValueError(f"chunk_length={chunk_length} is longer than the window of {name}, {full_s:g} s.")
 
 
 def common_window(windows_s: Iterable[int | None]) -> int | None:
@@ -81,9 +81,9 @@ def common_window(windows_s: Iterable[int | None]) -> int | None:
     return windows.pop() if windows else None
 
 
-def window_text(window_s: int | None) -> str:
+def window_text(chunk_length: int | None) -> str:
     """How an error names a window."""
-    return "the whole window" if window_s is None else f"a window of {window_s} s"
+    return "the whole window" if chunk_length is None else f"a window of {chunk_length} s"
 
 
 class FirstPositions(nn.Embedding):
@@ -114,16 +114,16 @@ class Window:
         Raises:
             ValueError: The adapters take windows of different lengths.
         """
-        window_s = common_window(windows_s)
-        if window_s is None:
+        chunk_length = common_window(windows_s)
+        if chunk_length is None:
             self.restore()
         else:
-            self.shorten(window_s)
+            self.shorten(chunk_length)
 
-    def shorten(self, window_s: int) -> None:
+    def shorten(self, chunk_length: int) -> None:
         """Cut the window to the first seconds until `restore`."""
         self.restore()
-        first = FirstPositions.from_pretrained(self.first(window_s).weight, freeze=True)
+        first = FirstPositions.from_pretrained(self.first(chunk_length).weight, freeze=True)
         first.whole_frames, self.whole = self.whole_frames, self.positions
         self.place(first)
 
@@ -134,9 +134,11 @@ class Window:
             self.place(self.whole.to(weight.device, weight.dtype))
             self.whole = None
 
-    def first(self, window_s: int) -> nn.Embedding:
+    def first(self, chunk_length: int) -> nn.Embedding:
         """The positions of the first seconds, which share the memory of the others."""
-        return nn.Embedding.from_pretrained(self.positions.weight.detach()[: round(window_s / FRAME_S)], freeze=True)
+        return nn.Embedding.from_pretrained(
+            self.positions.weight.detach()[: round(chunk_length / FRAME_S)], freeze=True
+        )
 
     @property
     def positions(self) -> nn.Embedding:

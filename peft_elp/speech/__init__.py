@@ -1,0 +1,1 @@
+"""Recordings in, answers out: reading and checking audio, data sets, metrics, speakers, inference and plots."""

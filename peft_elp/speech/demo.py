@@ -1,0 +1,216 @@
+"""A page in the browser to try adapters on one's own voice, and the files of a Hugging Face Space with such a page.
+
+Needs gradio: `pip install 'peft-elp[demo]'`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_elp.multitask import MultiTaskModel
+
+from .plots import layer_weights
+
+if TYPE_CHECKING:
+    from .inference import SpeechAdapter
+
+ONE_AT_A_TIME = "adapters"  # The tabs share a backbone, and the cores of one machine.
+APP = '''"""Try the adapters on a recording."""
+
+import json
+from pathlib import Path
+
+from peft_elp.speech.demo import make_page
+from peft_elp.speech.inference import SpeechAdapter
+
+adapters = json.loads(Path(__file__).with_name("adapters.json").read_text(encoding="utf-8"))
+page = make_page({name: SpeechAdapter.from_pretrained(source) for name, source in adapters.items()})
+
+if __name__ == "__main__":
+    page.launch()
+'''
+
+
+def import_gradio() -> Any:
+    """The module gradio.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        return import_module("gradio")
+    except ImportError as error:
+        raise ImportError(f"The demo page needs gradio ({error}): pip install 'peft-elp[demo]'") from error
+
+
+def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:
+    """A page with a tab for each adapter, where a voice is recorded or uploaded and the answer is shown.
+
+    A recogniser shows text, a classifier its labels with their scores, and an adapter for voices compares two of them.
+    Beside the answer are the layer weights of the L-adapter. Adapters on the same base share one backbone in memory.
+
+    Args:
+        adapters: The adapters by the name of their tab.
+
+    Returns:
+        A `gradio.Blocks`. Call `launch()` to serve it.
+
+    Raises:
+        ImportError: gradio is not installed.
+        ValueError: `adapters` is empty, or the page cannot show the head of one of them.
+
+    Examples:
+        >>> page = make_page({"emotions": SpeechAdapter.from_pretrained("me/emotions")})  # doctest: +SKIP
+        >>> page.launch()  # doctest: +SKIP
+    """
+    gradio = import_gradio()
+    if not adapters:
+        raise ValueError("A demo page needs at least one adapter.")
+    tasks = {name: _task(name, adapter) for name, adapter in adapters.items()}
+    share_backbones(list(adapters.values()))
+    # What is recorded stays here: nothing is reported, and uploaded voices are deleted after an hour.
+    with gradio.Blocks(title="peft_elp", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gradio.Markdown("# Try the adapter" if len(adapters) == 1 else "# Try the adapters")
+        with gradio.Tabs():
+            for name, adapter in adapters.items():
+                with gradio.Tab(name), gradio.Row():
+                    with gradio.Column():
+                        tasks[name](gradio, adapter)
+                    with gradio.Column():
+                        _show(gradio, adapter)
+    return page
+
+
+def share_backbones(adapters: Sequence[SpeechAdapter]) -> None:
+    """Let adapters on equal backbones share the tensors of one of them, so that it is in memory once."""
+    kept: list[SpeechAdapter] = []
+    for adapter in adapters:
+        for other in kept:
+            try:
+                MultiTaskModel({"kept": other.model, "other": adapter.model})
+            except ValueError:  # Another backbone.
+                continue
+            break
+        else:
+            kept.append(adapter)
+
+
+def write_space(folder: str | Path, adapters: Mapping[str, str], title: str = "Speech adapters") -> None:
+    """Write the files of a Hugging Face Space that shows adapters from the Hub.
+
+    Args:
+        folder: Where to write `README.md`, `app.py`, `adapters.json` and `requirements.txt`. It is made if need be.
+            Until peft_elp is released, add the wheel that `requirements.txt` names.
+        adapters: Names of the adapters on the Hub, or of folders beside `app.py`, by the name of their tab.
+        title: Title of the Space.
+
+    Raises:
+        ValueError: The folder already has one of these files.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_space(folder, {"emotions": "me/emotions"})
+        ...     sorted(file.name for file in Path(folder).iterdir())
+        ['README.md', 'adapters.json', 'app.py', 'requirements.txt']
+    """
+    card: dict[str, Any] = {"title": title, "sdk": "gradio", "app_file": "app.py", "models": list(adapters.values())}
+    files = {
+        # JSON is YAML too, and quotes what comes from others.
+        "README.md": "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in card.items()) + "\n---\n",
+        "app.py": APP,
+        "adapters.json": json.dumps(dict(adapters), indent=2) + "\n",
+        "requirements.txt": f"./{wheel_name()}[demo]\n",
+    }
+    taken = [name for name in files if Path(folder, name).exists()]
+    if taken:
+        raise ValueError(f"{folder} already has {', '.join(taken)}. Name a new folder for the Space.")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        Path(folder, name).write_text(text, encoding="utf-8")
+
+
+def wheel_name() -> str:
+    """The file name of the wheel of this version."""
+    return f"peft_elp-{version('peft-elp')}-py3-none-any.whl"
+
+
+def _task(name: str, adapter: SpeechAdapter) -> Callable[[Any, SpeechAdapter], None]:
+    if adapter.tokenizer is not None:
+        return _transcribing
+    if adapter.saved.config.get("verification_threshold") is not None or "XVector" in str(adapter.saved.model_class):
+        return _verifying
+    if adapter.saved.num_labels:
+        return _classifying
+    raise ValueError(
+        f"Adapter {name!r} has the head of {adapter.saved.model_class} and no tokenizer, which no page can show. It "
+        "has to recognise speech, name labels or compare voices."
+    )
+
+
+def _voice(gradio: Any, label: str) -> Any:
+    return gradio.Audio(sources=["microphone", "upload"], type="filepath", label=label)
+
+
+def _answering(gradio: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The answer to recordings; what is wrong with them is shown on the page."""
+
+    def answered(*recordings: str | None) -> Any:
+        if not all(recordings):
+            raise gradio.Error("Record or upload a voice first.")
+        try:
+            return answer(*recordings)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise gradio.Error(escape(str(error))) from error  # It may quote a name, and the page reads HTML.
+
+    return answered
+
+
+def _transcribing(gradio: Any, adapter: SpeechAdapter) -> None:
+    voice, text = _voice(gradio, "Voice"), gradio.Textbox(label="Text")
+    run = gradio.Button("Transcribe", variant="primary")
+    run.click(_answering(gradio, adapter.transcribe), voice, text, api_name="transcribe", concurrency_id=ONE_AT_A_TIME)
+
+
+def _classifying(gradio: Any, adapter: SpeechAdapter) -> None:
+    voice, labels = _voice(gradio, "Voice"), gradio.Label(label="Labels", num_top_classes=10)
+    run = gradio.Button("Classify", variant="primary")
+
+    def answer(recording: str) -> dict[str, float]:
+        return {one["label"]: one["score"] for one in adapter.classify(recording)}
+
+    run.click(_answering(gradio, answer), voice, labels, api_name="classify", concurrency_id=ONE_AT_A_TIME)
+
+
+def _verifying(gradio: Any, adapter: SpeechAdapter) -> None:
+    first, second = _voice(gradio, "First voice"), _voice(gradio, "Second voice")
+    score, verdict = gradio.Number(label="Score, from -1 to 1", precision=3), gradio.Textbox(label="Answer")
+    run = gradio.Button("Compare", variant="primary")
+
+    def answer(one: str, other: str) -> tuple[float, str]:
+        found = adapter.verify(one, other)
+        if found.same is None:
+            return found.score, "The adapter names no threshold."
+        return found.score, f"{'the same voice' if found.same else 'different voices'}, threshold {found.threshold}"
+
+    run.click(
+        _answering(gradio, answer), [first, second], [score, verdict], api_name="verify", concurrency_id=ONE_AT_A_TIME
+    )
+
+
+def _show(gradio: Any, adapter: SpeechAdapter) -> None:
+    """Show what an adapter is: its base, and the layer weights of its L-adapter."""
+    import pandas  # gradio brings it.
+
+    gradio.Textbox(str(adapter.saved.base), label="Base", interactive=False)
+    if "L" in str(adapter.saved.config.get("adapters")):
+        weights = pandas.DataFrame(layer_weights(adapter.model), columns=["layer", "share"])
+        weights["layer"] = weights["layer"].astype(str)
+        top = 1.1 * weights["share"].max()
+        gradio.BarPlot(weights, x="layer", y="share", title="Layer weights", sort=None, y_lim=[0, top])
