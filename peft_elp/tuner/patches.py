@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from peft_elp.adapters.recompute import attach_gradient, detach_from_frozen
 from peft_elp.call.hidden_states import trim_hidden_states
 
 from .first_step import watch_when_trained
@@ -20,8 +19,6 @@ PATCHES: tuple[Callable[..., Any] | str, ...] = (
     trim_hidden_states,  # Forward hook of the backbone: its reported hidden states have no pseudo features.
     refuse_short_utterances,  # Forward pre-hook of the backbone: an utterance without a frame is an error.
     lay_out_time_first,  # Forward pre-hook of attention modules: they get hidden states in their own layout.
-    detach_from_frozen,  # Forward pre-hook of convolutions that compute a frozen weight: their graph does not keep it.
-    attach_gradient,  # Forward hook of the same.
     refuse_unloaded,  # Forward pre-hook of the model, without a PeftModel: the adapter's tensors have been loaded.
     watch_when_trained,  # Forward pre-hook of the model, without a PeftModel: the first step reaches all parameters.
     "_requires_grad",  # Of the convolutions: Transformers' private flag that makes them record a graph in training.

@@ -8,9 +8,7 @@ from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from peft_elp.adapters.recompute import attach_gradient, detach_from_frozen
 from peft_elp.call.hidden_states import trim_hidden_states
 from peft_elp.wording import shortened
 
@@ -135,10 +133,6 @@ def wrap_stack(model: nn.Module, encoder: Encoder, active_adapters: list[str]) -
         set_attribute(cnn, "_requires_grad", False)
         encoder.backbone.register_forward_pre_hook(refuse_short_utterances, with_kwargs=True)
     encoder.backbone.register_forward_hook(trim_hidden_states)
-    for part in stack.base_layer.modules():
-        if isinstance(part, nn.Conv1d) and is_parametrized(part, "weight"):
-            part.register_forward_pre_hook(detach_from_frozen)
-            part.register_forward_hook(attach_gradient)
     return stack
 
 
