@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME
-from torch import Tensor
 
 from .adapters import ACTIVATIONS
 from .heads import HEAD_SETTINGS
 from .published import SETTINGS
-from .saved.weights import described_tensors, find_weights
+from .saved.weights import SavedTensor, find_weights, read_tensors
 from .wording import brief
 
 LETTERS = "ELP"
@@ -235,7 +234,7 @@ class ELPConfig(PeftConfig):
     description: ClassVar[Any] = None  # for the card alone; `describe` sets it on one configuration
     # Set by from_pretrained. It is not a field, so it is not saved: the configuration as it was read, and the
     # description of the tensors beside it.
-    as_read: ClassVar[tuple[ELPConfig, dict[str, Tensor]] | None] = None
+    as_read: ClassVar[tuple[ELPConfig, dict[str, SavedTensor]] | None] = None
 
     def __post_init__(self) -> None:
         # PEFT fills in peft_version. A configuration that comes with it was saved: by version 0.1 if it has no format.
@@ -323,14 +322,12 @@ class ELPConfig(PeftConfig):
         hub_options, *_ = cls._split_kwargs(kwargs)
         path = find_weights(pretrained_model_name_or_path, subfolder, **hub_options)
         if path is not None:
-            config.as_read = (
-                copy(config),
-                described_tensors(path, str(Path(pretrained_model_name_or_path, subfolder or ""))),
-            )
+            adapter = str(Path(pretrained_model_name_or_path, subfolder or ""))
+            config.as_read = copy(config), read_tensors(path, adapter)
         return config
 
-    def tensors_to_load(self) -> dict[str, Tensor] | None:
-        """The tensors saved with this configuration, on the meta device.
+    def tensors_to_load(self) -> dict[str, SavedTensor] | None:
+        """Return what is known of the tensors saved with this configuration, by name.
 
         Returns:
             None if there are none, or if the configuration was changed after it was read, for a new adapter.

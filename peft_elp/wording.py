@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+LONGEST_LINE = 400  # characters of an error that is passed on
+
 
 def shortened(items: Iterable[object], shown: int = 6) -> str:
     """A list in words, cut after the first items.
@@ -49,3 +51,9 @@ def brief(value: object, length: int = 80) -> str:
     text = repr(value)
     half = length // 2 - 2
     return text if len(text) <= length else f"{text[:half]}...{text[-length + half + 3 :]}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, cut if it is long, or the name of its class without a message."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."

@@ -105,8 +105,10 @@ def dangling(name: str) -> Callable[[Path], Any]:
 BROKEN_JSON = "is broken: "
 KIND = r"has .* in the field \w+, where a \w+ belongs"
 FIELD = r"adapter_config\.json in .*: "
-TORN = r"The weights in .* are broken or cut short"
-LAYERS = r"The layer weights in .* (are not one number for each layer|have values that are not finite)"
+TORN = "The weights of the adapter .* are broken or cut short"
+NO_FILE = "cannot be read: adapter_model.safetensors is not a regular file"
+DTYPE = r"An adapter is saved in float64, .*layer_weights \(torch"
+LAYERS = "The layer weights in .* (must be one number per layer|are not finite)"
 
 FAULTS: dict[str, Fault] = {
     # The configuration as a file
@@ -145,7 +147,7 @@ FAULTS: dict[str, Fault] = {
         fields(l_layers=list(range(10**6))), "(names 1000000 layers|adapter_config)"
     ),
     "l_layers has a million texts": Fault(fields(l_layers=["x"] * 10**6), FIELD),
-    "l_layers is of another adapter": Fault(fields(l_layers=[0]), "names 1 layers that the L-adapter taps, and its"),
+    "l_layers is of another adapter": Fault(fields(l_layers=[0]), "names 1 layers that the L-adapter taps, but its"),
     "e_dim is a text": Fault(fields(e_dim="64"), FIELD),
     "e_after is an object": Fault(fields(e_after={"a": {}}), FIELD),
     "e_after holds lists": Fault(fields(e_after=[[1]]), r"adapter_config\.json"),
@@ -165,8 +167,11 @@ FAULTS: dict[str, Fault] = {
         head(num_labels=HUGE, id2label=None, label2id=None), "num_labels in head_config is .*, got 1000000000"
     ),
     # The weights
-    "weights are missing": Fault(lambda folder: (folder / WEIGHTS).unlink(), "but no weights: "),
-    "weights are a dangling link": Fault(dangling(WEIGHTS), "but no weights: "),
+    "weights are missing": Fault(lambda folder: (folder / WEIGHTS).unlink(), "but no weights"),
+    "weights are a dangling link": Fault(dangling(WEIGHTS), NO_FILE),
+    "weights are a pipe": Fault(lambda folder: [(folder / WEIGHTS).unlink(), os.mkfifo(folder / WEIGHTS)], NO_FILE),
+    "weights are a folder": Fault(lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()], NO_FILE),
+    "weights are of two saves": Fault(text("adapter_model.bin", ""), "both adapter_model.safetensors and adapter_mod"),
     "weights are empty": Fault(text(WEIGHTS, ""), TORN),
     "weights are a text": Fault(text(WEIGHTS, "x" * 100), TORN),
     "weights have a header of 2**60 bytes": Fault(text(WEIGHTS, struct.pack("<Q", 2**60) + b"{}"), TORN),
@@ -175,12 +180,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "pickle holds code": Fault(pickled({"base_model.model.classifier.weight": Payload()}), TORN),
     "pickle holds a list": Fault(pickled([1, 2]), TORN),
+    "pickle holds a tensor without end": Fault(pickled({"a": torch.zeros(1).expand(10**6, 10**6)}), TORN),
     "pickle holds no tensors": Fault(pickled({"a": 1}), TORN),
-    "layer weights are complex": Fault(layer_weights(lambda old: old.to(torch.complex64)), LAYERS),
-    "layer weights are whole": Fault(layer_weights(lambda old: old.to(torch.int8)), LAYERS),
+    "layer weights are complex": Fault(layer_weights(lambda old: old.to(torch.complex64)), DTYPE),
+    "layer weights are whole": Fault(layer_weights(lambda old: old.to(torch.int8)), DTYPE),
     "layer weights are NaN": Fault(layer_weights(lambda old: old * float("nan")), LAYERS),
     "layer weights are a matrix": Fault(layer_weights(lambda old: old[None].clone()), LAYERS),
-    "layer weights are too many": Fault(layer_weights(lambda old: torch.zeros(9)), "taps, and its weights have 9"),
+    "layer weights are too many": Fault(layer_weights(lambda old: torch.zeros(9)), "taps, but its weights have 9"),
     # What is odd and works, as far as no model is needed
     "num_labels has no names": Fault(head(id2label=None, label2id=None), None),
     "num_labels has a thousand digits": Fault(

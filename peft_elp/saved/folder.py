@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import safe_open
+from peft.utils import CONFIG_NAME
+from torch import Tensor
 
 from peft_elp.config import ELPConfig
 from peft_elp.heads import HeadRow, head_row
 from peft_elp.parameters import CONTAINERS, PARTS
-from peft_elp.wording import shortened
+from peft_elp.wording import first_line, shortened
+
+from .weights import find_weights, open_tensors
 
 LARGEST_CONFIG = 10_000_000  # bytes; the names of 100,000 labels take about 3,000,000
-LONGEST_LINE = 400  # characters of an error that is passed on
 KINDS = {  # fields of PEFT's that are read here and that nothing else checks
     "base_model_name_or_path": str,
     "revision": str,
@@ -158,25 +156,22 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    shapes, logits = _read_weights(folder)
+    path = find_weights(folder)
+    if path is None:
+        raise ValueError(f"{str(folder)!r} holds {CONFIG_NAME} but no weights. Save the adapter again.")
+    tensors = open_tensors(path, str(folder))
     counts = dict.fromkeys(PARTS, 0)
-    for name, shape in shapes.items():
-        counts[_part(name)] += prod(shape)
-    layers = config["l_layers"] or range(len(logits))
-    if len(logits) and len(layers) != len(logits):
+    for name, tensor in tensors.items():
+        counts[_part(name)] += tensor.numel()
+    shares = _layer_shares(folder, tensors)
+    layers = config["l_layers"] or range(len(shares))
+    if shares and len(layers) != len(shares):
         raise ValueError(
-            f"{CONFIG_NAME} in {str(folder)!r} names {len(layers)} layers that the L-adapter taps, and its weights "
-            f"have {len(logits)}. The two files are not of one save: save the adapter again."
+            f"{CONFIG_NAME} in {str(folder)!r} names {len(layers)} layers that the L-adapter taps, but its weights "
+            f"have {len(shares)}. Save the adapter again."
         )
-    shares = np.exp(logits - logits.max(initial=0.0))
-    layer_weights = list(zip(layers, (shares / shares.sum()).tolist(), strict=True)) if len(shares) else []
+    layer_weights = list(zip(layers, shares, strict=False))
     return SavedAdapter(folder, config, counts, layer_weights)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut if it is long; the name of its class if it has no message."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -247,27 +242,13 @@ def _part(name: str) -> str:
     return next((part for container, part in CONTAINERS.items() if f".{container}." in name), "head")
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
-    """The shape of each tensor, and the logits of the layer weights."""
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file() and not (folder / WEIGHTS_NAME).is_file():
-        raise ValueError(f"{str(folder)!r} holds {CONFIG_NAME} but no weights: {SAFETENSORS_WEIGHTS_NAME} is missing.")
-    try:
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:  # NumPy has no bfloat16.
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                logits = [file.get_tensor(name) for name in shapes if name.endswith(".elp_l.layer_weights")]
-        else:
-            tensors = torch.load(folder / WEIGHTS_NAME, map_location="cpu", weights_only=True)
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            logits = [tensor for name, tensor in tensors.items() if name.endswith(".elp_l.layer_weights")]
-    except Exception as error:  # Whatever is wrong with a file by a stranger.
-        raise ValueError(f"The weights in {str(folder)!r} are broken or cut short ({first_line(error)}).") from error
+def _layer_shares(folder: Path, tensors: Mapping[str, Tensor]) -> list[float]:
+    """The layer weights in the tensors of an adapter; none without an L-adapter."""
+    logits = [tensor for name, tensor in tensors.items() if name.endswith(".elp_l.layer_weights")]
     if not logits:
-        return shapes, np.zeros(0)
+        return []
     if len(logits) > 1 or logits[0].ndim != 1 or not logits[0].is_floating_point():
-        raise ValueError(f"The layer weights in {str(folder)!r} are not one number for each layer: they are broken.")
-    values = logits[0].double().numpy()
-    if not np.isfinite(values).all():
-        raise ValueError(f"The layer weights in {str(folder)!r} have values that are not finite: they are broken.")
-    return shapes, values
+        raise ValueError(f"The layer weights in {str(folder)!r} must be one number per layer. Save the adapter again.")
+    if not logits[0].isfinite().all():
+        raise ValueError(f"The layer weights in {str(folder)!r} are not finite. Save the adapter again.")
+    return logits[0].double().softmax(0).tolist()

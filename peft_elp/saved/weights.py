@@ -1,8 +1,9 @@
-"""The file with the tensors of a saved adapter: where it is, and what it says of them without reading their values."""
+"""The file with the tensors of a saved adapter: where it is, and what is in it."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -10,19 +11,34 @@ from zipfile import is_zipfile
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor
 
-from peft_elp.wording import brief, shortened
+from peft_elp.wording import first_line, shortened
 
-# The names that PEFT gives the file, in the order in which it looks for them.
-FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# The dtypes that an adapter may be saved in, under their names in a safetensors file.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # in the order in which PEFT looks for them
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (*FLOATS, torch.int64)  # int64 is for the counters of batch norms in a head
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor in a file of weights, without its values.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype, floating-point or int64.
+        largest: The largest absolute value; NaN or infinite if a value is.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    largest: float
 
 
 def find_weights(name_or_path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path | None:
-    """The file with the weights of a saved adapter, downloaded if it is on the Hub.
+    """Find the weights of a saved adapter, and download them if they are on the Hub.
 
     Args:
         name_or_path: A folder, or the name of a repository on the Hub.
@@ -33,12 +49,17 @@ def find_weights(name_or_path: str | os.PathLike[str], subfolder: str | None = N
         The file, or None for a folder without one.
 
     Raises:
-        ValueError: The repository has no such file.
+        ValueError: The repository has no such file, or the folder has two.
         OSError: The download failed. Other errors of the Hub are passed on as they are.
     """
     folder = Path(name_or_path, subfolder or "")
     if Path(name_or_path).is_dir():
-        return next((folder / name for name in FILES if (folder / name).exists()), None)
+        there = [folder / name for name in FILES if os.path.lexists(folder / name)]
+        if len(there) > 1:
+            raise ValueError(
+                f"{str(folder)!r} holds both {FILES[0]} and {FILES[1]}, from two saves. Remove the older one."
+            )
+        return there[0] if there else None
     for name in FILES:
         # Without an answer of the Hub this is a LocalEntryNotFoundError, which says nothing about the file.
         try:
@@ -51,59 +72,69 @@ def find_weights(name_or_path: str | os.PathLike[str], subfolder: str | None = N
     )
 
 
-def described_tensors(path: Path, adapter: str) -> dict[str, Tensor]:
-    """The names, shapes and dtypes of the tensors in a file of weights, as tensors on the meta device.
-
-    Of a safetensors file this reads the header alone, which also tells whether the file is complete.
+def read_tensors(path: Path, adapter: str) -> dict[str, SavedTensor]:
+    """Read the shape, dtype and largest value of each tensor in a file of weights.
 
     Args:
         path: The file.
         adapter: The folder or repository that it belongs to, for the errors.
 
     Raises:
-        ValueError: The file is broken, or holds something other than floating-point tensors by name.
-        pickle.UnpicklingError: A `.bin` file holds more than tensors. Nothing of it is run.
+        ValueError: The file is broken, or holds anything but tensors of floating-point numbers or int64 by name. Code
+            in a `.bin` file is not run.
     """
-    if path.suffix != ".safetensors":
-        # A file in PyTorch's zip format is mapped, so that its values are not read.
-        tensors = torch.load(path, map_location="meta", weights_only=True, mmap=is_zipfile(path))
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise ValueError(
-                f"{path.name} of the adapter {adapter!r} does not hold tensors by name. Save the adapter again."
-            )
-        refuse_dtypes({name: str(tensor.dtype) for name, tensor in tensors.items() if not is_accepted(tensor)})
-        return tensors
+    return {
+        name: SavedTensor(tuple(tensor.shape), tensor.dtype, _largest(tensor))
+        for name, tensor in open_tensors(path, adapter).items()
+    }
+
+
+def open_tensors(path: Path, adapter: str) -> dict[str, Tensor]:
+    """Open a file of weights. The values of the tensors are read when they are used; see `read_tensors`."""
+    if not path.is_file():
+        raise ValueError(f"The weights of the adapter {adapter!r} cannot be read: {path.name} is not a regular file.")
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            refuse_dtypes({name: held.get_dtype() for name, held in slices.items() if held.get_dtype() not in DTYPES})
-            return {
-                name: torch.empty(held.get_shape(), dtype=DTYPES[held.get_dtype()], device="meta")
-                for name, held in slices.items()
-            }
-    except SafetensorError as error:
+        tensors = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except Exception as error:  # Anything may be wrong with a file by a stranger.
         raise ValueError(
-            f"The weights of the adapter {adapter!r} are broken or cut short ({brief(str(error))}). From the "
-            "Hub, download them again with force_download=True. In a folder, save them again."
+            f"The weights of the adapter {adapter!r} are broken or cut short ({first_line(error)}). From the Hub, "
+            "download them again with force_download=True. In a folder, save them again."
         ) from error
+    refused = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]
+    if refused:
+        raise ValueError(
+            "An adapter is saved in float64, float32, float16 or bfloat16, but these tensors are not: "
+            f"{shortened(refused, shown=4)}. Save the adapter again."
+        )
+    return tensors
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"weights_only": True, "mmap": is_zipfile(path)}
+    tensors = torch.load(path, map_location="meta", **options)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError("it does not hold tensors by name")
+    # With strides of 0, a small file can describe a tensor of any size.
+    if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
+        raise ValueError("its tensors are larger than the file")
+    return torch.load(path, map_location="cpu", **options)
+
+
+def _largest(tensor: Tensor) -> float:
+    if not tensor.numel():
+        return 0.0
+    low, high = tensor.aminmax()  # Both are NaN if one value is NaN.
+    return max(abs(low.item()), abs(high.item()))
+
+
+# Until the tuner checks `SavedTensor`s.
+
+
+def described_tensors(path: Path, adapter: str) -> dict[str, Tensor]:
+    """Describe the tensors in a file of weights, as tensors on the meta device."""
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in open_tensors(path, adapter).items()}
 
 
 def is_accepted(tensor: Tensor) -> bool:
-    """Whether the tensor has a dtype that an adapter may be saved in."""
-    return tensor.dtype in DTYPES.values()
-
-
-def refuse_dtypes(dtypes: dict[str, str]) -> None:
-    """Refuse tensors of dtypes that no adapter is saved in.
-
-    Args:
-        dtypes: The dtypes, by the name of the tensor.
-
-    Raises:
-        ValueError: There are any.
-    """
-    if dtypes:
-        raise ValueError(
-            "An adapter is saved in float64, float32, float16 or bfloat16, and these tensors are not: "
-            f"{shortened((f'{name} ({dtype})' for name, dtype in dtypes.items()), shown=4)}. Save the adapter again."
-        )
+    """Whether the tensor has a floating-point dtype that an adapter may be saved in."""
+    return tensor.dtype in FLOATS

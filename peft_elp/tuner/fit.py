@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_elp.parameters import belongs_to
-from peft_elp.saved.weights import is_accepted
+from peft_elp.saved.weights import SavedTensor, is_accepted
 from peft_elp.wording import shortened
 
 from .build import new_e_adapter, new_l_adapter, new_p_adapter
@@ -57,19 +57,20 @@ def expected_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     }
 
 
-def refuse_too_large(model: nn.Module, plan: Plan, adapter_name: str, described: Mapping[str, Tensor]) -> None:
+def refuse_too_large(model: nn.Module, plan: Plan, adapter_name: str, saved: Mapping[str, SavedTensor]) -> None:
     """Refuse a file of weights, before its adapter is placed, if the adapter would take far more memory than the file.
 
     Args:
         model: The model, before the adapter is placed.
         plan: The plan of the adapter.
         adapter_name: The adapter's name.
-        described: The tensors of the file without their values, as `described_tensors` returns them.
+        saved: What is known of the tensors of the file.
 
     Raises:
         ValueError: The adapter would be far larger than the file.
     """
     expected = expected_tensors(model, plan)
+    described = {name: torch.empty(held.shape, dtype=held.dtype, device="meta") for name, held in saved.items()}
     largest = max(MARGIN * sum(tensor.numel() for tensor in described.values()), ALWAYS_FITS)
     if sum(tensor.numel() for tensor in expected.values()) > largest:
         raise misfit_error(
