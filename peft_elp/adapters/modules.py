@@ -8,14 +8,15 @@ Processing Tasks" ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)), and it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+from torch.utils.checkpoint import checkpoint
 
-from .bottleneck import after_down
 from .pseudo import RealFrames, end_of, row_places, start_of
-from .recompute import run_again_in_backward
-from .shapes import FrameMask, HiddenStates, JoinedMask, JoinedStates, LayerShares, TapFrames
+from .shapes import FrameMask, HiddenStates, JoinedMask, JoinedStates, LayerWeights, TapFrames
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -28,15 +29,18 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def _at_least_one(value: int, name: str, adapter: str) -> int:
+def _require_positive(name: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"An {adapter} needs a {name} of 1 or more, got {value}.")
-    return value
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _require_one_of(name: str, value: str, options: Iterable[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}.")
 
 
 def _activation(name: str) -> nn.Module:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"Unknown activation {name!r}; known are {', '.join(sorted(ACTIVATIONS))}.")
+    _require_one_of("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
 
 
@@ -52,19 +56,18 @@ class EAdapter(nn.Module):
     """Encoder adapter: a residual bottleneck on the output of one feed-forward (or attention) module.
 
     Computes `E(z) = z + norm(up(dropout(activation(down(z)))))`, the E-adapter of Inoue et al. 2024
-    ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). With the paper's initialisation, the default, the branch
-    enters `norm` so small that its `eps` of 1e-5 keeps it near zero: a fresh adapter is near the identity, not exactly
-    it. With `init_std=None, norm_gain=0.0` it is exactly the identity.
-
-    The backward pass computes what follows `down` again, so that a training step keeps `z` and the bottleneck only.
+    ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). With the paper's initialisation, the default, the input of
+    `norm` is so small that its `eps` of 1e-5 keeps the branch near zero: a fresh adapter is nearly the identity. With
+    `init_std=None, norm_gain=0.0` it is exactly the identity.
 
     Args:
         hidden_size: Width of the backbone's hidden states.
         bottleneck_size: Width between `down` and `up`, at least 1. The cost grows linearly with it.
         activation: A name from `ACTIVATIONS`.
         dropout: Probability, in training, that an element of the bottleneck is dropped.
-        init_std: Standard deviation of the linear weights, biases being 0; None keeps PyTorch's initialisation.
-        norm_gain: The weight of `norm` at the start.
+        init_std: Standard deviation of the initial linear weights, with biases of 0. None keeps PyTorch's
+            initialisation.
+        norm_gain: Initial weight of `norm`.
 
     Shape:
         `(batch, frames, hidden)` to the same.
@@ -87,7 +90,7 @@ class EAdapter(nn.Module):
         norm_gain: float = 1.0,
     ) -> None:
         super().__init__()
-        _at_least_one(bottleneck_size, "bottleneck_size", "E-adapter")
+        _require_positive("bottleneck_size", bottleneck_size)
         self.down = _linear(hidden_size, bottleneck_size, init_std)
         self.activation = _activation(activation)
         self.dropout = nn.Dropout(dropout)
@@ -96,27 +99,36 @@ class EAdapter(nn.Module):
         nn.init.constant_(self.norm.weight, norm_gain)
 
     def forward(self, z: HiddenStates) -> HiddenStates:
-        return z + after_down(self.down(z), self.activation, self.dropout, self.up, self.norm)
+        return z + self.norm(self.up(self.dropout(self.activation(self.down(z)))))
+
+
+class _WeightedNorm(nn.LayerNorm):
+    """Layer norm times a layer weight, multiplied into its parameters so that the graph need not keep the output."""
+
+    def forward(self, input: TapFrames, layer_weight: Tensor | None = None) -> TapFrames:
+        if layer_weight is None:
+            return super().forward(input)
+        weight, bias = layer_weight * self.weight, layer_weight * self.bias
+        return layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class Tap(nn.Module):
-    """What an L-adapter makes of one layer: `A_l = norm(dropout(activation(down(x))))`.
+    """Transform of the hidden states of one layer in an L-adapter: `A_l = norm(dropout(activation(down(x))))`.
 
-    With `input_norm`, `x` is normalised first, frame by frame and without parameters.
+    With `input_norm`, `x` is first normalised per frame, without parameters.
 
     Args:
         hidden_size: Width of the backbone's hidden states.
         tap_size: Width of the tap.
         activation: A name from `ACTIVATIONS`.
         dropout: Probability, in training, that an element is dropped before the norm.
-        init_std: Standard deviation of the linear weights, biases being 0; None keeps PyTorch's initialisation.
-        input_norm: Whether the input is normalised.
+        init_std: Standard deviation of the initial linear weights, with biases of 0. None keeps PyTorch's
+            initialisation.
+        input_norm: Whether to normalise the input.
 
     Shape:
         `(batch, frames, hidden)` to `(batch, frames, tap)`.
     """
-
-    input_norm: bool = False  # here as well, for taps that version 0.1 pickled
 
     def __init__(
         self,
@@ -132,29 +144,21 @@ class Tap(nn.Module):
         self.down = _linear(hidden_size, tap_size, init_std)
         self.activation = _activation(activation)
         self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(tap_size)
+        self.norm = _WeightedNorm(tap_size)
 
-    def forward(self, x: HiddenStates, share: Tensor | None = None, keep_input_only: bool = False) -> TapFrames:
-        """`A_l`, times the weight of its layer if that is given.
-
-        The backward pass computes what follows `down` again. With `keep_input_only` it computes all of it again: less
-        memory where `x` is kept anyway, for another product with the matrix of `down`.
-        """
-        if keep_input_only:
-            return run_again_in_backward(self._from_input, self.norm.weight, self.dropout, x, share)
-        return self._from_input(x, share)
-
-    def _from_input(self, x: HiddenStates, share: Tensor | None) -> TapFrames:
-        h = self.down(nn.functional.layer_norm(x, x.shape[-1:]) if self.input_norm else x)
-        return after_down(h, self.activation, self.dropout, None, self.norm, share)
+    def forward(self, x: HiddenStates, layer_weight: Tensor | None = None) -> TapFrames:
+        """Return `A_l`, multiplied by the layer weight if that is given."""
+        if self.input_norm:
+            x = layer_norm(x, x.shape[-1:])
+        return self.norm(self.dropout(self.activation(self.down(x))), layer_weight)
 
 
 class LAdapter(nn.Module):
     """Layer adapter: a path from every tapped layer to the head.
 
     Computes `Y = sum_l softmax(w)_l A_l`, with `A_l` a `Tap` of the output of layer `l`: the L-adapter of Inoue et al.
-    2024 ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). `w` starts uniform (1/N each). While an encoder runs,
-    `TapSum` adds the taps as they come.
+    2024 ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). `softmax(w)` are the layer weights; `w`, the layer
+    logits, start uniform. While an encoder runs, `TapSum` adds the taps one by one.
 
     Args:
         hidden_size: Width of the backbone's hidden states.
@@ -162,12 +166,13 @@ class LAdapter(nn.Module):
         tap_size: Width of each tap and of `Y`, at least 1.
         activation: A name from `ACTIVATIONS`.
         dropout: Probability, in training, that an element of a tap is dropped before its norm.
-        init_std: Standard deviation of the taps' linear weights, biases being 0; None keeps PyTorch's initialisation.
-        output: "taps" gives `Y` as it is; "project" adds one linear layer from `tap_size` to `hidden_size` (PyTorch's
-            initialisation: it stands in for the encoder's output, so it must not start near zero); "residual" adds one
-            that starts at zero, for a sum with the encoder's own output.
-        input_norm: Whether each tap normalises its input, frame by frame and without parameters: for layers whose
-            outputs are not normalised.
+        init_std: Standard deviation of the taps' initial linear weights, with biases of 0. None keeps PyTorch's
+            initialisation.
+        output: "taps" returns `Y` itself. "project" applies a linear layer from `tap_size` to `hidden_size`, with
+            PyTorch's initialisation, because it replaces the encoder's output. "residual" applies one that starts at
+            zero, because its result is added to the encoder's output.
+        input_norm: Whether each tap normalises its input per frame, without parameters: for layers whose outputs are
+            not normalised.
 
     Shape:
         `num_taps` tensors `(batch, frames, hidden)` to `(batch, frames, tap)`, or `(batch, frames, hidden)` with an
@@ -194,13 +199,13 @@ class LAdapter(nn.Module):
         input_norm: bool = False,
     ) -> None:
         super().__init__()
-        _at_least_one(num_taps, "num_taps", "L-adapter")
-        _at_least_one(tap_size, "tap_size", "L-adapter")
-        if output not in ("taps", "project", "residual"):
-            raise ValueError(f"An L-adapter's output is 'taps', 'project' or 'residual', got {output!r}.")
+        _require_positive("num_taps", num_taps)
+        _require_positive("tap_size", tap_size)
+        _require_one_of("output", output, ("taps", "project", "residual"))
         self.taps = nn.ModuleList(
             Tap(hidden_size, tap_size, activation, dropout, init_std, input_norm) for _ in range(num_taps)
         )
+        # The layer logits. Saved adapters hold them under this name.
         self.layer_weights = nn.Parameter(torch.full((num_taps,), 1 / num_taps))
         self.output = None if output == "taps" else nn.Linear(tap_size, hidden_size)
         self.residual = output == "residual"
@@ -208,8 +213,8 @@ class LAdapter(nn.Module):
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
 
-    def shares(self) -> LayerShares:
-        """The weight of each tapped layer in the sum: `softmax(w)`, positive and summing to 1."""
+    def shares(self) -> LayerWeights:
+        """Return the layer weights `softmax(w)`: each tap's share in the sum, positive and adding up to 1."""
         return self.layer_weights.softmax(dim=0)
 
     def forward(self, layers: Iterable[HiddenStates]) -> Tensor:
@@ -220,14 +225,15 @@ class LAdapter(nn.Module):
 
 
 class TapSum:
-    """The sum of one L-adapter over one pass through an encoder, tap by tap, so that no stack of layers is ever held.
+    """Add up the taps of one L-adapter while an encoder runs, so that no stack of hidden states is held.
 
     Args:
-        adapter: The L-adapter whose taps are summed.
-        keep_inputs_only: Passed to each tap: whether a training step keeps nothing of it but its input.
+        adapter: The L-adapter.
+        keep_inputs_only: Whether the graph keeps only the inputs of the taps, and the backward pass computes the taps
+            again. This saves memory where the graph keeps the inputs anyway, as with gradient checkpointing.
 
     Raises:
-        RuntimeError: From `check()` and `result()`, where a tap was not added exactly once.
+        RuntimeError: From `check()` and `result()`, if a tap was not added exactly once.
     """
 
     def __init__(self, adapter: LAdapter, keep_inputs_only: bool = False) -> None:
@@ -239,46 +245,47 @@ class TapSum:
 
     def add(self, tap: int, x: HiddenStates) -> None:
         """Add the tap with number `tap` (0-based, among the tapped layers) of hidden states `x`."""
-        term = self.adapter.taps[tap](x, self.shares[tap], self.keep_inputs_only)
+        module, share = self.adapter.taps[tap], self.shares[tap]
+        term: Any = checkpoint(module, x, share, use_reentrant=False) if self.keep_inputs_only else module(x, share)
         self.total = term if self.total is None else self.total + term
         self.seen.append(tap)
 
     def check(self) -> None:
-        """Raise unless each tap was added exactly once."""
+        """Check that each tap was added exactly once."""
         expected = len(self.adapter.taps)
         if sorted(self.seen) != list(range(expected)):
             raise RuntimeError(
-                f"An L-adapter with {expected} taps was given taps {self.seen} in one pass: some layers did not run, "
-                "or not through the wrappers around them. A layer that is skipped in training (LayerDrop) has no tap: "
-                "leave the backbone's layerdrop at 0 while an L-adapter is active."
+                f"An L-adapter must read each of its {expected} layers once per call, but it read {self.seen} "
+                "(numbers of its taps). Some layers did not run, ran twice, or ran outside their wrappers. Leave the "
+                "backbone's layerdrop at 0 while an L-adapter is active, because a skipped layer has no output."
             )
 
     def result(self) -> Tensor:
-        """`Y`, through the output layer where the adapter has one."""
+        """Return `Y`, through the output layer if the adapter has one."""
         self.check()
         assert self.total is not None
         return self.total if self.adapter.output is None else self.adapter.output(self.total)
 
 
 class PAdapter(nn.Module):
-    """Prompt adapter: learned pseudo features next to the CNN features of every utterance.
+    """Prompt adapter: learned pseudo features beside the CNN features of every utterance.
 
-    Computes `[X_0 ; P]` along time with a trained `P: (length, hidden)`, rows drawn from N(0, init_std^2): the
-    P-adapter of Inoue et al. 2024 ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). In a padded batch the rows
-    follow each utterance's own last valid frame, so that the length a batch is padded to changes nothing. In a
-    pre-norm encoder the first norm brings the rows to full size unless `init_std` is far below the root of its `eps`,
-    0.003. Rows of exactly 0 would stay equal to one another where they have no positions, as in Whisper.
+    Computes `[X_0 ; P]` along time with a trained `P: (length, hidden)`, drawn from N(0, init_std^2): the P-adapter of
+    Inoue et al. 2024 ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)). In a padded batch the pseudo features
+    follow the last valid frame of each utterance, so the padding changes nothing. In a pre-norm encoder the first norm
+    scales them up to full size unless `init_std` is far below 0.003, the root of its `eps`. Pseudo features of exactly
+    0 would stay equal to one another where they have no positions, as in Whisper.
 
     Args:
         hidden_size: Width of the backbone's hidden states.
         length: Number of pseudo features, at least 1.
         position: "append" puts them after the last valid frame of each utterance, "prepend" before its first.
-        init_std: Standard deviation of the rows.
+        init_std: Standard deviation of the initial pseudo features.
 
     Shape:
         `(batch, frames, hidden)` and, if given, the mask `(batch, frames)` (non-zero: valid) to the same with `length`
         more frames; the mask keeps its dtype. With a `squeeze` above 1, for an encoder that takes so many frames as
-        one, the rows start at a multiple of it, behind padding where there is need.
+        one, the pseudo features start at a multiple of it, after padding if necessary.
 
     Raises:
         ValueError: `length` is below 1, or `position` is unknown.
@@ -291,9 +298,8 @@ class PAdapter(nn.Module):
 
     def __init__(self, hidden_size: int, length: int = 16, position: str = "append", init_std: float = 0.02) -> None:
         super().__init__()
-        _at_least_one(length, "length", "P-adapter")
-        if position not in ("append", "prepend"):
-            raise ValueError(f"A P-adapter's position is 'append' or 'prepend', got {position!r}.")
+        _require_positive("length", length)
+        _require_one_of("position", position, ("append", "prepend"))
         self.position = position
         self.rows = nn.Parameter(torch.empty(length, hidden_size))
         nn.init.normal_(self.rows, std=init_std)

@@ -1,4 +1,4 @@
-"""Index arithmetic of pseudo features: where they are put among the frames, and where the frames are then."""
+"""Index arithmetic of pseudo features: where they are put among the frames, and where the frames end up."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .shapes import FrameIndex, FrameMask, HiddenStates, JoinedIndex, JoinedMask
 
 @dataclass(frozen=True)
 class RealFrames:
-    """Where the frames of the utterances are, once they are joined with pseudo features.
+    """Positions of the real frames among frames and pseudo features.
 
     Args:
         joined: Number of frames and pseudo features together.
-        index: Position of each real frame, `(batch, frames)`, or None if it is the same in all utterances.
+        index: Position of each real frame, `(batch, frames)`. None if the positions are the same in all utterances.
         start: Position of the first real frame. Used if `index` is None.
         frames: Number of real frames.
     """
@@ -29,13 +29,13 @@ class RealFrames:
     frames: int
 
     def of(self, x: JoinedStates) -> HiddenStates:
-        """The real frames of `x`: `(batch, joined, width)` to `(batch, frames, width)`."""
+        """Return the real frames of `x`: `(batch, joined, width)` to `(batch, frames, width)`."""
         if self.index is None:
             return x[:, self.start : self.start + self.frames]
         return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
     def squeezed(self, factor: int) -> RealFrames:
-        """The same for an encoder that takes `factor` frames as one."""
+        """Return the positions after an encoder has merged each `factor` frames into one."""
         frames = self.frames // factor
         index = None if self.index is None else self.index[:, ::factor][:, :frames] // factor
         return RealFrames(self.joined // factor, index, self.start // factor, frames)
@@ -43,7 +43,7 @@ class RealFrames:
 
 @dataclass(frozen=True)
 class Carried:
-    """Pseudo features that are carried through the encoder layers beside the frames.
+    """Positions of pseudo features that are carried through the encoder layers beside the frames.
 
     Args:
         real: Where the real frames are.
@@ -60,9 +60,9 @@ class Carried:
 
     @classmethod
     def beside(cls, x: Tensor, pseudo: Tensor, counts: Tensor | None, mask: Any) -> Carried:
-        """Put pseudo features behind the last valid frame of each utterance.
+        """Put pseudo features after the last valid frame of each utterance.
 
-        Which frames are valid is read from what the first frame may attend to.
+        The valid frames are those that the first frame may attend to.
 
         Args:
             x: The frames, `(batch, frames, hidden)`.
@@ -80,7 +80,7 @@ class Carried:
             mask = x.new_zeros(batch, 1, 1, frames)
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             raise ValueError(
-                "Pseudo features are carried through the layers of this encoder, and its attention mask, a "
+                "Pseudo features pass through the layers of this encoder, and its attention mask, a "
                 f"{type(mask).__name__}, cannot be extended. Use attn_implementation='sdpa' or 'eager', or leave P "
                 "out of adapters."
             )
@@ -110,7 +110,7 @@ class Carried:
         return joined if self.source is None else joined.gather(1, self.source[:, :, None].expand_as(joined))
 
     def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
-        """Split what `join` returned, or a layer made of it, into frames and pseudo features."""
+        """Split the result of `join`, or the output of a layer for it, into frames and pseudo features."""
         if self.rows is None:
             return self.real.of(joined), joined[:, self.real.frames :]
         return self.real.of(joined), joined.gather(1, self.rows[:, :, None].expand(-1, -1, joined.shape[-1]))
@@ -124,18 +124,18 @@ def join_each(
     before: Bool[Tensor, "batch 1"],
     squeeze: int = 1,
 ) -> tuple[JoinedStates, JoinedMask, RealFrames]:
-    """Join each utterance of a batch with different pseudo features, as `PAdapter` joins all with the same.
+    """Join each utterance of a batch with pseudo features of its own.
 
     Args:
         x: The frames, `(batch, frames, hidden)`.
         mask: Which frames are valid, `(batch, frames)`, or None if all are.
         rows: The pseudo features of each utterance, padded to the largest number of them.
         counts: How many of them are not padding. The padding is masked.
-        before: Whether they are put before the first valid frame of the utterance, rather than after the last.
+        before: Whether to put them before the first valid frame of the utterance instead of after the last.
         squeeze: How many frames the encoder takes as one.
 
     Returns:
-        What `PAdapter` returns, always with a mask.
+        The joined frames, their mask and the positions of the real frames, as from `PAdapter`.
     """
     frames = x.shape[1]
     padding = -frames % squeeze
@@ -154,7 +154,7 @@ def join_each(
 
 
 def start_of(mask: FrameMask, squeeze: int = 1) -> Int[Tensor, "batch 1"]:
-    """The last position up to the first valid frame of each utterance that is a multiple of `squeeze`.
+    """Return the last multiple of `squeeze` that is not after the first valid frame of each utterance.
 
     Examples:
         >>> start_of(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
@@ -164,7 +164,7 @@ def start_of(mask: FrameMask, squeeze: int = 1) -> Int[Tensor, "batch 1"]:
 
 
 def end_of(mask: FrameMask, squeeze: int = 1) -> Int[Tensor, "batch 1"]:
-    """The first position behind the last valid frame of each utterance that is a multiple of `squeeze`.
+    """Return the first multiple of `squeeze` that is after the last valid frame of each utterance.
 
     Examples:
         >>> end_of(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
@@ -178,17 +178,17 @@ def end_of(mask: FrameMask, squeeze: int = 1) -> Int[Tensor, "batch 1"]:
 def row_places(
     begin: Int[Tensor, "batch 1"], frames: int, length: int, counts: Int[Tensor, "batch 1"] | int
 ) -> tuple[JoinedIndex, FrameIndex, Int[Tensor, "batch rows"]]:
-    """Indices that move rows of pseudo features from the end of a batch to a position among the frames.
+    """Return indices that move pseudo features from behind the frames to a position among them.
 
     Args:
-        begin: Position of the first row of each utterance.
+        begin: Position of the first pseudo feature of each utterance.
         frames: Number of frames.
-        length: Number of rows at the end of the batch.
+        length: Number of pseudo features behind the frames.
         counts: How many of them are moved. The others stay at the end.
 
     Returns:
-        Three tensors. `(batch, frames + length)`: for each position, which of `[frames ; rows]` is put there.
-        `(batch, frames)`: the position of each frame. `(batch, length)`: the position of each row.
+        Three tensors. `(batch, frames + length)`: for each position, which of `[frames ; pseudo features]` is put
+        there. `(batch, frames)`: the position of each frame. `(batch, length)`: the position of each pseudo feature.
 
     Examples:
         >>> source, frames, rows = row_places(torch.tensor([[2]]), frames=3, length=2, counts=2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 HiddenStates = Float[Tensor, "*batch frames hidden"]  # some encoders pack all utterances along frames, without batch
 TapFrames = Float[Tensor, "*batch frames tap"]
-LayerShares = Float[Tensor, " layers"]  # the space keeps linters from reading a type name
+LayerWeights = Float[Tensor, " layers"]  # the space keeps linters from reading a type name
 FrameMask = Shaped[Tensor, "batch frames"]  # bool in the wav2vec 2.0 line, int64 elsewhere
 FrameIndex = Int[Tensor, "batch frames"]
 JoinedStates = Float[Tensor, "batch joined hidden"]  # frames and pseudo features
