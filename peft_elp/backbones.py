@@ -1,4 +1,4 @@
-"""The speech encoders that ELP supports: a table, keyed by the class of the encoder stack.
+"""The speech encoders that ELP supports: a table, keyed by the class of the encoder stack in Transformers.
 
 The stack is the module that runs the encoder layers. It is found by its class and not by its path: paths differ
 between heads and change between versions of Transformers, and class names do not. To support a new family, add a row
@@ -42,8 +42,8 @@ class Backbone:
         tap_in_place: Whether the stack writes into the output of a layer, so that a tap has to copy it.
         pre_norm: Whether a layer ends in its residual sum, so that its output is not normalised. False if it ends in a
             norm, as post-norm layers and conformers do.
-        time_first: In a layer, the modules that read hidden states with time as the first axis: laid out so, frozen
-            layers are faster.
+        transposing: In a layer, the modules that transpose hidden states to `(frames, batch, hidden)`. Frozen layers
+            are faster if the memory is laid out so beforehand.
         no_l: Why this family takes no L-adapter. Empty if it does.
         no_p: Why this family takes no P-adapter. Empty if it does.
 
@@ -71,7 +71,7 @@ class Backbone:
     unreached_in: str | None = None
     tap_in_place: bool = False
     pre_norm: bool = False
-    time_first: tuple[str, ...] = ()
+    transposing: tuple[str, ...] = ()
     no_l: str = ""
     no_p: str = ""
 
@@ -80,7 +80,7 @@ _WAV2VEC2 = Backbone()
 _WAV2VEC2_STABLE = replace(_WAV2VEC2, pre_norm=True)
 # A layer returns position_bias, which the next layer takes by keyword: each recomputation walks its graph again.
 # Its attention transposes hidden states and calls `torch.nn.functional.multi_head_attention_forward`.
-_WAVLM = replace(_WAV2VEC2, reentrant_checkpointing=False, time_first=("attention",))
+_WAVLM = replace(_WAV2VEC2, reentrant_checkpointing=False, transposing=("attention",))
 _CONFORMER = Backbone(
     feed_forward=("ffn1", "ffn2"),
     attention=("self_attn",),
@@ -325,35 +325,62 @@ REFUSED: dict[str, str] = {
 BRIDGES = ("enc_to_dec_proj",)
 
 
-def register_backbone(stack_class: str, backbone: Backbone) -> None:
+# Rows of encoders that are not in Transformers, by class.
+_REGISTERED: dict[type, Backbone] = {}
+
+
+def register_backbone(stack_class: type, backbone: Backbone) -> None:
     """Describe a speech encoder that ELP does not know, so that it can be adapted like any other.
 
     Args:
-        stack_class: Name of the class of the module that runs the encoder layers.
+        stack_class: The class of the module that runs the encoder layers. Classes that derive from it are described
+            with it.
         backbone: Where it keeps its parts.
 
     Raises:
-        ValueError: The class is described already, in another way.
+        TypeError: `stack_class` is not a class.
+        ValueError: The class has been described differently before.
 
     Examples:
-        >>> register_backbone("MyEncoder", Backbone(layers="blocks", feed_forward=("mlp",), norms=("norm1", "norm2")))
-        >>> del BACKBONES["MyEncoder"]
+        >>> class MyEncoder: ...
+        >>> register_backbone(MyEncoder, Backbone(layers="blocks", feed_forward=("mlp",), norms=("norm1", "norm2")))
     """
-    known = BACKBONES.get(stack_class)
-    if known is not None and known != backbone:
-        raise ValueError(
-            f"{stack_class} is described already, as {known}. Give your encoder stack a class name of its own."
+    if not isinstance(stack_class, type):
+        raise TypeError(
+            f"register_backbone takes a class, got {stack_class!r}. Pass the class of the module that runs the encoder "
+            "layers, such as type(model.encoder)."
         )
-    BACKBONES[stack_class] = backbone
+    known = family(stack_class)
+    if known is not None and known != backbone:
+        raise ValueError(f"{stack_class.__name__} has been described differently before: {known}.")
+    _REGISTERED[stack_class] = backbone
 
 
-def family(cls: type) -> Backbone | None:
-    """The row of an encoder stack's class, or of the nearest class it derives from; None if there is none."""
-    return next((BACKBONES[base.__name__] for base in cls.__mro__ if base.__name__ in BACKBONES), None)
+def family(stack_class: type) -> Backbone | None:
+    """Return the row of an encoder stack's class, or of the nearest class that it derives from; None without a row.
+
+    A class of another library has no row because it is called like a class of Transformers.
+    """
+    for base in stack_class.__mro__:
+        if base in _REGISTERED:
+            return _REGISTERED[base]
+        if base.__module__.startswith("transformers.") and base.__name__ in BACKBONES:
+            return BACKBONES[base.__name__]
+    return None
+
+
+def refusal(module_class: type) -> str | None:
+    """Return the reason why ELP cannot adapt a class of Transformers; None if there is no such reason."""
+    return REFUSED.get(module_class.__name__) if module_class.__module__.startswith("transformers.") else None
+
+
+def is_encoder_stack(module: Any) -> bool:
+    """Whether a module is an encoder stack that ELP knows."""
+    return family(type(module)) is not None
 
 
 def receptive_field(config: Any) -> int:
-    """Samples that the convolutions over the waveform need for one frame; 400 (25 ms) in wav2vec 2.0."""
+    """Return how many samples the convolutions over the waveform need for one frame; 400 (25 ms) in wav2vec 2.0."""
     samples = 1
     for kernel, stride in reversed(list(zip(config.conv_kernel, config.conv_stride, strict=True))):
         samples = (samples - 1) * stride + kernel

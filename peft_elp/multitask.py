@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .tuner.find import Encoder
-from .tuner.one_pass import Task, adapted_encoder, refuse_idle_labels, refuse_reports, run
+from .tuner.one_pass import Task, adapted_encoder, refuse_idle_labels, refuse_reports, run_tasks
 from .tuner.paths import canonical
 from .wording import shortened
 
@@ -100,7 +100,7 @@ class MultiTaskModel(nn.Module):
                 )
             inputs = kwargs if name not in (labels or {}) else kwargs | {"labels": (labels or {})[name]}
             chosen[name] = Task(backbone, stack, model.active_adapters[0], partial(model, *args, **inputs))
-        return run(chosen)
+        return run_tasks(chosen)
 
 
 def share_tensors(encoder: Encoder, other: Encoder, task: str, other_task: str) -> None:

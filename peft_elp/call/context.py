@@ -13,7 +13,7 @@ import torch
 T = TypeVar("T")
 
 
-class Current(Generic[T]):
+class CallVariable(Generic[T]):
     """A value that is set for a `with` block, in the thread that entered the block.
 
     torch.compile cannot trace a context variable. It traces in one thread at a time, so a value that is set during
@@ -23,7 +23,7 @@ class Current(Generic[T]):
         name: Name of the context variable.
 
     Examples:
-        >>> language = Current("language")
+        >>> language = CallVariable("language")
         >>> with language.set("fi"):
         ...     language.get()
         'fi'

@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch import nn
 
-from .context import Current
+from .context import CallVariable
 
 REPORTS = ("output_hidden_states", "output_attentions")
 
 # Whether the call of a model of Transformers asks for hidden states or attentions. The encoder cannot tell: some heads
 # always ask it for hidden states, and drop them.
-reports_asked: Current[bool] = Current("peft_elp_reports_asked")
+reports_asked: CallVariable[bool] = CallVariable("peft_elp_reports_asked")
 
 
 def asking(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .context import Current
+from .context import CallVariable
 
 BASE = "__base__"
 
@@ -82,4 +82,4 @@ class Route:
         return self._indices[key]
 
 
-current_route: Current[Route] = Current("peft_elp_route")
+current_route: CallVariable[Route] = CallVariable("peft_elp_route")

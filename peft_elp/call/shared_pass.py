@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_elp.adapters import LAdapter
 
-from .context import Current
+from .context import CallVariable
 from .outputs import another
 
 
@@ -62,7 +62,7 @@ def cached_pass(features: Mapping[str, Tensor]) -> SharedPass:
     return SharedPass(cached={int(layer): x for layer, x in features.items()})
 
 
-current_pass: Current[SharedPass] = Current("peft_elp_shared_pass")
+current_pass: CallVariable[SharedPass] = CallVariable("peft_elp_shared_pass")
 
 
 def readers_of_pass() -> SharedPass | None:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from peft_elp.adapters import TapSum
 from peft_elp.adapters.pseudo import Carried, RealFrames
 
-from .context import Current
+from .context import CallVariable
 from .outputs import another, hidden_states_of, with_hidden_states
 from .shared_pass import SharedPass
 
 
 @dataclass
-class Reader:
+class TapReader:
     """The running sum of one L-adapter during one call.
 
     Args:
@@ -74,7 +74,7 @@ class StackCall:
         needs_gradient: Whether a layer loses the gradients of its adapters unless its input requires a gradient.
     """
 
-    readers: tuple[Reader, ...] = ()
+    readers: tuple[TapReader, ...] = ()
     shared: SharedPass | None = None
     last_layer: int = 0
     last_run: int = 0
@@ -184,4 +184,4 @@ class StackCall:
             x._elp_real_frames = real  # pyright: ignore[reportAttributeAccessIssue]
 
 
-current_call: Current[StackCall] = Current("peft_elp_stack_call")
+current_call: CallVariable[StackCall] = CallVariable("peft_elp_stack_call")

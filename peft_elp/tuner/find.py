@@ -11,11 +11,10 @@ from operator import attrgetter
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_elp.backbones import BACKBONES, REFUSED, Backbone, family
+from peft_elp.backbones import BACKBONES, Backbone, family, refusal
 from peft_elp.wording import brief, shortened
 
-from .head import original
-from .paths import canonical, join
+from .paths import canonical, join, original
 from .wrapper import Wrapper
 
 
@@ -42,7 +41,7 @@ class Encoder:
     hidden_size: int
 
     def layer_path(self, layer: int, part: str = "") -> str:
-        """The path of an encoder layer in the model, or of a module inside that layer."""
+        """Return the path of an encoder layer in the model, or of a module inside that layer."""
         return join(self.stack_path, self.family.layers, str(layer), part)
 
 
@@ -85,7 +84,7 @@ def find_encoder(model: nn.Module, target: str | None = None) -> Encoder:
 
 
 def encoder_of(model: nn.Module, stack: nn.Module) -> Encoder:
-    """The encoder with a given stack, however many encoders of the same class the model contains.
+    """Return the encoder with a given stack, however many encoders of the same class the model contains.
 
     Args:
         model: The whole model.
@@ -102,12 +101,12 @@ def encoder_of(model: nn.Module, stack: nn.Module) -> Encoder:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by the path that they have without wrappers; a wrapped module stands for its wrapper."""
+    """Return all modules by the path that they have without wrappers; a wrapped module stands for its wrapper."""
     return {canonical(name): module for name, module in model.named_modules()}
 
 
 def _described(model: nn.Module, modules: dict[str, nn.Module], stack_path: str) -> Encoder:
-    """The encoder whose stack is at a path.
+    """Return the encoder whose stack is at a path.
 
     Raises:
         ValueError: ELP cannot adapt it, or the table of backbones does not describe it correctly.
@@ -116,7 +115,7 @@ def _described(model: nn.Module, modules: dict[str, nn.Module], stack_path: str)
     row = family(type(stack))
     assert row is not None
     for path, module in modules.items():
-        reason = REFUSED.get(type(module).__name__)
+        reason = refusal(type(module))
         if reason and (not path or f"{stack_path}.".startswith(f"{path}.")):
             raise ValueError(f"ELP cannot adapt {type(module).__name__}: {reason}. Adapt the plain encoder.")
     backbone, backbone_path = (stack, stack_path) if row.front_end_inside else _backbone(model, stack_path)
@@ -145,7 +144,7 @@ def _described(model: nn.Module, modules: dict[str, nn.Module], stack_path: str)
 
 
 def _backbone(model: nn.Module, stack_path: str) -> tuple[nn.Module, str]:
-    """The nearest Transformers model around the stack, and its path."""
+    """Return the nearest Transformers model around the stack, and its path."""
     backbone, backbone_path = model, ""
     here, path = model, ""
     for step in stack_path.split(".") if stack_path else ():
@@ -167,9 +166,9 @@ def _named(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:
 
 
 def _why_none(model: nn.Module) -> str:
-    """The end of the error about a model without a known encoder: the reason, or how to describe the encoder."""
+    """Return why a model has no known encoder, or how to describe its encoder: the end of an error."""
     for name, module in model.named_modules():
-        reason = REFUSED.get(type(module).__name__)
+        reason = refusal(type(module))
         if reason:
             return f": {reason} (found at {name or 'the model itself'})."
     known = f". It knows these encoder stacks: {', '.join(sorted(BACKBONES))}"
@@ -180,19 +179,37 @@ def _why_none(model: nn.Module) -> str:
     ]
     if not lists:
         return f"{known}. Load a model of such a family, for example with AutoModelForCTC.from_pretrained(...)."
-    name, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    heard = [(name, layers) for name, layers in lists if re.search("audio|speech|acoustic", name.lower())]
+    name, layers = max(heard or lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     stack_path, _, layers_name = name.rpartition(".")
-    children = [child for child, _ in layers[0].named_children()]
+    stack = model.get_submodule(stack_path)
+    return (
+        f"{known}. If {type(stack).__name__} encodes speech, describe it first; this is a guess at how:\n"
+        f"    stack = model{f'.get_submodule({stack_path!r})' if stack_path else ''}\n"
+        f"    peft_elp.register_backbone(type(stack), peft_elp.Backbone({_guess(stack, layers_name, layers[0])}))"
+    )
+
+
+def _guess(stack: nn.Module, layers_name: str, layer: nn.Module) -> str:
+    """Return the arguments that may describe an unknown encoder stack, as code."""
+    children = [child for child, _ in layer.named_children()]
     forward = [child for child in children if re.search(r"feed_?forward|ffn|mlp|fc2", child) and "norm" not in child]
     norms = [child for child in children if "norm" in child.lower()]
-    stack = model.get_submodule(stack_path)
-    stack_class = type(stack).__name__
-    return (
-        f"{known}. If {stack_class} encodes speech, describe it first; this is a guess at how:\n"
-        f"    peft_elp.register_backbone({stack_class!r}, peft_elp.Backbone(layers={layers_name!r}, "
-        f"feed_forward={tuple(forward) or ('?',)}, norms={tuple(norms) or ('?',)}, layerdrop=None, "
-        f"feature_encoder=None{', front_end_inside=True' if _hears_features(type(stack)) else ''}))"
-    )
+    holders = {"layerdrop": stack, "config.layerdrop": getattr(stack, "config", None)}
+    layerdrop = next((path for path, holder in holders.items() if hasattr(holder, "layerdrop")), None)
+    parts = [child for child, _ in stack.named_children()]
+    found = {
+        "layers": layers_name,
+        "feed_forward": tuple(forward) or ("?",),
+        "norms": tuple(norms) or ("?",),
+        "layerdrop": layerdrop,
+        "feature_encoder": None,
+    }
+    if _hears_features(type(stack)):
+        found["front_end_inside"] = True
+    if any("norm" in part for part in parts[parts.index(layers_name) + 1 :]):  # It normalises what the layers return.
+        found["pre_norm"] = True
+    return ", ".join(f"{name}={value!r}" for name, value in found.items())
 
 
 def _hears_features(stack_class: type[nn.Module]) -> bool:

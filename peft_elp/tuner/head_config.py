@@ -17,12 +17,12 @@ from peft_elp.config import plain_settings
 from peft_elp.heads import HEAD_SETTINGS, head_input
 from peft_elp.wording import brief, shortened
 
-from .head import original
 from .offload import running_device
+from .paths import original
 
 
 def head_config(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The settings that an adapter's head is made from: the model's, with `given` in place of some.
+    """Return the settings that an adapter's head is made from: the model's, with `given` in place of some.
 
     Returns:
         None if the head is not one that Transformers makes from settings.
@@ -66,7 +66,7 @@ def refuse_left_out(model: nn.Module, head: Iterable[str], trained: Collection[s
 
 
 def remade_modules(model: nn.Module, paths: Iterable[str], settings: dict[str, Any] | None) -> dict[str, nn.Module]:
-    """The modules of a head that are different under the given settings, on the meta device.
+    """Return the modules of a head that are different under the given settings, on the meta device.
 
     They are taken from a second model of the same class, no tensor of which is allocated.
 
@@ -97,7 +97,7 @@ def planned_head(
     input_path: str | None,
     input_size: int,
 ) -> dict[str, nn.Module]:
-    """The modules of the head that an adapter does not copy from the model, by path, on the meta device.
+    """Return the modules of the head that an adapter does not copy from the model, by path, on the meta device.
 
     Args:
         model: The model.
@@ -115,7 +115,7 @@ def planned_head(
 
 
 def initialised(model: nn.Module, path: str, planned: nn.Module) -> nn.Module:
-    """A module of `planned_head` with tensors, initialised as Transformers initialises modules of that model."""
+    """Give a module of `planned_head` tensors, initialised as Transformers initialises modules of that model."""
     old = original(model.get_submodule(path))
     like = next(old.parameters())
     module = planned.to_empty(device=running_device(old)).to(like.dtype)
@@ -133,7 +133,7 @@ def initialised(model: nn.Module, path: str, planned: nn.Module) -> nn.Module:
 
 
 def _config_without_adapters(model: PreTrainedModel) -> Any:
-    """A copy of the model's configuration as it is without adapters."""
+    """Return a copy of the model's configuration as it is without adapters."""
     config = deepcopy(model.config)
     for head in (vars(module).get("task_head") for module in model.modules()):
         if isinstance(head, TaskHead):
@@ -142,7 +142,7 @@ def _config_without_adapters(model: PreTrainedModel) -> Any:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """The settings of a configuration that are set, in plain Python values."""
+    """Return the settings of a configuration that are set, in plain Python values."""
     found = plain_settings(
         {name: getattr(config, name) for name in HEAD_SETTINGS if getattr(config, name, None) is not None}
     )
@@ -152,7 +152,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _description(module: nn.Module) -> list[Any]:
-    """What distinguishes modules that are configured differently: classes, shapes, and the plain values they hold."""
+    """Return what distinguishes modules that are configured differently: classes, shapes and plain values."""
 
     def values(inner: nn.Module) -> dict[str, Any]:
         named = {name: value for name, value in vars(inner).items() if name != "training" and not name.startswith("_")}
@@ -172,25 +172,28 @@ class TaskHead:
     PEFT switches the copies of the head's modules. Transformers does not enable them again together with the other
     adapters, and neither of them tells the model's configuration about the labels or the vocabulary of the active
     adapter. `problem_type` needs care: Transformers guesses it from the first labels and writes the guess into the
-    configuration, where the next adapter would find it.
-
-    Args:
-        config: The model's configuration, or None if it has none.
-        model: The model, which holds `num_labels` beside its configuration in some classes.
+    configuration. The guess belongs to the adapter that was active, and is saved with it.
     """
 
-    model: nn.Module | None = None  # Heads that version 0.1 pickled have none.
-    problem_type: Any = Absent
-
-    def __init__(self, config: Any, model: nn.Module | None = None) -> None:
-        self.config = config
-        self.model = model
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        self.config: Any = None
         self.copies: list[ModulesToSaveWrapper] = []
         self.settings: dict[str, dict[str, Any]] = {}  # By adapter name.
         self.own: dict[str, Any] = {}  # What the model has instead, while an adapter's settings are in its place.
+        self.problem_type: Any = Absent  # Of the model without adapters.
+        self.followed: str | None = None  # The adapter whose settings the configuration has.
 
-    def join(self, adapter_name: str, settings: dict[str, Any] | None) -> None:
-        """Remember the settings of an adapter's head."""
+    def join(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        settings: dict[str, Any] | None,
+        copies: Iterable[ModulesToSaveWrapper],
+    ) -> None:
+        """Remember the head of an adapter: the settings that it is made from, and the modules it has copies of."""
+        self.model, self.config = model, getattr(model, "config", None)
+        self.copies += [module for module in copies if all(module is not known for known in self.copies)]
         if settings and self.config is not None:
             if self.problem_type is Absent:
                 self.problem_type = getattr(self.config, "problem_type", Absent)
@@ -203,15 +206,29 @@ class TaskHead:
                 module.enable_adapters(enabled)
         if self.config is None:
             return
+        self.keep_problem_type()
         self.restore(self.config)
         self.own = {}
-        wanted = next((self.settings[name] for name in active_adapters if enabled and name in self.settings), None)
-        if wanted is not None:
+        self.followed = next((name for name in active_adapters if enabled and name in self.settings), None)
+        if self.followed is not None:
+            wanted = self.settings[self.followed]
             if not _without_problem_type(wanted).items() <= _settings(self.config).items():
                 self.own = {name: getattr(self.config, name, Absent) for name in HEAD_SETTINGS}
                 self.config.update(_without_problem_type(wanted))
             self.config.problem_type = wanted.get("problem_type")
         self._tell(self.model)
+
+    def keep_problem_type(self, adapter_name: str | None = None, config: Any = None) -> None:
+        """Take what Transformers has guessed during a call into the settings of an adapter.
+
+        Args:
+            adapter_name: The adapter. None: the active one.
+            config: The configuration of the model that was called. None: the model's own.
+        """
+        name = adapter_name or self.followed
+        guess = getattr(config or self.config, "problem_type", None)
+        if name in self.settings and guess is not None:
+            self.settings[name]["problem_type"] = guess
 
     def restore(self, config: Any) -> None:
         """Give a configuration the settings that the model has without adapters."""
@@ -224,10 +241,9 @@ class TaskHead:
             config.problem_type = self.problem_type
 
     def seen_by(self, adapter_name: str, model: nn.Module) -> nn.Module:
-        """The model with the settings of an adapter's head, for one call: everything else is the same objects.
+        """Return the model with the settings of an adapter's head, for one call: all else is the same objects.
 
-        Another thread that calls the model does not see these settings, and what Transformers writes into the
-        configuration during the call is gone after it.
+        Another thread that calls the model does not see these settings.
         """
         settings = self.settings.get(adapter_name)
         if settings is None:
@@ -252,5 +268,5 @@ class TaskHead:
 
 
 def _without_problem_type(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without `problem_type`, which every adapter has, if only as None."""
+    """Return the settings without `problem_type`, which every adapter has, if only as None."""
     return {name: value for name, value in settings.items() if name != "problem_type"}

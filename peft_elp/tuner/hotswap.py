@@ -9,9 +9,10 @@ from peft import PeftConfig, PeftType, get_peft_model_state_dict, load_peft_weig
 from torch import nn
 
 from peft_elp.config import ELPConfig, differing_fields
+from peft_elp.saved.weights import SavedTensor
 from peft_elp.wording import brief, unknown_adapter
 
-from .fit import listed, mismatches, problems
+from .misfits import find_misfits
 
 
 def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str = "default", **hub: Any) -> None:
@@ -65,7 +66,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
         f"{name} is {brief(there)}, here {brief(here)}"
         for name, (there, here) in differing_fields(saved, config, "computation").items()
     ]
-    misfits = listed(problems(old, new) | mismatches(old, new))
+    misfits = find_misfits(old, {name: SavedTensor.of(tensor) for name, tensor in new.items()})
     if differences or misfits:
         raise ValueError(
             f"The adapter in {model_name_or_path!r} cannot replace {adapter_name!r}, which was left as it is: "

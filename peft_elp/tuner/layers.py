@@ -16,7 +16,7 @@ from peft_elp.call.route import current_route
 from peft_elp.call.shared_pass import current_pass
 from peft_elp.call.stack_call import current_call
 
-from .offload import copy_with_weights, running_device
+from .offload import running_device
 from .trained import KeepsTrained
 from .wrapper import Wrapper
 
@@ -45,15 +45,13 @@ class ELPLayer(KeepsTrained, Wrapper, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
 
-    def place(self, container: str, adapter_name: str, adapter: nn.Module, inference_mode: bool) -> None:
-        """Put a new adapter into one of the `adapter_layer_names`, with device, dtype and mode of `base_layer`."""
+    def place(self, container: str, adapter_name: str, adapter: nn.Module) -> None:
+        """Put a new adapter into one of the `adapter_layer_names`, frozen, with device and dtype of `base_layer`."""
         getattr(self, container)[adapter_name] = adapter.train(self.training).requires_grad_(False)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        if adapter_name in self.active_adapters and not inference_mode:
-            self.set_requires_grad(adapter_name)
 
     def adapter_names(self) -> set[str]:
-        """The names of the adapters that the layer holds."""
+        """Return the names of the adapters that the layer holds."""
         return {name for container in self.adapter_layer_names for name in getattr(self, container)}
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -62,28 +60,19 @@ class ELPLayer(KeepsTrained, Wrapper, BaseTunerLayer):
         self.train_only([] if inference_mode else names)
         self._active_adapter = names
 
-    def remove(self, adapter_name: str) -> None:
-        """Drop an adapter, whether or not it is active."""
-        for container in self.adapter_layer_names:
-            if adapter_name in getattr(self, container):
-                del getattr(self, container)[adapter_name]
-
-    def release(self) -> None:
-        """Undo what the layer has changed around itself. Called before `base_layer` takes its place again."""
-
     def running(self, container: nn.ModuleDict) -> list[str]:
-        """The active adapters among those in `container`. They serve the whole batch; none while disabled."""
+        """Return the active adapters in `container`, which serve the whole batch; none while disabled."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in container]
 
     def mixed(self, container: nn.ModuleDict, x: Tensor) -> list[tuple[str, Tensor]] | None:
-        """The adapters in `container` with the rows of the batch `x` that each serves; None if they are not mixed."""
+        """Return the adapters in `container`, each with the utterances of `x` it serves; None if not mixed."""
         route = None if self.disable_adapters else current_route.get()
         if route is None:
             return None
         return [(name, route.indices(name, x)) for name in route.adapters if name in container]
 
     def only_running(self, container: nn.ModuleDict, what: str) -> str | None:
-        """The one active adapter in `container`, or None if there is none.
+        """Return the one active adapter in `container`, or None.
 
         Raises:
             ValueError: Several are active, and only one can be.
@@ -198,8 +187,8 @@ class ELPSublayer(ELPLayer):
             for name in self.running(self.elp_e):
                 z = self._through(name, z)
         else:
-            for name, rows in mixed:
-                z = z.index_copy(0, rows, self._through(name, z[rows]))
+            for name, indices in mixed:
+                z = z.index_copy(0, indices, self._through(name, z[indices]))
         return with_hidden_states(output, z)
 
     def _through(self, name: str, z: Tensor) -> Tensor:
@@ -222,16 +211,12 @@ class ELPNorm(ELPLayer):
         self.elp_norm = nn.ModuleDict()
         self.scale, _ = next(base_layer.named_parameters())
 
-    def copy_for(self, adapter_name: str, inference_mode: bool) -> None:
-        """Give an adapter its own copy, which starts as the backbone's."""
-        self.place("elp_norm", adapter_name, copy_with_weights(self.base_layer), inference_mode)
-
     def forward(self, x: Tensor) -> Tensor:
         mixed = self.mixed(self.elp_norm, x)
         if mixed is not None:
             y = self.base_layer(x)
-            for name, rows in mixed:
-                y = y.index_copy(0, rows, self._through(name, x[rows]))
+            for name, indices in mixed:
+                y = y.index_copy(0, indices, self._through(name, x[indices]))
             return y
         name = self.only_running(self.elp_norm, "The trained layer norms")
         return self.base_layer(x) if name is None else self._through(name, x)

@@ -7,7 +7,7 @@ in one product. So a frozen WavLM, whose attention transposes its input, is slow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from peft_elp.backbones import Backbone
 
 from .find import find_encoder
 from .wrapper import Wrapper
+
+FASTER = "_elp_faster"  # Attribute of a module that `speed_up_frozen` has changed.
 
 
 def lay_out_time_first(
@@ -31,22 +33,10 @@ def _time_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def time_first_parts(layers: Iterable[nn.Module], family: Backbone) -> list[nn.Module]:
-    """The modules of some encoder layers that take hidden states laid out time-first."""
-    found = [layer.get_submodule(path) for layer in layers for path in family.time_first]
+def transposing_parts(layers: Iterable[nn.Module], family: Backbone) -> list[nn.Module]:
+    """Return the modules of some encoder layers that transpose hidden states."""
+    found = [layer.get_submodule(path) for layer in layers for path in family.transposing]
     return [module.base_layer if isinstance(module, Wrapper) else module for module in found]
-
-
-def lay_out(parts: Iterable[nn.Module], hook: Callable[..., Any], on: bool) -> None:
-    """Put a hook on modules where it is missing, or take it off."""
-    for part in parts:
-        # The dictionary of hooks is private to PyTorch; see `undo_patches`.
-        held = [key for key, other in part._forward_pre_hooks.items() if other is hook]
-        if on and not held:
-            part.register_forward_pre_hook(hook, with_kwargs=True)
-        for key in held if not on else ():
-            del part._forward_pre_hooks[key]
-            part._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def speed_up_frozen(model: nn.Module) -> nn.Module:
@@ -72,10 +62,8 @@ def speed_up_frozen(model: nn.Module) -> nn.Module:
         True
     """
     encoder = find_encoder(model)
-    lay_out(time_first_parts(encoder.layers, encoder.family), _by_user, on=True)
+    for part in transposing_parts(encoder.layers, encoder.family):
+        if not getattr(part, FASTER, False):
+            part.register_forward_pre_hook(lay_out_time_first, with_kwargs=True)
+            setattr(part, FASTER, True)
     return model
-
-
-def _by_user(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Another function than the hook of the tuner, which `unload()` removes.
-    return lay_out_time_first(module, args, kwargs)

@@ -12,27 +12,31 @@ from typing import Any, NoReturn
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from peft_elp.call.reports import asking
 from peft_elp.call.route import BASE, Route, current_route
 from peft_elp.call.shared_pass import CACHED, cached_pass, current_pass
+from peft_elp.parameters import belongs_to
+from peft_elp.saved.weights import SavedTensor
 from peft_elp.wording import unknown_adapter
 
-from . import alone
 from .averaging import check_combination, combine
-from .checked_loading import check_next_loading
-from .first_step import watch_first_step
-from .fit import adapter_tensors, listed, misfit_error, mismatches, problems, refuse_too_large, with_head
 from .head import Head
 from .layers import WHY_NO_MERGE, ELPLayer
-from .one_pass import Task, adapted_encoder, refuse_idle_labels, refuse_reports, run
+from .misfits import refuse_misfits
+from .one_pass import Task, adapted_encoder, refuse_idle_labels, refuse_reports, run_tasks
 from .paths import canonical
-from .place import adapted_modules, check_placed, give_head, place_adapter, unwrap
-from .plan import check_adapter_name, make_plan
-from .snapshot import unchanged_on_error
-from .stack import ELPStack
+from .place import adapted_modules, place_adapter, unwrap
+from .plan import SAVED_PREFIX, Plan, check_adapter_name, make_plan
+from .stack import ELPStack, set_frozen_norms
+from .without_peft_model import prepare_for_transformers
+
+WHY_NOT_CACHED = (
+    "A batch with cached features holds the features of one adapter and no recordings. Call the model without "
+    "adapter_names, or pass the recordings."
+)
 
 
 class ELPModel(BaseTuner):
@@ -61,15 +65,21 @@ class ELPModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         # `inject_adapter_in_model` passes one configuration, and its caller goes on with the model alone. A PeftModel
         # passes a dictionary.
-        self._alone = isinstance(peft_config, PeftConfig)
+        self._in_peft_model = not isinstance(peft_config, PeftConfig)
         self._switched: tuple[list[Head], list[ELPLayer]] | None = None
-        self._watched: frozenset[str] = frozenset()  # The adapters whose first training step was watched.
-        self._switches = 0  # Counts the starts and the ends of switching: odd while adapters are being switched.
+        self._refuse_other_adapters(model)
         super().__init__(model, peft_config, *args, **kwargs)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Version 0.1 pickled other private attributes.
-        super().__setstate__({"_watched": frozenset(), "_switches": 0, "_alone": state.get("_direct", False), **state})
+    def _refuse_other_adapters(self, model: nn.Module) -> None:
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        others = [module for module in layers if self._in_peft_model or not isinstance(module, ELPLayer)]
+        if others:
+            kinds = sorted({type(module).__module__.split(".")[-2] for module in others} - {"tuner"}) or ["ELP"]
+            raise ValueError(
+                f"{type(model).__name__} already has adapters ({', '.join(kinds)}), and ELP-adapters are placed in a "
+                "model without any. Add a further ELP-adapter with model.add_adapter(name, config), or call unload() "
+                "first."
+            )
 
     def inject_adapter(
         self,
@@ -82,54 +92,51 @@ class ELPModel(BaseTuner):
         """Place one adapter; PEFT calls this for the first and for every further one.
 
         PEFT's own walk replaces modules by a list of names made beforehand, in which a parent that is replaced hides
-        its children. ELP wraps parents and children, so it follows a plan of its own.
+        its children. ELP wraps parents and children, so it follows a plan of its own. What can be refused is refused
+        before the model is changed.
 
         Raises:
-            ValueError: The configuration does not fit the model.
-            RuntimeError: The model is not built as its table of layers says, so that an adapter was not placed.
+            ValueError: The configuration does not fit the model, or the file that it was read with holds the tensors
+                of another adapter.
         """
-        with self._placing(adapter_name):
-            config: Any = self.peft_config[adapter_name]
-            self._check_new_adapter_config(config)
-            check_adapter_name(model, adapter_name)
-            plan = make_plan(model, config)
-            if self._alone and not plan.encoder.stack_path:
-                raise ValueError(
-                    f"{type(model).__name__} is an encoder stack itself. Its caller would go on without the wrapper "
-                    "that the adapters need around it. Use get_peft_model(model, config)."
-                )
-            if plan.config != config:  # Else the caller's own object, as from_pretrained(..., config=config) promises.
-                self.peft_config[adapter_name] = plan.config
-            described = config.tensors_to_load()
-            if described is not None:
-                refuse_too_large(model, plan, adapter_name, described)
-            first = not any(isinstance(module, ELPLayer) for module in model.modules())
-            if first:
-                model.requires_grad_(False)
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self.model = place_adapter(model, plan, adapter_name, self.active_adapters)
-            check_placed(self.model, plan, adapter_name)
-            # A further adapter leaves alone what the others train. Without a PeftModel, each new one is active.
-            if first or self._alone:
-                self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            active = adapter_name in self.active_adapters
-            give_head(self.model, plan, adapter_name, active, named_by_tuner=not self._alone)
-            self._switched = None
-            self.targeted_module_names[:] = adapted_modules(self.model)
-            if self._alone:
-                self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-                alone.prepare(model, plan.config, adapter_name)
-                check_next_loading(model, adapter_name)
-
-    @contextmanager
-    def _placing(self, adapter_name: str) -> Iterator[None]:
-        """Place an adapter in the block, or leave the model and its list of adapters as they were before."""
         try:
-            with unchanged_on_error(self):
-                yield
+            plan = self._plan(model, adapter_name)
         except BaseException:
             self._forget(adapter_name)
             raise
+        config = self.peft_config[adapter_name] = plan.config
+        first = not any(isinstance(module, ELPLayer) for module in model.modules())
+        if first:
+            model.requires_grad_(False)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            self.model = place_adapter(model, plan, adapter_name, self.active_adapters)
+        self._switched = None
+        # A further adapter leaves alone what the others train. Without a PeftModel, each new one is active.
+        if first or not self._in_peft_model:
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.targeted_module_names[:] = adapted_modules(self.model)
+        if not self._in_peft_model:
+            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            _, stack = adapted_encoder(self)
+            prepare_for_transformers(model, stack, config, adapter_name)
+
+    def _plan(self, model: nn.Module, adapter_name: str) -> Plan:
+        """Decide what to place, and refuse what does not fit. Nothing is changed."""
+        config: Any = self.peft_config[adapter_name]
+        self._check_new_adapter_config(config)
+        check_adapter_name(model, adapter_name)
+        plan = make_plan(model, config)
+        if not (self._in_peft_model or plan.encoder.stack_path):
+            raise ValueError(
+                f"{type(model).__name__} is an encoder stack itself. Its caller would go on without the wrapper "
+                "that the adapters need around it. Use get_peft_model(model, config)."
+            )
+        saved = config.tensors_to_load()
+        if saved is not None:
+            refuse_misfits(model, adapter_name, plan.tensors(), saved)
+        if plan.config == config:
+            plan.config = config  # The caller's own object, as from_pretrained(..., config=config) promises.
+        return plan
 
     def _forget(self, adapter_name: str) -> None:
         """Drop the configuration of an adapter that is not in the model any more, or not yet."""
@@ -146,18 +153,17 @@ class ELPModel(BaseTuner):
         Raises:
             TypeError: `adapter_names` is not a list of names.
             ValueError: The model is in training mode, or an adapter does not exist.
-            RuntimeError: Another thread switched adapters during the call.
         """
-        self._watch(self.active_adapters)
-        names = kwargs.get("adapter_names")
+        names, cached = kwargs.get("adapter_names"), kwargs.get(CACHED)
         if names is None:
-            cached = kwargs.get(CACHED)
             passed = nullcontext() if cached is None else current_pass.set(cached_pass(cached))
-            with self._refuse_switching(), asking(self.model, args, kwargs), passed:
+            with asking(self.model, args, kwargs), passed:
                 yield
             return
+        if cached is not None:
+            raise ValueError(WHY_NOT_CACHED)
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"adapter_names is a list with one adapter name per utterance, got {names!r}.")
+            raise TypeError(f"adapter_names must be a list with one adapter name per utterance, got {names!r}.")
         if self.training:
             raise ValueError(
                 "adapter_names mixes adapters in one batch for inference only, and the model is in training mode. "
@@ -169,40 +175,19 @@ class ELPModel(BaseTuner):
         generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
         repeats = [kwargs.get(name, getattr(generation, name, None)) for name in ("num_beams", "num_return_sequences")]
         route = Route(names, max(1, *(number or 1 for number in repeats)))
-        with self._refuse_switching(), asking(self.model, args, kwargs), current_route.set(route):
+        with asking(self.model, args, kwargs), current_route.set(route):
             yield
-
-    @contextmanager
-    def _refuse_switching(self) -> Iterator[None]:
-        """Raise an error if adapters are switched while the block runs, which only another thread can do."""
-        before = None if torch.compiler.is_compiling() else self._switches
-        yield
-        if before is not None and (before % 2 or before != self._switches):
-            raise RuntimeError(
-                "Adapters were switched in another thread while this call ran, so its answer may mix adapters. Pass "
-                "adapter_names instead of switching, or hold a lock around the switch and the call."
-            )
-
-    @contextmanager
-    def _switching(self) -> Iterator[None]:
-        self._switches += 1
-        try:
-            yield
-        finally:
-            self._switches += 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # The models that PEFT has for a `task_type` call this, with arguments that the hook above does not see.
         with asking(self.model, args, kwargs):
             return super().forward(*args, **kwargs)
 
-    def _watch(self, adapter_names: Sequence[str]) -> None:
-        """Say so if the first training step with these adapters does not reach all that they train."""
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            new = frozenset(adapter_names) - self._watched
-            if new:
-                watch_first_step(self.model, new)
-                self._watched |= new
+    def train(self, mode: bool = True) -> ELPModel:
+        """Set the training mode. Frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        set_frozen_norms(self.model, False)
+        return self
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, and the only trained one unless `inference_mode` is set.
@@ -233,18 +218,12 @@ class ELPModel(BaseTuner):
         for layer in layers:
             if isinstance(layer, ELPStack):
                 layer.check_set_adapter(names)
-        with self._switching():
-            for head, name in zip(heads, copies, strict=True):
-                own = [name] if name and name in head.modules_to_save else []
-                head.set_adapter(own, inference_mode=inference_mode)
-            for layer in layers:
-                layer.set_adapter(adapter_name, inference_mode=inference_mode)
-            self.active_adapter = adapter_name
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        # The private method behind `disable_adapter` and `enable_adapter_layers`.
-        with self._switching():
-            super()._enable_adapter_layers(enabled)
+        for head, name in zip(heads, copies, strict=True):
+            own = [name] if name and name in head.modules_to_save else []
+            head.set_adapter(own, inference_mode=inference_mode)
+        for layer in layers:
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was active, the first of the others becomes active.
@@ -258,15 +237,14 @@ class ELPModel(BaseTuner):
             raise ValueError(unknown_adapter(adapter_name, self.peft_config))
         active = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
-        with unchanged_on_error(self):
-            super().delete_adapter(adapter_name)
-            self.model = unwrap(self.model, only_unused=True)
-            self._switched = None
-            # In PEFT each layer chooses the next active adapter among its own. Layers that only some adapters have
-            # would then differ in their active adapter, or have none.
-            following = active or list(self.peft_config)[:1]
-            if was_active and following:
-                self.set_adapter(following)
+        super().delete_adapter(adapter_name)
+        self.model = unwrap(self.model, only_unused=True)
+        self._switched = None
+        # In PEFT each layer chooses the next active adapter among its own. Layers that only some adapters have
+        # would then differ in their active adapter, or have none.
+        following = active or list(self.peft_config)[:1]
+        if was_active and following:
+            self.set_adapter(following)
 
     def forward_all(
         self,
@@ -275,7 +253,7 @@ class ELPModel(BaseTuner):
         labels: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The outputs of several L-adapters, each with its head, from one pass through the frozen backbone.
+        """Return the outputs of several L-adapters, each with its head, from one pass through the frozen backbone.
 
         Equal to activating each of them and calling the model. In training, gradients reach those that are trainable
         (`model.set_requires_grad(adapter_names)`).
@@ -299,9 +277,10 @@ class ELPModel(BaseTuner):
                 f"forward_all takes a list of adapter names, got {adapter_names!r}; the model has "
                 f"{', '.join(map(repr, sorted(self.peft_config)))}."
             )
+        if CACHED in kwargs:
+            raise ValueError(WHY_NOT_CACHED)
         refuse_reports(self.model, kwargs)
         refuse_idle_labels(adapter_names, labels)
-        self._watch(adapter_names)
         encoder, stack = adapted_encoder(self)
         tasks: dict[str, Task] = {}
         for name in adapter_names:
@@ -318,19 +297,21 @@ class ELPModel(BaseTuner):
                     "train_layer_norms=False that train nothing of the encoder but its head, and call the model once "
                     "for each of the others."
                 )
-        return run(tasks)
+        return run_tasks(tasks)
 
     def _as(self, adapter_name: str, stack: ELPStack, *args: Any, **kwargs: Any) -> Any:
         """Call the model with the settings of an adapter's head, on which its loss depends."""
         model: Any = self.model if stack.disable_adapters else stack.task_head.seen_by(adapter_name, self.model)
         with asking(self.model, args, kwargs):
-            if not self.training:
-                return model(*args, **kwargs)
             try:
-                stack.layer_drop.turn_off()
-                return model(*args, **kwargs)
+                if self.training:
+                    stack.layer_drop.turn_off()
+                output = model(*args, **kwargs)
             finally:
-                stack.follow_adapters()
+                if self.training:
+                    stack.follow_adapters()
+        stack.task_head.keep_problem_type(adapter_name, getattr(model, "config", None))
+        return output
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -356,10 +337,9 @@ class ELPModel(BaseTuner):
                 "Write combination_type='linear'."
             )
         config = check_combination(self.peft_config, adapters, weights, adapter_name)
-        with unchanged_on_error(self):
-            self.peft_config[adapter_name] = replace(config, inference_mode=True)
-            self.inject_adapter(self.model, adapter_name)
-            combine(self.model, adapters, weights, adapter_name)
+        self.peft_config[adapter_name] = replace(config, inference_mode=True)
+        self.inject_adapter(self.model, adapter_name)
+        combine(self.model, adapters, weights, adapter_name)
 
     def get_input_embeddings(self) -> None:
         """None. PEFT asks for the embeddings when it saves an adapter of a model with a resized vocabulary.
@@ -383,11 +363,10 @@ class ELPModel(BaseTuner):
         # The private method behind `unload` and `merge_and_unload`.
         if merge:
             self._check_merge_allowed()
-        with unchanged_on_error(self):
-            self.model = unwrap(self.model)
-            self._switched = None
-            if hasattr(self.model, "peft_config"):
-                del self.model.peft_config
+        self.model = unwrap(self.model)
+        self._switched = None
+        set_frozen_norms(self.model, self.training)
+        vars(self.model).pop("peft_config", None)
         return self.model
 
     # PEFT delegates the names of an adapter's tensors to these private class methods. Its own versions look for them
@@ -407,6 +386,7 @@ class ELPModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, ELPStack):
                 module.check_depth()
+                module.task_head.keep_problem_type()
         pattern = re.compile(rf"\b{cls.prefix}[a-z]+\.{re.escape(adapter_name)}\.")
         return {key: tensor for key, tensor in state_dict.items() if pattern.search(key)}
 
@@ -418,27 +398,26 @@ class ELPModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The saved tensors under their names in the model, if they are those of the adapter.
+        """Return the saved tensors under their names in the model, if they are those of the adapter.
+
+        PEFT has given the tensors of the head their names in the model before.
 
         Raises:
             ValueError: They are not.
         """
-        own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict())
-        names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
-        outside = "base_model.model."  # Saved names start with it. A model without a PeftModel does not have it.
-        names |= {outside + saved: key for saved, key in names.items() if not key.startswith(outside)}
-        named = with_head(model, adapter_name, {names.get(key, key): tensor for key, tensor in state_dict.items()})
-        _refuse(model, adapter_name, problems(adapter_tensors(model, adapter_name), named))
+        own = {name: tensor for name, tensor in model.state_dict().items() if belongs_to(adapter_name, name)}
+        names = {cls._remove_adapter_name_from_key(name, adapter_name): name for name in own}
+        # Saved names start with the prefix. A model without a PeftModel does not have it.
+        names |= {SAVED_PREFIX + saved: name for saved, name in names.items() if not saved.startswith(SAVED_PREFIX)}
+        named = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+        given = {name: SavedTensor.of(tensor) for name, tensor in named.items()}
+        refuse_misfits(model, adapter_name, own, given, shapes=False)
 
         def refuse_mismatches(_: nn.Module, tensors: dict[str, torch.Tensor], *args: Any) -> None:
             hook.remove()
-            _refuse(model, adapter_name, mismatches(adapter_tensors(model, adapter_name), tensors))
+            kept = {name: tensor for name, tensor in given.items() if name in tensors}
+            refuse_misfits(model, adapter_name, {name: own[name] for name in kept}, kept)
 
         # Only PEFT knows by now whether tensors of another size are to be passed over, and which.
         hook = model.register_load_state_dict_pre_hook(refuse_mismatches)
         return named
-
-
-def _refuse(model: nn.Module, adapter_name: str, found: dict[str, list[str]]) -> None:
-    if any(found.values()):
-        raise misfit_error(model, adapter_name, listed(found))

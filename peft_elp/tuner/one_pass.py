@@ -60,7 +60,7 @@ def _changing(module: nn.Module) -> tuple[str, ...]:
     return module.adapter_layer_names if isinstance(module, (ELPSublayer, ELPNorm)) else ()
 
 
-def run(tasks: Mapping[str, Task]) -> dict[str, Any]:
+def run_tasks(tasks: Mapping[str, Task]) -> dict[str, Any]:
     """Run several tasks on the same input.
 
     The convolutions over the waveform run once. The tasks that leave the encoder layers alone share one pass through

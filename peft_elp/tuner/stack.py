@@ -19,13 +19,14 @@ from peft_elp.call.outputs import another, hidden_states_of, with_hidden_states
 from peft_elp.call.reports import are_watched
 from peft_elp.call.route import Route, current_route
 from peft_elp.call.shared_pass import SharedPass, current_pass, readers_of_pass
-from peft_elp.call.stack_call import Reader, StackCall, current_call
+from peft_elp.call.stack_call import StackCall, TapReader, current_call
 
-from .guards import checkpointing, reentrant_checkpointing
+from .checkpointing import is_checkpointing, is_checkpointing_reentrant
 from .head_config import TaskHead
 from .layerdrop import LayerDrop
 from .layers import ELPLayer, ELPNorm, ELPSublayer, TappedLayer
-from .layout import lay_out, lay_out_time_first, time_first_parts
+from .layout import lay_out_time_first, transposing_parts
+from .patches import Patches
 from .window import Window, common_window, window_text
 from .wrapper import Wrapper
 
@@ -50,20 +51,14 @@ class ELPStack(ELPLayer):
         self.tapped_layers = {}  # By adapter name.
         self.cacheable: set[str] = set()  # Adapters whose taps may read cached features.
         self.windows: dict[str, int] = {}  # Seconds by adapter name, if an adapter has a shorter window.
+        self.patches = Patches()
+        self.layout = Patches()
         self.window = Window(base_layer, family.window)
         self.elp_l = nn.ModuleDict()
         self.elp_p = nn.ModuleDict()
-        self.task_head = TaskHead(None)
+        self.task_head = TaskHead()
         self.layer_drop = LayerDrop(base_layer, family.layerdrop)
         self.depth = len(self.encoder_layers)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"cacheable": set(), **state})
-        if "layer_drop" not in state:  # Pickled by version 0.1.
-            self.layer_drop = LayerDrop(self.base_layer, self.family.layerdrop)
-            self.layer_drop.before = vars(self).pop("_layerdrop", None)
-            self.windows, self.window = {}, Window(self.base_layer, self.family.window)
-            self.depth = len(self.encoder_layers)
 
     @property
     def encoder_layers(self) -> nn.ModuleList:
@@ -90,10 +85,6 @@ class ELPStack(ELPLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.remove(adapter_name)
-
-    def remove(self, adapter_name: str) -> None:
-        super().remove(adapter_name)
         self.tapped_layers.pop(adapter_name, None)
         self.cacheable.discard(adapter_name)
         self.windows.pop(adapter_name, None)
@@ -101,14 +92,16 @@ class ELPStack(ELPLayer):
         self.follow_adapters()
 
     def release(self) -> None:
+        """Undo what the stack has changed around itself, before `base_layer` takes its place again."""
         self.layer_drop.restore()
         self.window.restore()
         self.task_head.follow([], enabled=False)
+        self.layout.undo()
+        self.patches.undo()
         for index, layer in enumerate(self.encoder_layers):
             if isinstance(layer, TappedLayer):
                 self.encoder_layers[index] = layer.base_layer
-        for norm in self.frozen_norms():
-            norm.train(self.training)
+        set_frozen_norms(self.base_layer, self.training)
 
     def follow_adapters(self) -> None:
         """Let the head, LayerDrop, the window and the layout of hidden states follow the active adapters."""
@@ -118,12 +111,14 @@ class ELPStack(ELPLayer):
         else:
             self.layer_drop.restore()
         # PyTorch rounds differently in another layout, and disabled adapters must leave no trace.
-        parts = time_first_parts((layer.base_layer for layer in self._tapped()), self.family)
-        lay_out(parts, lay_out_time_first, on=bool(self.active_adapters) and not self.disable_adapters)
+        if self.disable_adapters or not self.active_adapters:
+            self.layout.undo()
+        elif not self.layout.handles:
+            self.layout.handles = [
+                part.register_forward_pre_hook(lay_out_time_first, with_kwargs=True)
+                for part in transposing_parts(self.encoder_layers, self.family)
+            ]
         self.window.follow([] if self.disable_adapters else [self.windows.get(name) for name in self.active_adapters])
-
-    def _tapped(self) -> list[TappedLayer]:
-        return [layer for layer in self.encoder_layers if isinstance(layer, TappedLayer)]
 
     def check_depth(self) -> None:
         """Refuse an encoder whose layers have been cut after its adapters were placed.
@@ -174,20 +169,10 @@ class ELPStack(ELPLayer):
             self.layer_drop.turn_off()
 
     def train(self, mode: bool = True) -> ELPStack:
-        """Set the training mode. The batch norms of the frozen encoder stay in evaluation mode.
-
-        Their running statistics are not saved with an adapter, so that a loaded one would not be the trained one.
-        """
+        """Set the training mode. The batch norms of the frozen encoder stay in evaluation mode."""
         super().train(mode)
-        for norm in self.frozen_norms():
-            norm.eval()
+        set_frozen_norms(self.base_layer, False)
         return self
-
-    def frozen_norms(self) -> list[nn.Module]:
-        """The batch norms of the encoder."""
-        # The common base class of BatchNorm1d to 3d and SyncBatchNorm is private to PyTorch.
-        kind = nn.modules.batchnorm._BatchNorm
-        return [module for module in self.base_layer.modules() if isinstance(module, kind)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the encoder. The output has as many frames as without adapters.
@@ -270,7 +255,7 @@ class ELPStack(ELPLayer):
         _, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         return BaseModelOutput(last_hidden_state=readers[0].end(x.to(dtype)))
 
-    def _last_run(self, readers: Sequence[Reader], route: Route | None, kwargs: dict[str, Any]) -> int:
+    def _last_run(self, readers: Sequence[TapReader], route: Route | None, kwargs: dict[str, Any]) -> int:
         """Number of the last layer that runs: the last tapped one, where sums of taps replace all outputs."""
         last = self.depth - 1
         if not readers or any(reader.sum.adapter.residual for reader in readers):
@@ -282,7 +267,7 @@ class ELPStack(ELPLayer):
         inside = [layer.base_layer if isinstance(layer, TappedLayer) else layer for layer in rest]
         return last if are_watched(inside, kwargs, getattr(self.base_layer, "config", None)) else last_read
 
-    def _readers(self, route: Route | None) -> tuple[Reader, ...]:
+    def _readers(self, route: Route | None) -> tuple[TapReader, ...]:
         """The readers of the L-adapters at work."""
         if route is not None:
             return tuple(
@@ -291,12 +276,12 @@ class ELPStack(ELPLayer):
         name = self.only_running(self.elp_l, "The L-adapters")
         return () if name is None else (self._reader(name),)
 
-    def _reader(self, name: str, rows: Callable[[Tensor], Tensor] | None = None) -> Reader:
+    def _reader(self, name: str, rows: Callable[[Tensor], Tensor] | None = None) -> TapReader:
         adapter = self.elp_l[name]
         assert isinstance(adapter, LAdapter)
         # What a checkpointed layer keeps is the output of the layer before it, which is the input of a tap.
-        taps = TapSum(adapter, keep_inputs_only=checkpointing(self._first_layer))
-        return Reader(taps, {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}, rows)
+        taps = TapSum(adapter, keep_inputs_only=is_checkpointing(self._first_layer))
+        return TapReader(taps, {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}, rows)
 
     def _carried_rows(self, route: Route | None, names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The pseudo features that travel through the layers, and how many each utterance has if that differs."""
@@ -368,7 +353,7 @@ class ELPStack(ELPLayer):
 
     def _loses_gradients(self) -> bool:
         """Whether re-entrant checkpointing is on, which loses gradients inside layers whose input needs none."""
-        if not reentrant_checkpointing(self._first_layer):
+        if not is_checkpointing_reentrant(self._first_layer):
             return False
         if not self.family.reentrant_checkpointing:
             raise RuntimeError(
@@ -379,11 +364,24 @@ class ELPStack(ELPLayer):
         return True
 
 
-def _readers_of_all(shared: SharedPass) -> tuple[Reader, ...]:
+def _readers_of_all(shared: SharedPass) -> tuple[TapReader, ...]:
     """The readers of all tasks that share a pass, or none if the layers ran already."""
     if shared.ends:
         return ()
     return tuple(
-        Reader(TapSum(adapter), {layer: tap for tap, layer in enumerate(layers)}, task=task)
+        TapReader(TapSum(adapter), {layer: tap for tap, layer in enumerate(layers)}, task=task)
         for task, (adapter, layers) in shared.readers.items()
     )
+
+
+def set_frozen_norms(model: nn.Module, training: bool) -> None:
+    """Set the training mode of the frozen batch norms.
+
+    Their running statistics are not saved with an adapter. If they moved in training, a loaded adapter would not
+    compute what the trained one did.
+    """
+    # The common base class of BatchNorm1d to 3d and SyncBatchNorm is private to PyTorch.
+    kind = nn.modules.batchnorm._BatchNorm
+    for name, module in model.named_modules():
+        if isinstance(module, kind) and ".modules_to_save." not in f".{name}":
+            module.train(training)

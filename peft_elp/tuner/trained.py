@@ -32,12 +32,6 @@ class KeepsTrained:
             parameter.requires_grad_(enabled)
         self._disable_adapters = not enabled
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_trainable" in state:  # The name of `trained` in version 0.1.
-            state = {**state, "trained": frozenset(state["_trainable"])}
-            del state["_trainable"]
-        super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
-
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = frozenset([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         self.trained = self.trained | names if requires_grad else self.trained - names

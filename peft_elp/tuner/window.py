@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 from .find import Encoder, find_encoder
@@ -15,9 +17,9 @@ FRAME_S = 0.02  # In every family of the table that has a window.
 def shorten_window(model: nn.Module, chunk_length: int | None) -> None:
     """Let an encoder with a fixed window, such as Whisper's, take shorter audio features.
 
-    The positions of the frames are cut to the first `chunk_length` seconds. A word of one second then costs a second of
-    compute, and a head that averages over frames averages over less padding. `ELPConfig(chunk_length=...)` does the same
-    with an adapter, and saves it; call this function for a model without an ELP-adapter.
+    The positions of the frames are cut to the first `chunk_length` seconds. A word of one second then costs a second
+    of compute, and a head that averages over frames averages over less padding. `ELPConfig(chunk_length=...)` does the
+    same with an adapter, and saves it; call this function for a model without an ELP-adapter.
 
     The feature extractor has to pad to the same length:
     `AutoFeatureExtractor.from_pretrained(name, chunk_length=chunk_length)`.
@@ -42,7 +44,7 @@ def shorten_window(model: nn.Module, chunk_length: int | None) -> None:
         encoder = find_encoder(model)
         check_window(model, encoder, chunk_length)
         window = Window(encoder.stack, encoder.family.window)
-        window.place(window.first(chunk_length))
+        window.place(window.first(chunk_length), encoder.stack.config)
 
 
 def check_window(model: nn.Module, encoder: Encoder, chunk_length: int) -> None:
@@ -55,13 +57,15 @@ def check_window(model: nn.Module, encoder: Encoder, chunk_length: int) -> None:
     name = type(stack).__name__
     if encoder.family.window is None:
         raise ValueError(
-            f"chunk_length={chunk_length} shortens a fixed window, and {name} takes recordings of any length. Remove chunk_length."
+            f"chunk_length={chunk_length} shortens a fixed window, and {name} takes recordings of any length. Remove "
+            "chunk_length."
         )
     can_generate: Any = getattr(model, "can_generate", None)
     if can_generate is not None and can_generate():
         raise ValueError(
-            f"chunk_length={chunk_length} would break the text that {type(model).__name__} generates: its decoder was trained "
-            "on the whole window. A shorter window is for classification and speaker verification. Leave chunk_length out."
+            f"chunk_length={chunk_length} would break the text that {type(model).__name__} generates: its decoder was "
+            "trained on the whole window. A shorter window is for classification and speaker verification. Leave "
+            "chunk_length out."
         )
     full_s = Window(stack, encoder.family.window).whole_frames * FRAME_S
     if chunk_length > full_s:
@@ -69,7 +73,7 @@ def check_window(model: nn.Module, encoder: Encoder, chunk_length: int) -> None:
 
 
 def common_window(windows_s: Iterable[int | None]) -> int | None:
-    """The window that adapters have in common, in seconds; None for the whole one.
+    """Return the window that adapters have in common, in seconds; None for the whole one.
 
     Raises:
         ValueError: They take windows of different lengths.
@@ -82,14 +86,40 @@ def common_window(windows_s: Iterable[int | None]) -> int | None:
 
 
 def window_text(chunk_length: int | None) -> str:
-    """How an error names a window."""
+    """Return how an error names a window."""
     return "the whole window" if chunk_length is None else f"a window of {chunk_length} s"
 
 
 class FirstPositions(nn.Embedding):
-    """The positions of a shorter window, which know the number of positions in the whole one."""
+    """The positions of a shorter window.
 
-    whole_frames: int
+    In a state dict they are the positions of the whole window, so that a checkpoint of the model loses nothing.
+    """
+
+    whole: tuple[nn.Embedding]  # A tuple, so that it is not a sub-module.
+
+    @classmethod
+    def of(cls, whole: nn.Embedding, frames: int) -> FirstPositions:
+        """Return the first positions of an embedding, which share the memory of the others."""
+        first = cls.from_pretrained(whole.weight.detach()[:frames], freeze=True)
+        first.whole = (whole,)
+        first.register_state_dict_post_hook(_with_all_positions)
+        first.register_load_state_dict_pre_hook(_load_all_positions)
+        return first
+
+
+def _with_all_positions(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(module, FirstPositions)
+    state_dict[f"{prefix}weight"] = module.whole[0].weight.detach()
+
+
+def _load_all_positions(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(module, FirstPositions)
+    given = state_dict.get(f"{prefix}weight")
+    if given is not None and len(given) == len(module.whole[0].weight):
+        with torch.no_grad():
+            module.whole[0].weight.copy_(given)
+        state_dict[f"{prefix}weight"] = given[: module.num_embeddings]
 
 
 class Window:
@@ -103,42 +133,35 @@ class Window:
     def __init__(self, stack: nn.Module, path: str | None) -> None:
         self.stack: Any = stack
         self.path = path
-        self.whole: nn.Embedding | None = None  # The positions of the whole window, while it is shorter.
+        self.config: Any = None  # The configuration of the whole window, while it is shorter.
 
-    def follow(self, windows_s: Iterable[int | None]) -> None:
+    def follow(self, seconds: Iterable[int | None]) -> None:
         """Give the encoder the window of the active adapters.
 
         Args:
-            windows_s: The window of each active adapter in seconds. None: the whole one.
+            seconds: The window of each active adapter. None: the whole one.
 
         Raises:
             ValueError: The adapters take windows of different lengths.
         """
-        chunk_length = common_window(windows_s)
-        if chunk_length is None:
-            self.restore()
-        else:
-            self.shorten(chunk_length)
-
-    def shorten(self, chunk_length: int) -> None:
-        """Cut the window to the first seconds until `restore`."""
+        chunk_length = common_window(seconds)
         self.restore()
-        first = FirstPositions.from_pretrained(self.first(chunk_length).weight, freeze=True)
-        first.whole_frames, self.whole = self.whole_frames, self.positions
-        self.place(first)
+        if chunk_length is not None:
+            # The encoder gets a configuration of its own: the model's still describes the whole window.
+            self.config = self.stack.config
+            self.place(FirstPositions.of(self.positions, round(chunk_length / FRAME_S)), copy(self.config))
 
     def restore(self) -> None:
         """Give the encoder its whole window back."""
-        if self.whole is not None:
-            weight = self.positions.weight
-            self.place(self.whole.to(weight.device, weight.dtype))
-            self.whole = None
+        positions = self.positions if self.path else None
+        if isinstance(positions, FirstPositions):
+            (whole,), weight = positions.whole, positions.weight
+            self.place(whole.to(weight.device, weight.dtype), self.config)
+            self.config = None
 
     def first(self, chunk_length: int) -> nn.Embedding:
-        """The positions of the first seconds, which share the memory of the others."""
-        return nn.Embedding.from_pretrained(
-            self.positions.weight.detach()[: round(chunk_length / FRAME_S)], freeze=True
-        )
+        """Return the positions of the first seconds, which share the memory of the others."""
+        return nn.Embedding.from_pretrained(self.positions.weight.detach()[: round(chunk_length / FRAME_S)])
 
     @property
     def positions(self) -> nn.Embedding:
@@ -150,13 +173,20 @@ class Window:
     @property
     def whole_frames(self) -> int:
         """The number of frames in the whole window."""
-        return getattr(self.positions, "whole_frames", self.positions.num_embeddings)
+        positions = self.positions
+        return len((positions.whole[0] if isinstance(positions, FirstPositions) else positions).weight)
 
-    def place(self, positions: nn.Embedding) -> None:
-        """Let the encoder use other positions, and so another window."""
+    def place(self, positions: nn.Embedding, config: Any) -> None:
+        """Let the encoder use other positions, and so another window.
+
+        Args:
+            positions: The positions.
+            config: The configuration that the encoder reads its window from.
+        """
         assert self.path is not None
         parent, _, name = self.path.rpartition(".")
         setattr(self.stack.get_submodule(parent), name, positions)
         # Transformers checks the length of the features by its configuration.
-        self.stack.config.max_source_positions = positions.num_embeddings
+        config.max_source_positions = positions.num_embeddings
+        self.stack.config = config
         self.stack.max_source_positions = positions.num_embeddings

@@ -1,0 +1,203 @@
+"""Which modules of a model are its head, and which of them an adapter trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_elp.backbones import BRIDGES, is_encoder_stack
+from peft_elp.heads import head_input
+from peft_elp.wording import brief, shortened
+
+from .find import Encoder
+from .paths import canonical, join, original
+
+# Settings of a backbone that add modules behind its encoder layers.
+ADDED_BEHIND = ("add_adapter", "use_intermediate_ffn_before_adapter")
+LARGE_HEAD = 1 / 3  # of a model's parameters; an x-vector head holds 6 % of wav2vec 2.0 base
+
+
+def find_head(model: nn.Module, backbone_path: str, warn: bool = False) -> list[str]:
+    """Return the paths of the modules outside the speech encoder.
+
+    The head is found without knowing its name: it is every module with parameters that is not on the way from the
+    model to the encoder. A bare model of Transformers has no head, so the search ends there. The modules in a list are
+    named one by one, since a list is never called.
+
+    Args:
+        model: The whole model.
+        backbone_path: The path of the speech encoder; empty if the model is the encoder.
+        warn: Warn about parameters outside any module, which PEFT cannot train.
+    """
+    head: list[str] = []
+    here, path = model, ""
+    for step in backbone_path.split(".") if backbone_path else ():
+        if type(here).__module__.startswith("transformers.") and type(here).__name__.endswith("Model"):
+            break
+        bare = [name for name, _ in here.named_parameters(recurse=False)]
+        if bare and warn:
+            warnings.warn(
+                f"{shortened(bare)} of {type(here).__name__} stay frozen and are not saved with the adapter: PEFT "
+                "trains modules, and these are parameters outside any module of the head. "
+                + (
+                    "For a trained sum over layers, use an L-adapter instead of use_weighted_layer_sum."
+                    if "layer_weights" in bare
+                    else "To train them, move them into a module."
+                ),
+                stacklevel=2,
+            )
+        for name, child in here.named_children():
+            if name != step and not any(is_encoder_stack(module) for module in child.modules()):
+                head += _callable_modules(join(path, name), child)
+        here, path = here.get_submodule(step), join(path, step)
+    return head
+
+
+def _callable_modules(path: str, module: nn.Module) -> list[str]:
+    """Return the path of a module with parameters, or of the modules in a list, which is never called."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [
+            inner for name, child in module.named_children() for inner in _callable_modules(join(path, name), child)
+        ]
+    return [path] if any(True for _ in module.parameters()) else []
+
+
+def choose_head(model: nn.Module, encoder: Encoder, wanted: list[str] | None, warn: bool) -> list[str]:
+    """Return the paths of the modules that an adapter trains and saves whole.
+
+    Args:
+        model: The whole model.
+        encoder: Its speech encoder.
+        wanted: What `modules_to_save` names. None: the head, or what joins the encoder to a pre-trained decoder.
+        warn: Warn about a head that holds a large part of the model.
+
+    Raises:
+        ValueError: A name does not fit the model, or a module is quantised.
+    """
+    if wanted is not None:
+        chosen = _resolve(model, wanted, encoder.stack_path, find_head(model, encoder.backbone_path))
+    elif _generates(model):
+        chosen = [name for name in BRIDGES if hasattr(model, name)]
+    else:
+        chosen = find_head(model, encoder.backbone_path, warn=True)
+    _refuse_quantised(model, chosen)
+    if warn:
+        _warn_of_large_head(model, chosen)
+    return chosen
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether what follows the encoder is a pre-trained decoder or language model rather than a task's head."""
+    generates = isinstance(model, PreTrainedModel) and (model.can_generate() or hasattr(model, "generate_speech"))
+    return generates and head_input(type(model)) is None
+
+
+def _resolve(model: nn.Module, names: list[str], stack_path: str, head: list[str]) -> list[str]:
+    """Return the full paths of the modules that `modules_to_save` names.
+
+    A name that is the full path of a module means that module alone. Any other name means all modules whose path ends
+    with it.
+    """
+    modules = {canonical(name): module for name, module in model.named_modules() if ".modules_to_save." not in name}
+    paths: list[str] = []
+    for name in names:
+        found = [name] if name in modules else [path for path in modules if path.endswith(f".{name}")]
+        found = [inner for path in found for inner in _callable_modules(path, modules[path])]
+        if not found:
+            raise ValueError(
+                f"modules_to_save names {brief(name)}, and {type(model).__name__} has no such module with parameters. "
+                f"Its head is {brief(head) if head else 'empty: it is a bare encoder'}. modules_to_save=None trains "
+                "the whole head."
+            )
+        for path in found:
+            if f"{stack_path}.".startswith(f"{path}.") or path.startswith(f"{stack_path}."):
+                raise ValueError(
+                    f"modules_to_save names {brief(name)}, which means {path!r}: that lies around or inside the "
+                    f"encoder {stack_path!r}, where the adapters are. Name modules outside of it, such as "
+                    f"{brief(head) if head else 'a head'}."
+                )
+        paths += [path for path in found if path not in paths]
+    return paths
+
+
+def _refuse_quantised(model: nn.Module, head: list[str]) -> None:
+    """Refuse a head that is quantised, since it is trained. The frozen encoder may be quantised."""
+    for path in head:
+        for name, parameter in original(model.get_submodule(path)).named_parameters():
+            # torchao's tensors report a floating-point dtype.
+            if not parameter.dtype.is_floating_point or type(parameter).__module__.startswith("torchao"):
+                raise ValueError(
+                    f"{join(path, name)!r} is quantised ({type(parameter).__name__}, {parameter.dtype}), and the head "
+                    "is trained. Quantise the encoder alone: pass BitsAndBytesConfig("
+                    f"llm_int8_skip_modules={brief(head)}), or call torchao's quantize_ on the model's base_model."
+                )
+
+
+def _warn_of_large_head(model: nn.Module, head: list[str]) -> None:
+    """Warn if the adapter trains so much of the model that a pre-trained decoder may be a part of it."""
+    trained = sum(p.numel() for path in head for p in original(model.get_submodule(path)).parameters())
+    whole = sum(p.numel() for name, p in model.named_parameters() if ".modules_to_save." not in name)
+    if trained > whole * LARGE_HEAD:
+        warnings.warn(
+            f"modules_to_save=[{shortened(head)}] trains and saves {trained:,} of the {whole:,} parameters of "
+            f"{type(model).__name__} ({trained / whole:.0%}) beside the adapter. If a pre-trained decoder or language "
+            "model is among them, name the layers of the task alone.",
+            stacklevel=2,
+        )
+
+
+def was_loaded(parameter: nn.Parameter) -> bool:
+    """Whether Transformers has loaded a parameter. It marks those, and a deep copy has no marks."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def warn_of_new_and_frozen(model: nn.Module, encoder: Encoder, trained: list[str], chosen: bool) -> None:
+    """Warn about modules that are newly initialised, not pre-trained, and yet stay frozen.
+
+    Args:
+        model: The model.
+        encoder: Its speech encoder.
+        trained: The modules that are trained whole.
+        chosen: Whether the user has named the modules that are trained.
+    """
+    marked = {id(parameter) for parameter in model.parameters() if was_loaded(parameter)}
+    if marked:
+        frozen = _largest_without(lambda parameter: id(parameter) in marked, "", model, {*trained})
+        problem = "newly initialised and stay frozen"
+    else:  # Nothing was loaded, or nothing tells. What the settings add behind the layers is often new.
+        settings = getattr(encoder.backbone, "config", None)
+        if chosen or not any(getattr(settings, name, False) for name in ADDED_BEHIND):
+            return
+        names = [name for name, _ in encoder.backbone.named_children()]
+        stack_name = encoder.stack_path.rpartition(".")[2]
+        behind = [join(encoder.backbone_path, name) for name in names[names.index(stack_name) + 1 :]]
+        frozen = [path for path in behind if path not in trained]
+        problem = "behind the encoder layers and stay frozen. They may not be pre-trained"
+    if frozen:
+        warnings.warn(
+            f"{shortened(map(repr, frozen))} of {type(model).__name__} are {problem}. Train them too: "
+            f"modules_to_save={[*trained, *frozen]}.",
+            stacklevel=2,
+        )
+
+
+def _largest_without(
+    loaded: Callable[[nn.Parameter], bool], path: str, module: nn.Module, trained: set[str]
+) -> list[str]:
+    """Return the paths of the largest modules without a loaded parameter, apart from what is trained."""
+    name = canonical(path)
+    if name in trained or name.rpartition(".")[2].startswith("elp_") or isinstance(module, ModulesToSaveWrapper):
+        return []
+    parameters = list(module.parameters())
+    holds_trained = any(inner.startswith(f"{name}.") for inner in trained)  # As a list of modules does.
+    if parameters and not holds_trained and not any(map(loaded, parameters)):
+        return [name]
+    return [
+        found
+        for step, child in module.named_children()
+        for found in _largest_without(loaded, join(path, step), child, trained)
+    ]

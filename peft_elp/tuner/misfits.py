@@ -1,0 +1,70 @@
+"""Compare saved tensors with those of an adapter, before any of them is written into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peft_elp.saved.weights import SavedTensor
+from peft_elp.wording import shortened
+
+
+def find_misfits(expected: Mapping[str, Tensor], given: Mapping[str, SavedTensor], shapes: bool = True) -> str:
+    """Say how saved tensors differ from those of an adapter.
+
+    Args:
+        expected: The tensors of the adapter, maybe without values.
+        given: The saved tensors, by the same kind of names.
+        shapes: Whether to compare shapes.
+
+    Returns:
+        The differences in words; empty if there are none.
+    """
+    both = [(name, expected[name], tensor) for name, tensor in given.items() if name in expected]
+    found = {
+        "missing": [f"{name} {_shape(tensor)}" for name, tensor in expected.items() if name not in given],
+        "left over": [f"{name} {tensor.shape}" for name, tensor in given.items() if name not in expected],
+        "of another shape": [
+            f"{name} {saved.shape} in place of {_shape(own)}"
+            for name, own, saved in both
+            if shapes and saved.shape != _shape(own)
+        ],
+        "of another kind of numbers": [
+            f"{name} {saved.dtype}"
+            for name, own, saved in both
+            if saved.dtype.is_floating_point != own.dtype.is_floating_point
+        ],
+        "not finite": [
+            name
+            for name, own, saved in both
+            if own.is_floating_point() and not saved.largest <= torch.finfo(own.dtype).max
+        ],
+    }
+    return "; ".join(f"{len(names)} {what} ({shortened(names, shown=4)})" for what, names in found.items() if names)
+
+
+def refuse_misfits(
+    model: nn.Module,
+    adapter_name: str,
+    expected: Mapping[str, Tensor],
+    given: Mapping[str, SavedTensor],
+    shapes: bool = True,
+) -> None:
+    """Refuse saved tensors that are not those of an adapter; see `find_misfits`.
+
+    Raises:
+        ValueError: They differ.
+    """
+    found = find_misfits(expected, given, shapes)
+    if found:
+        raise ValueError(
+            f"The saved tensors are not those of adapter {adapter_name!r} in {type(model).__name__}: {found}. Nothing "
+            "was loaded. Load the adapter into the backbone that it was trained on (base_model_name_or_path in its "
+            "adapter_config.json), from the folder that save_pretrained wrote."
+        )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))  # DeepSpeed's ZeRO-3 keeps the full shape there.
