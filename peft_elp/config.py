@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from peft import PeftConfig, PeftType
@@ -24,18 +26,30 @@ LETTERS = "ELP"
 E_PLACES = ("feed_forward", "attention")
 L_OUTPUTS = ("head", "project", "residual")
 P_POSITIONS = ("append", "prepend")
-FORMAT = 2  # of adapter_config.json; version 0.1 wrote no number
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Far above any useful size. Without these limits, a configuration from the Hub could ask for any amount of memory.
 LARGEST_SIZE, MOST_OUTPUTS = 2**14, 2**20
-
 
 # The `role` in the metadata of a field says what the field decides. "computation", the default: what an adapter
 # computes, or the shapes of its tensors. "selection": which modules have tensors, as the tensor names also show.
 # "training": only the start of training and its dropout. "use": nothing in the model.
 ROLES = ("computation", "selection", "training", "use")
+SELECTION, TRAINING, USE = ({"role": role} for role in ROLES[1:])
+
+Config = TypeVar("Config", bound=PeftConfig)
 
 
+def _with_help(cls: type[Config]) -> type[Config]:
+    """Put the text of each argument in the docstring into the metadata of its field, as "help"."""
+    arguments = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    helps = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", arguments, re.MULTILINE))
+    for one in fields(cls):
+        if one.name in helps:
+            one.metadata = {**one.metadata, "help": " ".join(helps[one.name].split())}  # pyright: ignore[reportAttributeAccessIssue]
+    return cls
+
+
+@_with_help
 @dataclass
 class ELPConfig(PeftConfig):
     """Configuration of ELP-adapters ([arXiv:2407.21066](https://arxiv.org/abs/2407.21066)).
@@ -44,42 +58,51 @@ class ELPConfig(PeftConfig):
     If a field is None, the model decides. The decision is written into the saved `adapter_config.json`.
 
     Args:
-        adapters: Any non-empty subset of the letters E, L and P.
-        e_dim: Width of the E-adapters' bottleneck.
-        e_activation: Activation of the E-adapters.
+        adapters: Any non-empty subset of the letters E, L and P: which adapters are placed and trained.
+        e_dim: Width of the E-adapters' bottleneck, at least 1.
+        e_activation: Activation of the E-adapters: gelu, leaky_relu, mish, relu, sigmoid, silu, tanh.
         e_dropout: Dropout in the E-adapters' bottleneck, in [0, 1).
-        e_layers: 0-based layers that get E-adapters. None: all but the last together with L, else all.
-        e_after: Where in a layer: "feed_forward", "attention" or both.
-        l_dim: Width of the L-adapter's taps.
-        l_activation: Activation of the L-adapter.
+        e_layers: 0-based layers that get E-adapters. None: all but the last together with an L-adapter, else all.
+        e_after: Where in a layer E-adapters sit: 'feed_forward', 'attention' or both.
+        l_dim: Width of the L-adapter's taps, at least 1.
+        l_activation: Activation of the L-adapter: gelu, leaky_relu, mish, relu, sigmoid, silu, tanh.
         l_dropout: Dropout in the L-adapter's taps, in [0, 1).
         l_layers: 0-based layers that the L-adapter taps. None: all.
         l_input_norm: Whether each tap normalises its input, frame by frame and without parameters. None: in pre-norm
-            encoders, whose layers return hidden states that are not normalised.
-        l_output: Where the sum of taps goes: "head", "project" or "residual". None: "head" if the encoder is read by a
-            known head that is trained and newly initialised, else "residual", with which a fresh adapter does not
-            change the output.
+            encoders, whose layers return the bare residual sum; not in post-norm ones (the paper's).
+        l_output: Where the L-adapter's sum goes. 'head': to the head, whose first linear layer is re-made at width
+            l_dim (the paper). 'project': through one linear layer back to the encoder's width. 'residual': as
+            'project', zero-initialised and added to the encoder's own output, which a fresh adapter does not change.
+            None: 'head' where a known head that is trained and newly initialised reads the encoder, else 'residual'.
         p_length: Number of pseudo features of the P-adapter. None: as few as the encoder takes, mostly 1.
-        p_position: "append" puts them after each utterance's last valid frame, "prepend" before its first.
-        p_init_std: Standard deviation of the pseudo features at the start. The default changes almost nothing.
+        p_position: 'append' puts the pseudo features after each utterance's last valid frame, 'prepend' before its
+            first.
+        p_init_std: Standard deviation of the pseudo features at the start, at least 0. The default changes almost
+            nothing; a few thousandths and more derail a pre-norm encoder until they are trained.
         train_layer_norms: Whether the layer norms of each layer with an E- or L-adapter are trained, as copies that
-            belong to the adapter.
+            belong to the adapter. With L alone, False spares the backward pass through the backbone.
         init_weights: How E- and L-adapters start. True: E with PyTorch's initialisation and a norm with gain 0, which
-            makes it exactly the identity, and the taps of L from N(0, init_std^2). "paper": both from
+            makes it exactly the identity, and the taps of L from N(0, init_std^2). 'paper': both from
             N(0, init_std^2). False: both with PyTorch's initialisation.
         init_std: Standard deviation of the linear weights that start from a normal distribution.
-        modules_to_save: None: every module of the model outside its base encoder, but no decoder or language model. A
-            list: exactly that.
-        head_config: Settings of the adapter's head that differ from the model's, such as `{"num_labels": 10}` or
-            `{"vocab_size": 32}`. None: as in the model. They are saved with the adapter, so that it keeps its head in
-            a model with another one.
-        target: Which speech encoder, where the model holds several: its path or the name of its class.
-        exclude_modules: Modules of the encoder layers that get neither an E-adapter nor a trained layer norm.
-        chunk_length: Whole seconds to which the encoder's fixed window is cut while the adapter is active, such as 2 of
-            Whisper's 30, for classification and speaker verification. The feature extractor has to pad to the same
+        modules_to_save: Modules trained whole and saved with the adapter. None: every module of the model outside its
+            base encoder (the head), but no decoder or language model. A list: exactly that; full paths, or endings of
+            paths as elsewhere in PEFT.
+        head_config: Settings of the adapter's head that differ from the model's, such as {"num_labels": 10}:
+            num_labels, id2label, label2id, problem_type, classifier_proj_size, vocab_size, tdnn_dim, tdnn_kernel,
+            tdnn_dilation, xvector_output_dim. None: as in the model. They are saved with the adapter, which keeps its
+            head in a model with another one.
+        target: Which speech encoder, where the model holds several: its path in the model or the name of its class.
+            None: the only one.
+        exclude_modules: Modules inside the encoder layers that get neither an E-adapter nor a trained layer norm: a
+            regular expression for the whole path, or a list of paths or path endings.
+        chunk_length: Whole seconds to which the encoder's fixed window is cut while the adapter is active, such as 2
+            of Whisper's 30, for classification and speaker verification. The feature extractor has to pad to the same
             length. None: the whole window.
-        verification_threshold: For speaker verification, the cosine score from which two voices count as the same. It
-            changes nothing in the model.
+        verification_threshold: For speaker verification, the cosine score in [-1, 1) from which two voices count as
+            the same. It changes nothing in the model. None: not known.
+        window_s: The name of `chunk_length` in older files.
+        config_format: In older files; ignored.
 
     Raises:
         ValueError: A value is out of its range. The message names the value, the range and the remedy.
@@ -90,161 +113,45 @@ class ELPConfig(PeftConfig):
         ('feed_forward',)
     """
 
-    adapters: str = field(
-        default="ELP",
-        metadata={"help": "Any non-empty subset of the letters E, L and P: which adapters are placed and trained."},
-    )
-    e_dim: int = field(default=256, metadata={"help": "Width of the E-adapters' bottleneck, at least 1."})
-    e_activation: str = field(
-        default="gelu", metadata={"help": f"Activation of the E-adapters: {', '.join(sorted(ACTIVATIONS))}."}
-    )
-    e_dropout: float = field(
-        default=0.0, metadata={"role": "training", "help": "Dropout in the E-adapters' bottleneck, in [0, 1)."}
-    )
-    e_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "0-based layers that get E-adapters. None: all but the last together with an L-adapter, else all."
-        },
-    )
-    e_after: Sequence[str] | str = field(
-        default=("feed_forward",),
-        metadata={"help": "Where in a layer E-adapters sit: 'feed_forward', 'attention' or both."},
-    )
-    l_dim: int = field(default=512, metadata={"help": "Width of the L-adapter's taps, at least 1."})
-    l_activation: str = field(
-        default="gelu", metadata={"help": f"Activation of the L-adapter: {', '.join(sorted(ACTIVATIONS))}."}
-    )
-    l_dropout: float = field(
-        default=0.0, metadata={"role": "training", "help": "Dropout in the L-adapter's taps, in [0, 1)."}
-    )
-    l_layers: list[int] | None = field(
-        default=None, metadata={"help": "0-based layers that the L-adapter taps. None: all."}
-    )
-    l_input_norm: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Normalise the input of each tap, frame by frame and without parameters. None: in pre-norm "
-            "encoders, whose layers return the bare residual sum; not in post-norm ones (the paper's)."
-        },
-    )
-    l_output: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where the L-adapter's sum goes. 'head': to the head, whose first linear layer is re-made at "
-            "width l_dim (the paper). 'project': through one linear layer back to the encoder's width. 'residual': as "
-            "'project', zero-initialised and added to the encoder's own output. None: 'head' where a known head that "
-            "is trained and newly initialised reads the encoder, else 'residual'."
-        },
-    )
-    p_length: int | None = field(
-        default=None,
-        metadata={"help": "Number of pseudo features of the P-adapter. None: as few as the encoder takes, mostly 1."},
-    )
-    p_position: str = field(
-        default="append",
-        metadata={
-            "help": "'append': the pseudo features follow each utterance's own last valid frame; 'prepend': they come "
-            "before its first."
-        },
-    )
-    p_init_std: float = field(
-        default=1e-4,
-        metadata={
-            "role": "training",
-            "help": "Standard deviation of the pseudo features at the start, at least 0. A few thousandths and more "
-            "derail a pre-norm encoder until they are trained.",
-        },
-    )
-    train_layer_norms: bool = field(
-        default=True,
-        metadata={
-            "help": "Train the layer norms of each layer that has an E- or L-adapter, as copies that belong to the "
-            "adapter. With L alone, False spares the backward pass through the backbone."
-        },
-    )
-    init_weights: bool | str = field(
-        default=True,
-        metadata={
-            "role": "training",
-            "help": "True: E-adapters start as PyTorch initialises them, but for a norm with gain 0: exactly the "
-            "identity; the taps of L from N(0, init_std^2). 'paper': both from N(0, init_std^2). False: PyTorch's "
-            "initialisation.",
-        },
-    )
-    init_std: float = field(
-        default=1e-3,
-        metadata={
-            "role": "training",
-            "help": "Standard deviation of the linear weights that start from a normal distribution.",
-        },
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "role": "selection",
-            "help": "Modules trained whole and saved with the adapter. None: every module of the model outside its "
-            "base encoder (the head), but no decoder or language model. A list: exactly that; full paths, or endings "
-            "of paths as elsewhere in PEFT.",
-        },
-    )
-    head_config: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "Settings of the model's configuration that the head is made from, where the adapter's head "
-            f"differs from the model's: {', '.join(HEAD_SETTINGS)}. None: as in the model. Saved with the adapter, so "
-            "that it has its own head in whatever model it is loaded into."
-        },
-    )
-    target: str | None = field(
-        default=None,
-        metadata={
-            "role": "selection",
-            "help": "Which speech encoder to adapt, where the model holds several: its path in the model or the name "
-            "of its class. None: the only one.",
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "role": "selection",
-            "help": "Modules inside the encoder layers that get neither an E-adapter nor a trained layer norm: a "
-            "regular expression for the whole path, or a list of paths or path endings.",
-        },
-    )
+    adapters: str = "ELP"
+    e_dim: int = 256
+    e_activation: str = "gelu"
+    e_dropout: float = field(default=0.0, metadata=TRAINING)
+    e_layers: list[int] | None = None
+    e_after: Sequence[str] | str = ("feed_forward",)
+    l_dim: int = 512
+    l_activation: str = "gelu"
+    l_dropout: float = field(default=0.0, metadata=TRAINING)
+    l_layers: list[int] | None = None
+    l_input_norm: bool | None = None
+    l_output: str | None = None
+    p_length: int | None = None
+    p_position: str = "append"
+    p_init_std: float = field(default=1e-4, metadata=TRAINING)
+    train_layer_norms: bool = True
+    init_weights: bool | str = field(default=True, metadata=TRAINING)
+    init_std: float = field(default=1e-3, metadata=TRAINING)
+    modules_to_save: list[str] | None = field(default=None, metadata=SELECTION)
+    head_config: dict[str, Any] | None = None
+    target: str | None = field(default=None, metadata=SELECTION)
+    exclude_modules: list[str] | str | None = field(default=None, metadata=SELECTION)
+    chunk_length: int | None = None
+    verification_threshold: float | None = field(default=None, metadata=USE)
+    window_s: InitVar[int | None] = None
+    config_format: InitVar[int | None] = None
 
-    chunk_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Whole seconds to which the encoder's fixed window is cut, such as 2 of Whisper's 30, for "
-            "classification and speaker verification. None: the whole window."
-        },
-    )
-    verification_threshold: float | None = field(
-        default=None,
-        metadata={
-            "role": "use",
-            "help": "The cosine score, from -1 to 1, from which two voices count as one: for whoever uses an adapter "
-            "that tells speakers apart. It changes nothing in the model. None: nobody has said.",
-        },
-    )
-    config_format: int | None = field(
-        default=None, metadata={"role": "use", "help": "Format of the saved configuration; leave empty to auto-fill."}
-    )
-    description: ClassVar[Any] = None  # for the card alone; `describe` sets it on one configuration
-    # Set by from_pretrained. It is not a field, so it is not saved: the configuration as it was read, and the
-    # description of the tensors beside it.
+    # `describe` sets this on one configuration; it is for the card alone.
+    description: ClassVar[Any] = None
+    # from_pretrained sets this on one configuration: a copy of it as it was read, and the tensors beside it.
     as_read: ClassVar[tuple[ELPConfig, dict[str, SavedTensor]] | None] = None
+    # Called with the folder and the configuration when PEFT has saved an adapter.
+    after_save: ClassVar[Callable[[str, ELPConfig], None] | None] = None
 
-    def __post_init__(self) -> None:
-        # PEFT fills in peft_version. A configuration that comes with it was saved: by version 0.1 if it has no format.
-        of_version_0_1 = self.config_format is None and self.peft_version is not None
+    def __post_init__(self, window_s: int | None, config_format: int | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ELP")
+        self.chunk_length = window_s if self.chunk_length is None else self.chunk_length
         self.adapters = _letters(self.adapters)
-        if of_version_0_1:
-            self._complete_version_0_1()
-        self.config_format = self.config_format or FORMAT
         self.e_after = _places(self.e_after)
         self.e_layers = _layers("e_layers", self.e_layers)
         self.l_layers = _layers("l_layers", self.l_layers)
@@ -268,24 +175,13 @@ class ELPConfig(PeftConfig):
             _number("verification_threshold", self.verification_threshold, -1.0, 1.0)
         if isinstance(self.modules_to_save, str):
             raise ValueError(
-                f"modules_to_save is a list of module names or None, got the string {self.modules_to_save!r}. "
+                f"modules_to_save must be a list of module names or None, got the string {self.modules_to_save!r}. "
                 f"Write modules_to_save=[{self.modules_to_save!r}]."
             )
         if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
             self.exclude_modules = sorted(self.exclude_modules)
         if self.head_config is not None:
             self.head_config = _head_config(self.head_config)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        if "config_format" not in state:  # pickled by version 0.1
-            self._complete_version_0_1()
-            self.config_format = FORMAT
-
-    def _complete_version_0_1(self) -> None:
-        """Set the fields that version 0.1 did not have to what it did, so that its adapters compute the same."""
-        if "L" in self.adapters and self.l_input_norm is None:
-            self.l_input_norm = False
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration. If that fails, the configuration that was in the folder stays there.
@@ -298,6 +194,9 @@ class ELPConfig(PeftConfig):
         with TemporaryDirectory(prefix=".saving-", dir=save_directory) as beside:
             super().save_pretrained(beside, **kwargs)
             os.replace(Path(beside, CONFIG_NAME), Path(save_directory, CONFIG_NAME))
+        # PeftModel.save_pretrained passes this argument, when the weights have been written.
+        if "auto_mapping_dict" in kwargs and self.after_save is not None:
+            self.after_save(save_directory, self)
 
     @classmethod
     def from_pretrained(
@@ -306,11 +205,11 @@ class ELPConfig(PeftConfig):
         """Load the configuration of a saved adapter, and check that its weights are there and complete.
 
         PEFT downloads the weights after it has placed the adapter in the model, and leaves the untrained adapter there
-        if the download fails. This method therefore downloads them first, and PEFT finds them in the cache. It reads
-        only the names, shapes and dtypes of the tensors.
+        if the download fails. This method therefore downloads and checks them first; PEFT finds them in the cache.
 
         Args:
-            pretrained_model_name_or_path: A folder, which may hold a configuration alone, or a repository on the Hub.
+            pretrained_model_name_or_path: A folder, which may hold a configuration alone if it was saved alone, or a
+                repository on the Hub.
             subfolder: The folder inside of it.
             **kwargs: What `huggingface_hub.hf_hub_download` takes, such as `token` and `revision`.
 
@@ -321,13 +220,15 @@ class ELPConfig(PeftConfig):
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub_options, *_ = cls._split_kwargs(kwargs)
         path = find_weights(pretrained_model_name_or_path, subfolder, **hub_options)
+        adapter = str(Path(pretrained_model_name_or_path, subfolder or ""))
         if path is not None:
-            adapter = str(Path(pretrained_model_name_or_path, subfolder or ""))
             config.as_read = copy(config), read_tensors(path, adapter)
+        elif config.inference_mode:  # PEFT sets it when it saves weights, and leaves it out for a configuration alone.
+            raise ValueError(f"{adapter!r} holds {CONFIG_NAME} but no weights. Save the adapter again.")
         return config
 
     def tensors_to_load(self) -> dict[str, SavedTensor] | None:
-        """Return what is known of the tensors saved with this configuration, by name.
+        """Return the shape, dtype and largest value of each tensor saved with this configuration, by name.
 
         Returns:
             None if there are none, or if the configuration was changed after it was read, for a new adapter.
@@ -338,7 +239,7 @@ class ELPConfig(PeftConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ELPConfig:
-        """The configuration of a published setting.
+        """Return the configuration of a published setting.
 
         Args:
             name: "e+l": the proposal of [arXiv:2212.02780](https://arxiv.org/abs/2212.02780), E after the feed-forward
@@ -361,7 +262,7 @@ class ELPConfig(PeftConfig):
 
 
 def differing_fields(one: ELPConfig, other: ELPConfig, *roles: str) -> dict[str, tuple[Any, Any]]:
-    """The fields of two configurations that differ, with both values.
+    """Return the fields of two configurations that differ, with both values.
 
     Args:
         one: A configuration.
@@ -372,18 +273,14 @@ def differing_fields(one: ELPConfig, other: ELPConfig, *roles: str) -> dict[str,
         >>> differing_fields(ELPConfig(e_dim=8, e_dropout=0.1), ELPConfig(), "computation")
         {'e_dim': (8, 256)}
     """
-    inherited = {field.name for field in fields(PeftConfig)}
-    compared = [
-        field.name
-        for field in fields(ELPConfig)
-        if field.name not in inherited and field.metadata.get("role", "computation") in roles
-    ]
+    own = fields(ELPConfig)[len(fields(PeftConfig)) :]
+    compared = [field.name for field in own if field.metadata.get("role", "computation") in roles]
     values = {name: (getattr(one, name), getattr(other, name)) for name in compared}
     return {name: (value, another) for name, (value, another) in values.items() if value != another}
 
 
 def plain_settings(value: Any) -> Any:
-    """The value with lists in place of tuples and Python's numbers in place of NumPy's, as JSON takes them.
+    """Replace tuples by lists and NumPy's numbers by Python's, as JSON takes them.
 
     Examples:
         >>> plain_settings({"id2label": {np.int64(0): np.str_("no")}, "tdnn_dim": (8, 8)})
@@ -400,7 +297,7 @@ def _head_config(value: Any) -> dict[str, Any]:
     unknown = sorted(map(str, set(value) - set(HEAD_SETTINGS))) if isinstance(value, dict) else value
     if not isinstance(value, dict) or unknown:
         raise ValueError(
-            f"head_config is a dictionary of settings that a head is made from, got {brief(unknown)}. It takes "
+            f"head_config must be a dictionary of settings of a head, got {brief(unknown)}. The settings are "
             f"{', '.join(HEAD_SETTINGS)}, as in head_config={{'num_labels': 10}}."
         )
     settings = plain_settings(value)
@@ -425,8 +322,8 @@ def _labels(value: Any) -> dict[int, str]:
     without_gap = sorted(labels) == list(range(len(labels)))
     if not labels or not without_gap or not all(isinstance(label, (str, int)) for label in labels.values()):
         raise ValueError(
-            f"id2label in head_config maps whole numbers to labels, got {brief(value)}. Start at 0 and leave no gap, "
-            "as in head_config={'id2label': dict(enumerate(['no', 'yes']))}."
+            f"id2label in head_config must map 0, 1, ... to labels, got {brief(value)}. Write for example "
+            "head_config={'id2label': dict(enumerate(['no', 'yes']))}."
         )
     return labels
 
@@ -436,7 +333,7 @@ def _letters(value: Any) -> str:
     if not letters or set(letters) - set(LETTERS) or len(set(letters)) < len(letters):
         wanted = "".join(letter for letter in LETTERS if letter in letters.upper())
         raise ValueError(
-            f"adapters is a non-empty subset of the letters E, L and P, each at most once, got {brief(value)}. "
+            f"adapters must be a non-empty subset of the letters E, L and P, each at most once, got {brief(value)}. "
             f"Write adapters={wanted or LETTERS!r}."
         )
     return "".join(letter for letter in LETTERS if letter in letters)
@@ -446,8 +343,8 @@ def _places(value: Any) -> tuple[str, ...]:
     places = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if not places or set(places) - set(E_PLACES) or len(set(places)) < len(places):
         raise ValueError(
-            f"e_after takes 'feed_forward', 'attention' or both, each at most once, got {brief(value)}. "
-            "Write e_after=('feed_forward',), or leave it out."
+            f"e_after must be 'feed_forward', 'attention' or both, each at most once, got {brief(value)}. "
+            "Write for example e_after=('feed_forward',)."
         )
     return tuple(place for place in E_PLACES if place in places)
 
@@ -456,36 +353,28 @@ def _layers(name: str, value: Any) -> list[int] | None:
     if value is None:
         return None
     layers = list(value) if isinstance(value, Iterable) else [value]
-    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise ValueError(f"{name} holds whole numbers, got {brief(value)}. Write for example {name}=[0, 1].")
-    if any(layer < 0 for layer in layers):
+    if any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers):
         raise ValueError(
-            f"{name} counts layers from 0 and takes no negative numbers, got {brief(value)}. Write {name}=[0, 1], ..."
+            f"{name} must hold integers, counted from 0, got {brief(value)}. Write for example {name}=[0, 1]."
         )
     if len(set(layers)) < len(layers):
-        raise ValueError(f"{name} names a layer twice, got {brief(value)}. Write {name}={sorted(set(layers))}.")
+        raise ValueError(f"{name} must not name a layer twice, got {brief(value)}.")
     if not layers:
-        raise ValueError(
-            f"{name} is empty. Leave it at None for the default, or drop {name[0].upper()} from adapters."
-        )
+        raise ValueError(f"{name} must not be empty. Leave it at None, or drop {name[0].upper()} from adapters.")
     return sorted(layers)
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(
-            f"{name} is a whole number from {least} to {most}, got {brief(value)}. Write for example {name}=64."
-        )
+        raise ValueError(f"{name} must be an integer from {least} to {most}, got {brief(value)}.")
 
 
 def _number(name: str, value: Any, least: float, below: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < below:
         upper = "finite" if below == float("inf") else f"less than {below:g}"
-        raise ValueError(
-            f"{name} is at least {least:g} and {upper}, got {brief(value)}. Write for example {name}=0.1."
-        )
+        raise ValueError(f"{name} must be at least {least:g} and {upper}, got {brief(value)}.")
 
 
 def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
     if value not in known:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {brief(value)}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {brief(value)}.")

@@ -5,6 +5,9 @@ import pytest
 from peft import PeftConfig, PeftType
 
 from peft_elp import ELPConfig
+from peft_elp.adapters.modules import ACTIVATIONS
+from peft_elp.config import E_PLACES, L_OUTPUTS, P_POSITIONS
+from peft_elp.heads import HEAD_SETTINGS
 
 
 def test_the_defaults_are_those_of_the_method():
@@ -15,14 +18,23 @@ def test_the_defaults_are_those_of_the_method():
     assert (config.train_layer_norms, config.init_weights, config.init_std) == (True, True, 1e-3)
     assert config.e_layers is config.l_layers is config.l_output is config.modules_to_save is None
     assert config.task_type is None
+    assert config.peft_type is PeftType.ELP  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_every_field_has_a_help_text():
-    own = {f.name: f for f in dataclasses.fields(ELPConfig)}.keys() - {f.name for f in dataclasses.fields(PeftConfig)}
-    assert len(own) > 15
-    for field in dataclasses.fields(ELPConfig):
-        if field.name in own:
-            assert len(field.metadata["help"]) > 20, field.name
+def test_every_field_has_a_help_text_that_names_its_choices():
+    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(ELPConfig)}
+    assert all(len(text) > 20 for name, text in helps.items() if name not in PeftConfig.__dataclass_fields__)
+    assert helps["l_layers"] == "0-based layers that the L-adapter taps. None: all."
+    choices = {
+        "e_activation": ACTIVATIONS,
+        "l_activation": ACTIVATIONS,
+        "e_after": E_PLACES,
+        "l_output": L_OUTPUTS,
+        "p_position": P_POSITIONS,
+        "head_config": HEAD_SETTINGS,
+    }
+    for name, known in choices.items():
+        assert [choice for choice in known if choice not in helps[name]] == []
 
 
 @pytest.mark.parametrize(
@@ -33,28 +45,29 @@ def test_every_field_has_a_help_text():
         ({"adapters": "EE"}, "each at most once, got 'EE'. Write adapters='E'"),
         ({"adapters": "el"}, "got 'el'. Write adapters='EL'"),
         ({"adapters": None}, "got None"),
-        ({"e_dim": 0}, "e_dim is a whole number from 1 to 16384, got 0"),
-        ({"l_dim": -3}, "l_dim is a whole number from 1 to 16384, got -3"),
-        ({"l_dim": 1.5}, "got 1.5"),
-        ({"p_length": 0}, "p_length is a whole number from 1 to 16384, got 0"),
-        ({"e_layers": [-1]}, r"e_layers counts layers from 0.*got \[-1\]"),
-        ({"l_layers": [0, 0, 2]}, r"l_layers names a layer twice, got \[0, 0, 2\]. Write l_layers=\[0, 2\]"),
-        ({"e_layers": []}, "e_layers is empty"),
-        ({"e_layers": ["0"]}, "holds whole numbers"),
-        ({"e_activation": "swish"}, "e_activation is one of.*'gelu'.*got 'swish'"),
-        ({"l_activation": "swish"}, "l_activation is one of.*'relu'.*got 'swish'"),
-        ({"e_dropout": 1.0}, "e_dropout is at least 0 and less than 1, got 1.0"),
-        ({"l_dropout": -0.1}, "l_dropout is at least 0 and less than 1, got -0.1"),
-        ({"p_init_std": -1}, "p_init_std is at least 0"),
-        ({"l_output": "sum"}, "l_output is one of 'head', 'project', 'residual', got 'sum'"),
-        ({"init_weights": "paper start"}, "init_weights is one of True, False, .paper., got .paper start."),
-        ({"l_input_norm": "yes"}, "l_input_norm is one of None, False, True, got 'yes'"),
-        ({"e_after": "ffn"}, "e_after takes 'feed_forward', 'attention' or both.*got 'ffn'"),
-        ({"e_after": []}, "e_after takes"),
-        ({"e_after": 3}, "e_after takes.*got 3"),
-        ({"e_layers": 1.5}, "e_layers holds whole numbers, got 1.5"),
-        ({"init_std": float("inf")}, "init_std is at least 0 and finite, got inf"),
-        ({"p_position": "middle"}, "p_position is one of 'append', 'prepend', got 'middle'"),
+        ({"e_dim": 0}, "e_dim must be an integer from 1 to 16384, got 0"),
+        ({"l_dim": 1.5}, "l_dim must be an integer from 1 to 16384, got 1.5"),
+        ({"p_length": 0}, "p_length must be an integer from 1 to 16384, got 0"),
+        ({"chunk_length": 0}, "chunk_length must be an integer from 1 to 16384, got 0"),
+        ({"e_layers": [-1]}, r"e_layers must hold integers, counted from 0, got \[-1\]"),
+        ({"e_layers": ["0"]}, r"e_layers must hold integers, counted from 0, got \['0'\]"),
+        ({"e_layers": 1.5}, "e_layers must hold integers, counted from 0, got 1.5"),
+        ({"l_layers": [0, 0, 2]}, r"l_layers must not name a layer twice, got \[0, 0, 2\]"),
+        ({"e_layers": []}, "e_layers must not be empty. Leave it at None, or drop E from adapters"),
+        ({"e_activation": "swish"}, "e_activation must be one of.*'gelu'.*got 'swish'"),
+        ({"l_activation": "swish"}, "l_activation must be one of.*'relu'.*got 'swish'"),
+        ({"e_dropout": 1.0}, "e_dropout must be at least 0 and less than 1, got 1.0"),
+        ({"l_dropout": -0.1}, "l_dropout must be at least 0 and less than 1, got -0.1"),
+        ({"p_init_std": -1}, "p_init_std must be at least 0 and finite, got -1"),
+        ({"init_std": float("inf")}, "init_std must be at least 0 and finite, got inf"),
+        ({"verification_threshold": 2}, "verification_threshold must be at least -1 and less than 1, got 2"),
+        ({"l_output": "sum"}, "l_output must be one of 'head', 'project', 'residual', got 'sum'"),
+        ({"init_weights": "paper start"}, "init_weights must be one of True, False, .paper., got .paper start."),
+        ({"l_input_norm": "yes"}, "l_input_norm must be one of None, False, True, got 'yes'"),
+        ({"e_after": "ffn"}, "e_after must be 'feed_forward', 'attention' or both.*got 'ffn'"),
+        ({"e_after": []}, r"e_after must be .*got \[\]"),
+        ({"e_after": 3}, "e_after must be .*got 3"),
+        ({"p_position": "middle"}, "p_position must be one of 'append', 'prepend', got 'middle'"),
         ({"modules_to_save": "lm_head"}, r"Write modules_to_save=\['lm_head'\]"),
     ],
 )
@@ -70,11 +83,12 @@ def test_one_place_may_be_a_string_and_order_does_not_matter():
     assert ELPConfig(e_layers=(2, 0)).e_layers == [0, 2]
 
 
-def test_a_config_survives_its_file(tmp_path):
+def test_a_config_survives_its_file_which_may_be_alone_in_a_folder(tmp_path):
     config = ELPConfig(adapters="EP", e_layers=[2, 1], e_after=("attention",), exclude_modules={"b", "a"})
-    config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "ELP"
-    assert PeftConfig.from_pretrained(tmp_path) == config
+    config.save_pretrained(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["adapter_config.json"]
+    assert json.loads((tmp_path / "new/adapter_config.json").read_text())["peft_type"] == "ELP"
+    assert PeftConfig.from_pretrained(tmp_path / "new") == ELPConfig.from_pretrained(tmp_path / "new") == config
 
 
 def test_a_field_from_a_newer_version_is_reported_and_dropped(tmp_path):
@@ -83,16 +97,6 @@ def test_a_field_from_a_newer_version_is_reported_and_dropped(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"q_dim": 3}))
     with pytest.warns(UserWarning, match="q_dim"):
         assert PeftConfig.from_pretrained(tmp_path) == ELPConfig()
-
-
-def test_the_type_is_a_member_of_the_enumeration():
-    assert ELPConfig().peft_type is PeftType.ELP  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_a_folder_may_hold_a_configuration_alone(tmp_path):
-    config = ELPConfig(adapters="EL", e_dim=64)
-    config.save_pretrained(tmp_path)
-    assert ELPConfig.from_pretrained(tmp_path) == config
 
 
 def test_broken_weights_are_noticed_with_the_configuration(tmp_path):

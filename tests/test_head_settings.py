@@ -130,13 +130,13 @@ def test_settings_of_numpy_are_those_of_python(settings, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"id2label": ["no", "yes"]}, r"id2label in head_config maps whole numbers to labels, got \['no', 'yes'\]"),
-        ({"id2label": {"first": "no"}}, "maps whole numbers to labels"),
-        ({"num_labels": "three"}, "num_labels in head_config is a whole number from 1 to 1048576, got 'three'"),
-        ({"num_labels": 0}, "num_labels in head_config is a whole number from 1"),
-        ({"num_labels": 2.5}, "num_labels in head_config is a whole number from 1"),
-        ({"tdnn_dim": [8, "x"]}, "tdnn_dim in head_config is a whole number from 1"),
-        ({"problem_type": "guess"}, "problem_type in head_config is one of 'regression'"),
+        ({"id2label": ["no", "yes"]}, r"id2label in head_config must map 0, 1, ... to labels, got \['no', 'yes'\]"),
+        ({"id2label": {"first": "no"}}, "must map 0, 1, ... to labels"),
+        ({"num_labels": "three"}, "num_labels in head_config must be an integer from 1 to 1048576, got 'three'"),
+        ({"num_labels": 0}, "num_labels in head_config must be an integer from 1"),
+        ({"num_labels": 2.5}, "num_labels in head_config must be an integer from 1"),
+        ({"tdnn_dim": [8, "x"]}, "tdnn_dim in head_config must be an integer from 1"),
+        ({"problem_type": "guess"}, "problem_type in head_config must be one of 'regression'"),
     ],
 )
 def test_settings_without_sense_are_refused(settings, message):

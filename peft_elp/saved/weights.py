@@ -18,8 +18,8 @@ from torch import Tensor
 from peft_elp.wording import first_line, shortened
 
 FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # in the order in which PEFT looks for them
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-DTYPES = (*FLOATS, torch.int64)  # int64 is for the counters of batch norms in a head
+# int64 is for the counters of batch norms in a head.
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,12 @@ class SavedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     largest: float
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> SavedTensor:
+        """Describe a tensor."""
+        low, high = tensor.aminmax() if tensor.numel() else [tensor.new_zeros(())] * 2  # NaN if one value is NaN.
+        return cls(tuple(tensor.shape), tensor.dtype, max(abs(low.item()), abs(high.item())))
 
 
 def find_weights(name_or_path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path | None:
@@ -83,10 +89,7 @@ def read_tensors(path: Path, adapter: str) -> dict[str, SavedTensor]:
         ValueError: The file is broken, or holds anything but tensors of floating-point numbers or int64 by name. Code
             in a `.bin` file is not run.
     """
-    return {
-        name: SavedTensor(tuple(tensor.shape), tensor.dtype, _largest(tensor))
-        for name, tensor in open_tensors(path, adapter).items()
-    }
+    return {name: SavedTensor.of(tensor) for name, tensor in open_tensors(path, adapter).items()}
 
 
 def open_tensors(path: Path, adapter: str) -> dict[str, Tensor]:
@@ -118,23 +121,3 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
         raise ValueError("its tensors are larger than the file")
     return torch.load(path, map_location="cpu", **options)
-
-
-def _largest(tensor: Tensor) -> float:
-    if not tensor.numel():
-        return 0.0
-    low, high = tensor.aminmax()  # Both are NaN if one value is NaN.
-    return max(abs(low.item()), abs(high.item()))
-
-
-# Until the tuner checks `SavedTensor`s.
-
-
-def described_tensors(path: Path, adapter: str) -> dict[str, Tensor]:
-    """Describe the tensors in a file of weights, as tensors on the meta device."""
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in open_tensors(path, adapter).items()}
-
-
-def is_accepted(tensor: Tensor) -> bool:
-    """Whether the tensor has a floating-point dtype that an adapter may be saved in."""
-    return tensor.dtype in FLOATS
