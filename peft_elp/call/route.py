@@ -57,8 +57,8 @@ class Route:
             raise ValueError(
                 f"adapter_names holds {len(self.names)} names, and the batch has the shape {tuple(x.shape)}. Pass one "
                 "adapter name per utterance. An encoder that packs utterances into one sequence, or splits long ones, "
-                "cannot mix adapters. Nor can generation that falls back to other temperatures for some utterances. "
-                "Call the model once per adapter then."
+                "cannot mix adapters. Nor can Whisper's generation from recordings longer than its window, which drops "
+                "utterances that have ended. Call the model once per adapter then."
             )
         return repeats
 

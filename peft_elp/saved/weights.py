@@ -39,7 +39,9 @@ class SavedTensor:
     @classmethod
     def of(cls, tensor: Tensor) -> SavedTensor:
         """Describe a tensor."""
-        low, high = tensor.aminmax() if tensor.numel() else [tensor.new_zeros(())] * 2  # NaN if one value is NaN.
+        if tensor.dtype not in DTYPES or not tensor.numel() or tensor.is_meta:
+            return cls(tuple(tensor.shape), tensor.dtype, 0.0)
+        low, high = tensor.aminmax()  # Both are NaN if one value is NaN.
         return cls(tuple(tensor.shape), tensor.dtype, max(abs(low.item()), abs(high.item())))
 
 

@@ -111,14 +111,15 @@ def planned_head(
         linear = modules.get(input_path, original(model.get_submodule(input_path)))
         assert isinstance(linear, nn.Linear)
         modules[input_path] = nn.Linear(input_size, linear.out_features, linear.bias is not None, device="meta")
-    return modules
+    return {
+        path: new.to(next(original(model.get_submodule(path)).parameters()).dtype) for path, new in modules.items()
+    }
 
 
 def initialised(model: nn.Module, path: str, planned: nn.Module) -> nn.Module:
     """Give a module of `planned_head` tensors, initialised as Transformers initialises modules of that model."""
     old = original(model.get_submodule(path))
-    like = next(old.parameters())
-    module = planned.to_empty(device=running_device(old)).to(like.dtype)
+    module = planned.to_empty(device=running_device(old))
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             buffer.copy_(old.get_buffer(name))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peft_elp.saved.weights import SavedTensor
+from peft_elp.saved.weights import FLOATS, SavedTensor
 from peft_elp.wording import shortened
 
 
@@ -31,15 +31,13 @@ def find_misfits(expected: Mapping[str, Tensor], given: Mapping[str, SavedTensor
             for name, own, saved in both
             if shapes and saved.shape != _shape(own)
         ],
-        "of another kind of numbers": [
-            f"{name} {saved.dtype}"
-            for name, own, saved in both
-            if saved.dtype.is_floating_point != own.dtype.is_floating_point
+        "of a wrong dtype": [
+            f"{name} {saved.dtype}" for name, own, saved in both if (saved.dtype in FLOATS) != own.is_floating_point()
         ],
         "not finite": [
             name
             for name, own, saved in both
-            if own.is_floating_point() and not saved.largest <= torch.finfo(own.dtype).max
+            if saved.dtype in FLOATS and own.is_floating_point() and not saved.largest <= torch.finfo(own.dtype).max
         ],
     }
     return "; ".join(f"{len(names)} {what} ({shortened(names, shown=4)})" for what, names in found.items() if names)

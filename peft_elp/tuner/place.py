@@ -31,11 +31,12 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
     Returns:
         The model. It is another object only if the model is an encoder stack itself, which is wrapped then.
     """
+    made = [site.make() for site in plan.sites]  # A module that cannot be copied is an error before anything changes.
     stack = _wrap_stack(model, plan.encoder, active_adapters)
     model = model if plan.encoder.stack_path else stack
-    for site in plan.sites:
+    for site, module in zip(plan.sites, made, strict=True):
         layer: Any = stack if site.wrapper is ELPStack else _wrap(model, site.path, site.wrapper, active_adapters)
-        layer.place(site.container, adapter_name, site.make())
+        layer.place(site.container, adapter_name, module)
     config = plan.config
     if config.chunk_length is not None:
         stack.windows[adapter_name] = config.chunk_length

@@ -248,7 +248,7 @@ def _excluded(
             found = {site for site, path in paths.items() if re.fullmatch(excluded, path)}
         except re.error as error:
             raise ValueError(
-                f"exclude_modules={brief(excluded)} is not a valid regular expression: {error}. Write a list of "
+                f"exclude_modules={brief(excluded)} is not a regular expression: {error}. Write a list of "
                 r"paths, or an expression such as r'.*layers\.0\..*'."
             ) from error
     else:
