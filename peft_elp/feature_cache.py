@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -29,7 +30,9 @@ from .wording import unknown_adapter
 
 Collate = Callable[[Sequence[Any]], Mapping[str, Any]]
 RECORDINGS_PER_FILE = 128
-INPUTS = ("input_values", "input_features", "attention_mask")
+ENCODER = "cached_encoder"  # In a row: which encoder its features are of.
+# How far an answer from saved features may be from the live one, relative to its largest value.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(eq=False)
@@ -37,8 +40,9 @@ class FeatureCache:
     """The features of an L-adapter, in a folder.
 
     The hidden states are computed in evaluation mode, one recording at a time, so without dropout and without padding.
-    They are found again by the content of a recording and of the encoder: another encoder, or another choice of
-    layers, adds its own files to the folder.
+    They are found again by the content of a recording and of the encoder: another encoder, another window or another
+    choice of layers adds its own files to the folder. `read` compares the answer from saved features with the live
+    one, and refuses models whose answer differs.
 
     Args:
         model: A `PeftModel` with the adapter. Its calls take `cached_features` from now on.
@@ -75,13 +79,13 @@ class FeatureCache:
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"Features are saved as torch.float32, float16 or bfloat16, got dtype={self.dtype}.")
+            raise ValueError(f"dtype must be torch.float32, float16 or bfloat16, got {self.dtype}.")
         if self.adapter_name not in self.model.peft_config:
             raise ValueError(unknown_adapter(self.adapter_name, self.model.peft_config))
-        encoder, self._stack = adapted_encoder(self.model)
-        self._refuse(encoder)
+        self._encoder, self._stack = adapted_encoder(self.model)
+        self._refuse(self._encoder)
         self.layers: list[int] = self._stack.tapped_layers[self.adapter_name]
-        self._folder = Path(self.folder, _fingerprint(encoder.backbone, self.layers, self._stack, self.dtype))
+        self._folder = Path(self.folder)
         self._stack.cacheable.add(self.adapter_name)
         # PeftModel takes these arguments out before it calls the model.
         self.model.special_peft_forward_args = {*self.model.special_peft_forward_args, CACHED}
@@ -98,18 +102,22 @@ class FeatureCache:
             raise ValueError(
                 f"{type(self._stack.base_layer).__name__} goes on after its layers. Its features cannot be cached."
             )
+        self._refuse_masking(config)
+        adapter: Any = self._stack.elp_l[name]
+        if adapter.residual and self._stack.tapped_layers[name][-1] != self._stack.depth - 1:
+            raise ValueError("l_output='residual' also reads the last layer. Tap it (l_layers) to cache its features.")
+
+    @staticmethod
+    def _refuse_masking(config: Any) -> None:
         masked = [key for key in ("mask_time_prob", "mask_feature_prob") if getattr(config, key, 0)]
         if masked and getattr(config, "apply_spec_augment", True):
             raise ValueError(
                 f"The encoder masks its features at random in training ({masked[0]}={getattr(config, masked[0])}), "
                 "and cached features are not masked. Load it with apply_spec_augment=False."
             )
-        adapter: Any = self._stack.elp_l[name]
-        if adapter.residual and self._stack.tapped_layers[name][-1] != self._stack.depth - 1:
-            raise ValueError("l_output='residual' also reads the last layer. Tap it (l_layers) to cache its features.")
 
     def read(self, dataset: Sequence[Any], collate: Collate, progress: bool = True) -> CachedRows:
-        """The rows of a data set with the features of each recording, which are computed where they are not saved yet.
+        """Return the rows of a data set with the features of each recording, computed where they are not saved yet.
 
         If the work is interrupted, the next call goes on where this one was.
 
@@ -122,9 +130,14 @@ class FeatureCache:
             A data set for `Trainer`. It needs `self.collate` as `data_collator`, and `remove_unused_columns=False`.
 
         Raises:
-            ValueError: A row is different when it is read twice.
+            ValueError: A row is different when it is read twice, features overflow in `dtype`, or the model answers
+                differently with saved features.
         """
-        self._find_files()
+        self._folder = Path(self.folder, self._fingerprint())
+        self._files = {}
+        for file in sorted(self._folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as saved:
+                self._files |= dict.fromkeys(saved.keys(), file)
         rows: list[tuple[str, dict[str, Tensor]]] = []
         new: dict[str, Tensor] = {}
         bar = tqdm(range(len(dataset)), desc="Features", unit="clip", disable=not progress)
@@ -141,41 +154,91 @@ class FeatureCache:
                 if len(new) == RECORDINGS_PER_FILE:
                     new = self._save(new)
             rows.append((key, {name: _without_values(name, x[0]) for name, x in batch.items()}))
+            if number == 0:
+                found = new if key in new else {key: CachedRows(rows, self._files, self._folder.name)[0][CACHED]}
+                self._compare(batch, {CACHED: found[key], ENCODER: self._folder.name, **rows[0][1]})
         self._save(new)
-        return CachedRows(rows, self._files, self.layers)
+        return CachedRows(rows, self._files, self._folder.name)
+
+    def _compare(self, batch: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
+        """Refuse a model whose answer from saved features is not the live one."""
+        live = self._answer(batch)
+        try:
+            cached = self._answer(self.collate([row]))
+            difference = float((cached - live).abs().max() / live.abs().max().clamp(min=1e-6))
+        except Exception as error:  # Whatever a model does with inputs that hold no values.
+            raise ValueError(f"{self._name()} does not run from cached features ({error}).") from error
+        if not difference <= TOLERANCE[self.dtype]:
+            raise ValueError(
+                f"{self._name()} answers differently with cached features: by {difference:.2g} of its largest output. "
+                "It uses its inputs in another way than once through the encoder. Train it without a cache."
+            )
+
+    def _name(self) -> str:
+        return type(self.model.get_base_model()).__name__
+
+    def _answer(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the first floating-point output of the model for a batch, in evaluation mode."""
+        outputs = self._call(batch)
+        tensors = (
+            outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple) else [outputs]
+        )
+        return next(x for x in tensors if isinstance(x, Tensor) and x.is_floating_point() and x.dim()).float().cpu()
 
     @torch.no_grad()
-    def _features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the taps read of one recording, `(layers, frames, hidden)`."""
-        adapter: Any = self._stack.elp_l[self.adapter_name]
+    def _call(self, batch: Mapping[str, Any]) -> Any:
+        """Call the model with the adapter, in evaluation mode and without labels that it does not need."""
         tuner: Any = self.model.base_model
+        training, active = self.model.training, list(self.model.active_adapters)
+        device = next(self.model.parameters()).device
+        row = head_row(type(self.model.get_base_model()))
+        # A decoder needs the labels. A head does not, and its own loss may not fit them.
+        needed = {
+            name: x for name, x in batch.items() if name != "labels" or (row and row.output == "generated_tokens")
+        }
+        try:
+            self.model.eval()
+            if active != [self.adapter_name]:
+                tuner.set_adapter(self.adapter_name)
+            return self.model(**send_to_device(needed, device))
+        finally:
+            if active != [self.adapter_name]:
+                tuner.set_adapter(active)
+            self.model.train(training)
+
+    def _features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the taps read of one recording, `(layers, frames, hidden)`."""
+        adapter: Any = self._stack.elp_l[self.adapter_name]
         seen: dict[int, Tensor] = {}
         handles = [
             tap.register_forward_pre_hook(lambda _, args, number=number: seen.__setitem__(number, args[0][0]))
             for number, tap in enumerate(adapter.taps)
         ]
-        training, active = self.model.training, list(self.model.active_adapters)
-        device = next(self.model.parameters()).device
-        row = head_row(type(self.model.get_base_model()))
-        # A decoder needs the labels. A head does not, and its own loss may not fit them.
-        needed = [name for name in batch if name != "labels" or (row and row.output == "generated_tokens")]
         try:
-            self.model.eval()
-            if active != [self.adapter_name]:
-                tuner.set_adapter(self.adapter_name)
-            self.model(**{name: batch[name].to(device) for name in needed})
+            self._call(batch)
         finally:
             for handle in handles:
                 handle.remove()
-            if active != [self.adapter_name]:
-                tuner.set_adapter(active)
-            self.model.train(training)
-        return torch.stack([seen[number] for number in range(len(self.layers))]).to("cpu", self.dtype)
+        features = torch.stack([seen[number] for number in range(len(self.layers))]).to("cpu", self.dtype)
+        if not features.isfinite().all():
+            raise ValueError(
+                f"The hidden states of {self._name()} overflow in {self.dtype}. Pass dtype=torch.bfloat16 or "
+                "torch.float32 to FeatureCache."
+            )
+        return features
 
-    def _find_files(self) -> None:
-        for file in sorted(self._folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as saved:
-                self._files |= dict.fromkeys(saved.keys(), file)
+    def _fingerprint(self) -> str:
+        """Return a name for the frozen encoder as it is now, its settings and the layers that are read."""
+        backbone: Any = self._encoder.backbone
+        config: Any = self._stack.window.config or backbone.config
+        settings = {key: value for key, value in config.to_diff_dict().items() if "label" not in key}
+        facts = [settings, self.layers, self._stack.windows.get(self.adapter_name), str(self.dtype)]
+        found = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
+        for name, tensor in sorted(backbone.state_dict().items()):
+            if "elp_" not in name and "modules_to_save" not in name:
+                found.update(name.encode())
+                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:32]
 
     def _save(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
         if new:
@@ -188,7 +251,17 @@ class FeatureCache:
         return {}
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch for the model from rows of `read`: features and labels, and inputs that only tell lengths."""
+        """Return a batch for the model from rows of `read`: features and labels, and inputs that only tell lengths.
+
+        Raises:
+            ValueError: The features are of another encoder, or the encoder masks its features in training.
+        """
+        if {row[ENCODER] for row in rows} != {self._folder.name}:
+            raise ValueError(
+                "These rows hold features of another encoder, another window or other layers. Read the data set with "
+                "this cache."
+            )
+        self._refuse_masking(self._encoder.backbone.config)
         features = [row[CACHED] for row in rows]
         batch: dict[str, Any] = {
             CACHED: {
@@ -196,12 +269,13 @@ class FeatureCache:
                 for tap, layer in enumerate(self.layers)
             }
         }
-        for name in rows[0].keys() - {CACHED}:
+        for name in rows[0].keys() - {CACHED, ENCODER}:
             values = [row[name] for row in rows]
-            if name in INPUTS:
-                batch[name] = _padded(values, name)
+            if _is_input(name, values[0]):
+                longest = [max(sizes) for sizes in zip(*(x.shape for x in values), strict=True)]
+                batch[name] = values[0].new_full((), torch.nan).expand(len(values), *longest)
             elif values[0].dim():
-                batch[name] = pad_sequence(values, batch_first=True, padding_value=-100)
+                batch[name] = pad_sequence(values, batch_first=True, padding_value=0 if "mask" in name else -100)
             else:
                 batch[name] = torch.stack(values)
         return batch
@@ -213,11 +287,11 @@ class CachedRows(torch.utils.data.Dataset):
     Args:
         rows: The key of each recording, and what the model takes besides: labels, and inputs without their values.
         files: The file of each key.
-        layers: The layers whose features are cached.
+        encoder: A name for the encoder that the features are of.
     """
 
-    def __init__(self, rows: Sequence[tuple[str, dict[str, Tensor]]], files: Mapping[str, Path], layers: list[int]):
-        self.rows, self.files, self.layers = rows, dict(files), layers
+    def __init__(self, rows: Sequence[tuple[str, dict[str, Tensor]]], files: Mapping[str, Path], encoder: str) -> None:
+        self.rows, self.files, self.encoder = rows, dict(files), encoder
         self._open: dict[Path, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,45 +305,27 @@ class CachedRows(torch.utils.data.Dataset):
         file = self.files[key]
         if file not in self._open:
             self._open[file] = safe_open(file, "pt")
-        return {CACHED: self._open[file].get_tensor(key), **rest}
+        return {CACHED: self._open[file].get_tensor(key), ENCODER: self.encoder, **rest}
+
+
+def _is_input(name: str, x: Tensor) -> bool:
+    """Whether a tensor of a batch is taken for an input of the encoder. `FeatureCache.read` finds out if it is not."""
+    return name != "labels" and x.is_floating_point()
 
 
 def _without_values(name: str, x: Tensor) -> Tensor:
-    """An input of the encoder that takes no memory: its shape tells the length. A mask with zeros and labels stay."""
-    if name not in INPUTS:
-        return x
-    if name != "attention_mask":
-        return x.new_zeros(()).expand(x.shape)
-    return x.new_ones(()).expand(x.shape) if x.all() else x
-
-
-def _padded(values: Sequence[Tensor], name: str) -> Tensor:
-    """Inputs without values, or masks, padded to the longest along the axis in which they differ."""
-    if name == "attention_mask":
-        return pad_sequence(list(values), batch_first=True)
-    longest = [max(sizes) for sizes in zip(*(x.shape for x in values), strict=True)]
-    return values[0].new_zeros(()).expand(len(values), *longest)
+    """Return an input of the encoder without memory: its shape tells the length. What it computes is NaN."""
+    if _is_input(name, x):
+        return x.new_full((), torch.nan).expand(x.shape)
+    return x.new_ones(()).expand(x.shape) if "mask" in name and x.all() else x
 
 
 def _content(batch: Mapping[str, Any]) -> str:
-    """A key for the content of a recording."""
+    """Return a key for the content of a recording: all tensors of its batch but the labels."""
     found = hashlib.sha256()
-    for name in INPUTS:
-        if isinstance(batch.get(name), Tensor):
-            x = batch[name].detach().cpu().contiguous()
+    for name, value in sorted(batch.items()):
+        if isinstance(value, Tensor) and name != "labels":
+            x = value.detach().cpu().contiguous()
             found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
             found.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _fingerprint(backbone: nn.Module, layers: list[int], stack: Any, dtype: torch.dtype) -> str:
-    """A name for the frozen encoder, its settings and the layers that are read."""
-    config: Any = backbone.config
-    settings = {key: value for key, value in config.to_diff_dict().items() if "label" not in key}
-    windows = list(stack.windows.values())
-    found = hashlib.sha256(json.dumps([settings, layers, windows, str(dtype)], default=str, sort_keys=True).encode())
-    for name, tensor in sorted(backbone.state_dict().items()):
-        if "elp_" not in name and "modules_to_save" not in name:
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:32]

@@ -133,7 +133,7 @@ def share_tensors(encoder: Encoder, other: Encoder, task: str, other_task: str) 
 
 
 def _backbone_tensors(backbone: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """The tensors of the backbone, by name: the module that holds each, its name in that module, and the tensor."""
+    """Return the tensors of the backbone by name: the module of each, its name in that module, and the tensor."""
     found: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for path, module in backbone.named_modules():
         if ".elp_" in f".{path}" or ".modules_to_save" in f".{path}":

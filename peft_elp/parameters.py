@@ -21,7 +21,7 @@ def belongs_to(adapter_name: str, name: str) -> bool:
 
 
 def parameters_by_part(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of an adapter, by part and name.
+    """Return the parameters of an adapter, by part and name.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
@@ -49,13 +49,13 @@ def parameters_by_part(model: nn.Module, adapter_name: str = "default") -> dict[
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
     for name, parameter in model.named_parameters():
         for container, part in CONTAINERS.items():
-            if f".{container}.{adapter_name}." in name:
+            if f".{container}.{adapter_name}." in f".{name}":  # A model that is the stack itself holds them directly.
                 parameters[part][name] = parameter
     return parameters
 
 
 def count_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
-    """The number of parameters of an adapter, by part.
+    """Return the number of parameters of an adapter, by part.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.

@@ -47,7 +47,7 @@ def _trimmed(states: Any, last: Any) -> Any:
 
 
 def without_pseudo_features(x: Tensor, real: Sequence[RealFrames]) -> Tensor:
-    """The frames of `x` that belong to the utterances."""
+    """Return the frames of `x` that belong to the utterances."""
     for frames in reversed(real):
         x = frames.of(x)
     return x

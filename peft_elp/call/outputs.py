@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def hidden_states_of(output: Any) -> Tensor:
-    """The hidden states in a module's output: a tensor, or the first entry of a tuple or a `ModelOutput`."""
+    """Return the hidden states in a module's output: a tensor, or the first entry of a tuple or a `ModelOutput`."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def with_hidden_states(output: Any, x: Tensor | None) -> Any:
-    """The same output with hidden states `x`. A `ModelOutput` is changed in place."""
+    """Return the same output with hidden states `x`. A `ModelOutput` is changed in place."""
     if isinstance(output, Tensor):
         return x
     if isinstance(output, tuple):
@@ -24,5 +24,5 @@ def with_hidden_states(output: Any, x: Tensor | None) -> Any:
 
 
 def another(output: Any, x: Tensor | None) -> Any:
-    """A copy of the output with hidden states `x`."""
+    """Return a copy of the output with hidden states `x`."""
     return with_hidden_states(output if isinstance(output, (Tensor, tuple)) else copy(output), x)

@@ -34,7 +34,7 @@ class Route:
 
     @classmethod
     def only(cls, name: str) -> Route:
-        """One adapter for all utterances of a batch of any size."""
+        """Return one adapter for all utterances of a batch of any size."""
         route = cls([name])
         route.whole = name
         return route
@@ -57,13 +57,13 @@ class Route:
             raise ValueError(
                 f"adapter_names holds {len(self.names)} names, and the batch has the shape {tuple(x.shape)}. Pass one "
                 "adapter name per utterance. An encoder that packs utterances into one sequence, or splits long ones, "
-                "cannot mix adapters. Nor can Whisper's generation from recordings longer than its window, which drops "
-                "utterances that have ended. Call the model once per adapter then."
+                "cannot mix adapters. Nor can generation from recordings longer than the window, which drops "
+                "ended ones. Call the model once per adapter."
             )
         return repeats
 
     def indices(self, name: str, x: Tensor, axes: int = 3) -> Tensor:
-        """The indices of the utterances that use an adapter.
+        """Return the indices of the utterances that use an adapter.
 
         Args:
             name: The adapter's name.

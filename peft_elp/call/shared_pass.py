@@ -32,6 +32,7 @@ class SharedPass:
         output: The output of the stack, if the sums of taps replace it. The stack is not called again then.
         layer_outputs: The output of each layer apart from its hidden states, by the number of the layer. It is kept
             for a stack that goes on after its layers, which is called again without them.
+        entered: The modules that the call of each task has reached.
     """
 
     readers: dict[str, tuple[LAdapter, list[int]]] = field(default_factory=dict)
@@ -41,13 +42,27 @@ class SharedPass:
     ends: dict[str, Tensor] = field(default_factory=dict)
     output: Any = None
     layer_outputs: dict[int, Any] = field(default_factory=dict)
+    entered: list[tuple[str, str]] = field(default_factory=list)
+
+    def enter(self, module: str) -> None:
+        """Note that the call of a task has reached a module, whose result is computed once.
+
+        Raises:
+            RuntimeError: It has reached the module before, with another input.
+        """
+        if (self.task, module) in self.entered:
+            raise RuntimeError(
+                f"This model calls its {module} more than once in a forward pass, and a pass that tasks share, or "
+                "cached features, hold the result of one call. Call the model once per adapter, with recordings."
+            )
+        self.entered.append((self.task, module))
 
     def keep(self, layer: int, output: Any) -> None:
         """Keep the output of a layer, apart from its hidden states."""
         self.layer_outputs[layer] = None if isinstance(output, Tensor) else another(output, None)
 
     def replay(self, layer: int, x: Tensor) -> Any:
-        """The output that `keep` has kept, with hidden states `x`, which nothing reads."""
+        """Return the output that `keep` has kept, with hidden states `x`, which nothing reads."""
         output = self.layer_outputs[layer]
         return x if output is None else another(output, x)
 
@@ -58,7 +73,7 @@ CACHED = "cached_features"
 
 
 def cached_pass(features: Mapping[str, Tensor]) -> SharedPass:
-    """A pass in which neither the convolutions nor the layers run."""
+    """Return a pass in which neither the convolutions nor the layers run."""
     return SharedPass(cached={int(layer): x for layer, x in features.items()})
 
 
@@ -66,6 +81,6 @@ current_pass: CallVariable[SharedPass] = CallVariable("peft_elp_shared_pass")
 
 
 def readers_of_pass() -> SharedPass | None:
-    """The current pass if several tasks share its layers, else None."""
+    """Return the current pass if several tasks share its layers, else None."""
     shared = current_pass.get()
     return shared if shared is not None and shared.readers else None

@@ -45,7 +45,7 @@ class TapReader:
             self.sum.add(self.of_layer[layer], x.clone() if copy else x)
 
     def end(self, x: Tensor) -> Tensor:
-        """What replaces the encoder's output `x` for the utterances that the adapter serves."""
+        """Return what replaces the encoder's output `x` for the utterances that the adapter serves."""
         y = self.sum.result().to(x)
         return self._served(x) + y if self.sum.adapter.residual else y
 
@@ -126,7 +126,7 @@ class StackCall:
         return args, kwargs
 
     def skipped(self, x: Tensor) -> Any:
-        """What stands for the output of a layer that does not run: its input `x`, with what layers return besides."""
+        """Return what stands for the output of a layer that does not run: its input, in the form of an output."""
         return another(self._last_output, x)
 
     def after_layer(self, layer: int, output: Any) -> Any:
@@ -146,7 +146,7 @@ class StackCall:
         return output
 
     def after_stack(self, x: Tensor) -> Tensor:
-        """What replaces the stack's output `x`.
+        """Return what replaces the stack's output `x`.
 
         The last tap reads `x`, unless the taps end in the last layer. On a pre-norm stack, `x` is the last layer's
         output after the final norm.

@@ -17,7 +17,7 @@ from peft_elp.wording import shortened, unknown_adapter
 def check_combination(
     configs: dict[str, Any], adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> ELPConfig:
-    """The configuration that the adapters to be combined have in common.
+    """Return the configuration that the adapters to be combined have in common.
 
     Args:
         configs: The configurations of all adapters of the model, by adapter name.
@@ -67,5 +67,5 @@ def combine(model: nn.Module, adapters: Sequence[str], weights: Sequence[float],
 
 
 def renamed(name: str, old: str, new: str) -> str:
-    """The name of a tensor of adapter `old`, with the name of adapter `new` in its place."""
+    """Return the name of a tensor of adapter `old`, with the name of adapter `new` in its place."""
     return ".".join(new if step == old else step for step in name.split("."))

@@ -158,14 +158,16 @@ class FrontEnd(Wrapper):
         shared = current_pass.get()
         if shared is None:
             return self.base_layer(*args, **kwargs)
+        shared.enter("feature encoder")
         if shared.cached is not None:
-            return self._blank(args[0] if args else kwargs["input_values"], next(iter(shared.cached.values())))
+            waveforms = args[0] if args else next(iter(kwargs.values()))
+            return self._blank(waveforms, next(iter(shared.cached.values())))
         if shared.features is None:
             shared.features = self.base_layer(*args, **kwargs)
         return shared.features
 
     def _blank(self, waveforms: Tensor, x: Tensor) -> Tensor:
-        """Zeros `(batch, channels, frames)` for a call whose layers do not run; `x` has their batch and frames."""
+        """Return zeros `(batch, channels, frames)` for a call whose layers do not run."""
         channels = [module.out_channels for module in self.base_layer.modules() if isinstance(module, nn.Conv1d)][-1]
         return waveforms.new_zeros(()).expand(len(x), channels, x.shape[1])
 

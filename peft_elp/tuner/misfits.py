@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peft_elp.saved.weights import FLOATS, SavedTensor
+from peft_elp.saved.weights import SavedTensor
 from peft_elp.wording import shortened
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # an adapter may be saved in these
 
 
 def find_misfits(expected: Mapping[str, Tensor], given: Mapping[str, SavedTensor], shapes: bool = True) -> str:

@@ -342,14 +342,14 @@ class ELPModel(BaseTuner):
         combine(self.model, adapters, weights, adapter_name)
 
     def get_input_embeddings(self) -> None:
-        """None. PEFT asks for the embeddings when it saves an adapter of a model with a resized vocabulary.
+        """Return None. PEFT asks for the embeddings when it saves an adapter of a model with a resized vocabulary.
 
         It would save the frozen embeddings with the adapter, and write them into the base of whoever loads it. If they
         are to be trained, they belong to `modules_to_save`. Besides, Transformers raises for most speech models.
         """
 
     def get_output_embeddings(self) -> None:
-        """None, as `get_input_embeddings`."""
+        """Return None, as `get_input_embeddings`."""
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> NoReturn:
         # An abstract method of BaseTuner, which its inject_adapter would call for each module.

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def running_device(module: nn.Module) -> torch.device | None:
-    """The device of a module's first parameter while the module runs, or None if it has no parameters.
+    """Return the device of a module's first parameter while the module runs, or None if it has no parameters.
 
     A parameter that is kept elsewhere is on the meta device between calls.
     """
@@ -32,7 +32,7 @@ def is_kept_elsewhere(module: nn.Module) -> bool:
 
 
 def copy_with_weights(module: nn.Module) -> nn.Module:
-    """A copy of a module that holds its weights itself, on the device where the module runs."""
+    """Return a copy of a module that holds its weights itself, on the device where the module runs."""
     hooks = [vars(inner)["_hf_hook"] for inner in module.modules() if "_hf_hook" in vars(inner)]
     with ExitStack() as aligned:
         for inner in module.modules():

@@ -54,7 +54,7 @@ class Task:
 
 
 def _changing(module: nn.Module) -> tuple[str, ...]:
-    """The containers of a tuner layer whose adapters change what the encoder layers compute."""
+    """Return the containers of a tuner layer whose adapters change what the encoder layers compute."""
     if isinstance(module, ELPStack):
         return ("elp_p",)
     return module.adapter_layer_names if isinstance(module, (ELPSublayer, ELPNorm)) else ()
@@ -98,7 +98,7 @@ _wrapping = Lock()
 
 
 def adapted_encoder(model: nn.Module) -> tuple[Encoder, ELPStack]:
-    """The encoder of a model that has ELP-adapters, ready for tasks that share a pass, and its wrapped stack.
+    """Return the encoder of a model that has ELP-adapters, ready for tasks that share a pass, and its wrapped stack.
 
     Raises:
         ValueError: The model has no encoder with ELP-adapters, or several.

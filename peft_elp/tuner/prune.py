@@ -90,7 +90,7 @@ def _kept(shares: dict[int, float], keep: int | Sequence[int] | None, min_share:
 
 
 def _shorter(config: ELPConfig, kept: list[int], residual: bool) -> ELPConfig:
-    """The configuration of the new adapter."""
+    """Return the configuration of the new adapter."""
     if residual or config.e_layers is None:  # What lies above the last tap is left out anyway.
         return replace(config, l_layers=kept)
     return replace(config, l_layers=kept, e_layers=[layer for layer in config.e_layers if layer <= kept[-1]])

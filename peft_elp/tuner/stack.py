@@ -183,12 +183,15 @@ class ELPStack(ELPLayer):
         self.check_depth()
         current = current_pass.get()
         if current is not None and current.cached is not None:
+            current.enter("encoder")
             return self._from_cache(current.cached)
         self._keep_processes_in_step()
         route = None if self.disable_adapters else current_route.get()
         if route is not None and self.windows:
             self._check_window(route)
         shared = None if self.disable_adapters else readers_of_pass()
+        if shared is not None:
+            shared.enter("encoder")
         if shared is not None and shared.output is not None:
             return another(shared.output, shared.ends[shared.task])
         if route is not None and route.whole is None:
@@ -231,7 +234,7 @@ class ELPStack(ELPLayer):
         return with_hidden_states(output, x if inside else without_pseudo_features(x, call.real))
 
     def _from_cache(self, cached: Mapping[int, Tensor]) -> BaseModelOutput:
-        """The output of the stack from what the taps read in an earlier call.
+        """Return the output of the stack from what the taps read in an earlier call.
 
         Raises:
             ValueError: No L-adapter is active, or the cache lacks a layer that it taps.
@@ -268,7 +271,7 @@ class ELPStack(ELPLayer):
         return last if are_watched(inside, kwargs, getattr(self.base_layer, "config", None)) else last_read
 
     def _readers(self, route: Route | None) -> tuple[TapReader, ...]:
-        """The readers of the L-adapters at work."""
+        """Return the readers of the L-adapters at work."""
         if route is not None:
             return tuple(
                 self._reader(name, partial(route.indices, name)) for name in route.adapters if name in self.elp_l
@@ -284,7 +287,7 @@ class ELPStack(ELPLayer):
         return TapReader(taps, {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}, rows)
 
     def _carried_rows(self, route: Route | None, names: list[str]) -> tuple[Tensor, Tensor | None]:
-        """The pseudo features that travel through the layers, and how many each utterance has if that differs."""
+        """Return the pseudo features that are carried, and how many each utterance has if that differs."""
         if route is None:
             prompts: list[Any] = [self.elp_p[name] for name in names]
             return torch.cat([adapter.rows for adapter in prompts]), None
@@ -294,7 +297,7 @@ class ELPStack(ELPLayer):
     def _with_pseudo_features(
         self, route: Route | None, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[RealFrames, ...]]:
-        """The arguments of the stack with pseudo features among its frames, and where the real frames are then."""
+        """Return the arguments with pseudo features among the frames, and where the real frames are then."""
         inputs = {("hidden_states", "attention_mask")[place]: value for place, value in enumerate(args)} | kwargs
         x, mask = inputs.pop("hidden_states"), inputs.pop("attention_mask", None)
         real: tuple[RealFrames, ...] = ()
@@ -365,7 +368,7 @@ class ELPStack(ELPLayer):
 
 
 def _readers_of_all(shared: SharedPass) -> tuple[TapReader, ...]:
-    """The readers of all tasks that share a pass, or none if the layers ran already."""
+    """Return the readers of all tasks that share a pass, or none if the layers ran already."""
     if shared.ends:
         return ()
     return tuple(
