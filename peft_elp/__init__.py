@@ -13,7 +13,7 @@ from .multitask import MultiTaskModel
 from .optim import create_optimizer, get_epochwise_schedule, parameter_groups
 from .parameters import count_parameters
 from .published import published_factors, published_rates
-from .saved.card import describe, write_card
+from .saved.card import describe, write_card, write_saved_card
 from .tuner.find import Encoder, find_encoder
 from .tuner.gradients import check_gradients
 from .tuner.hotswap import hotswap_adapter
@@ -29,6 +29,7 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
     __version__ = "0.0.0"
 
 register(ELPConfig, ELPModel)
+ELPConfig.after_save = staticmethod(write_saved_card)
 
 __all__ = [
     "Backbone",

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, StrictUndefined
 from torch import nn
 
-from peft_elp.wording import unknown_adapter
+from peft_elp.config import ELPConfig
+from peft_elp.wording import brief, first_line, unknown_adapter
 
-from .folder import SavedAdapter, first_line, is_hub_id, read_adapter
+from .folder import TOKENIZER, SavedAdapter, is_hub_id, read_adapter
 
 CARD_NAME = "README.md"
 LARGEST_CARD = 1_000_000  # bytes: larger ones are nobody's card, and YAML takes its time
 TAGS = ("elp", "peft-elp")
-OURS = re.compile(r"<!-- peft-elp card ([0-9a-f]{16})\b.*-->\s*$")
-EDITED = ("datasets", "metrics", "model-index", "pipeline_tag")  # metadata written here that people correct
-TOKENIZER = ("tokenizer_config.json", "vocab.json", "tokenizer.json")
+MARK = "<!-- peft_elp writes this card anew when the adapter is saved. To keep your edits, remove this line. -->"
+OWN_METADATA = ("model-index", "base_model", "datasets", "metrics", "pipeline_tag")  # Others are kept.
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ def describe(
 ) -> None:
     """Describe an adapter for its card, which `save_pretrained` writes.
 
-    The description belongs to the adapter in memory, as it is now: describe it again after further training. It is
-    not loaded with a saved adapter.
+    The description belongs to the adapter in memory: describe it again after further training. It is not loaded with
+    a saved adapter.
 
     Args:
         model: A model with ELP-adapters.
@@ -82,25 +80,20 @@ def describe(
 
     Examples:
         >>> from huggingface_hub import EvalResult
-        >>> wer = EvalResult(
-        ...     task_type="automatic-speech-recognition",
-        ...     dataset_type="openslr/librispeech_asr",
-        ...     dataset_name="LibriSpeech",
-        ...     dataset_split="test.clean",
-        ...     metric_type="wer",
-        ...     metric_value=7.9,
-        ... )
-        >>> describe(model, datasets=["openslr/librispeech_asr"], metrics=[wer], seed=1)  # doctest: +SKIP
+        >>> data = "openslr/librispeech_asr"
+        >>> wer = EvalResult("automatic-speech-recognition", data, "LibriSpeech test-clean", "wer", 7.9)
+        >>> describe(model, datasets=[data], metrics=[wer], seed=1)  # doctest: +SKIP
         >>> model.save_pretrained("english")  # doctest: +SKIP
     """
     peft_config: Any = getattr(model, "peft_config", {})
     if adapter_name not in peft_config:
         raise ValueError(unknown_adapter(adapter_name, peft_config))
     if isinstance(datasets, str):
-        raise TypeError(f"datasets is a list of Hub ids, got the string {datasets!r}. Write datasets=[{datasets!r}].")
-    for metric in metrics:
-        if not isinstance(metric, EvalResult):
-            raise TypeError(f"metrics holds huggingface_hub.EvalResult(...) objects, got {metric!r}.")
+        raise TypeError(
+            f"datasets must be a list of Hub ids, got the string {datasets!r}. Write datasets=[{datasets!r}]."
+        )
+    if not all(isinstance(metric, EvalResult) for metric in metrics):
+        raise TypeError(f"metrics must hold huggingface_hub.EvalResult objects, got {brief(metrics)}.")
     peft_config[adapter_name].description = Description(
         repo_id=repo_id,
         subfolder=None if adapter_name == "default" else adapter_name,
@@ -115,15 +108,15 @@ def describe(
 
 
 def _number(value: Any) -> Any:
-    """A number of NumPy or torch as a number of Python, for YAML."""
+    """Turn a number of NumPy or torch into one of Python, for YAML."""
     return value.item() if hasattr(value, "item") else value
 
 
 def write_card(folder: str | Path, description: Description | None = None) -> bool:
-    """Write the card of a saved adapter, unless its folder has a card that was not generated here, or was edited.
+    """Write the card of a saved adapter, unless its folder holds a card of your own.
 
-    A card counts as edited if its text was changed, or the data sets, metrics, results or task in its metadata. Other
-    metadata, such as a licence, are kept when a card is written anew. A card that cannot be read is left alone.
+    A card is your own if the line is missing in which generated cards say that they are written anew. Metadata that
+    are not generated, such as a licence, are kept.
 
     Args:
         folder: The folder of the adapter.
@@ -141,37 +134,28 @@ def write_card(folder: str | Path, description: Description | None = None) -> bo
     """
     saved = read_adapter(folder)
     path = saved.folder / CARD_NAME
-    try:
-        there = ModelCard.load(path) if os.path.lexists(path) else ModelCard.from_template(ModelCardData())
-    except Exception as error:  # Somebody else wrote it, and anything may be wrong with it.
-        warnings.warn(
-            f"{path} cannot be read as a card ({first_line(error)}). It stays as it is. To have a card written, "
-            "remove it.",
-            stacklevel=2,
-        )
+    there = _replaceable(path)
+    if there is None:
         return False
-    if not (is_generated(there) or _is_template(there.text)):
-        if description is not None:
-            warnings.warn(
-                f"{path} was edited or was not generated by peft_elp: it stays as it is, without what `describe` "
-                "says. To have it written anew, remove it.",
-                stacklevel=2,
-            )
-        return False
-    description = description or Description()
-    data = _data(saved, description, there.data.to_dict())
-    text = _text(saved, description)
-    content = f"---\n{data.to_yaml()}\n---\n\n{text}"
-    read_back = ModelCard(content, ignore_metadata_errors=True).data.to_dict()
-    content += f"\n<!-- peft-elp card {_fingerprint(text, read_back)}: saving writes it anew until it is edited -->\n"
-    with TemporaryDirectory(prefix=".saving-", dir=saved.folder) as beside:
-        ModelCard(content, ignore_metadata_errors=True).save(Path(beside, CARD_NAME))
-        os.replace(Path(beside, CARD_NAME), path)
+    data = _data(saved, description or Description(), there.data.to_dict())
+    text = _text(saved, description or Description())
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
     return True
 
 
+def write_saved_card(folder: str | Path, config: ELPConfig) -> None:
+    """Write the card of an adapter that PEFT has just saved. A card that cannot be written is a warning."""
+    try:
+        kept = not write_card(folder, config.description) and config.description is not None
+        problem = "is your own and stays as it is, without what `describe` says. To have it written anew, remove it"
+    except Exception as error:  # The adapter is saved: no card is worth an error.
+        kept, problem = True, f"could not be written: {first_line(error)}"
+    if kept:
+        warnings.warn(f"The adapter is saved in {folder}, but its card {problem}.", stacklevel=2)
+
+
 def read_results(folder: str | Path) -> list[EvalResult]:
-    """The results in the metadata of a folder's card; empty without a card, or if its metadata cannot be read."""
+    """Read the results in the metadata of a folder's card; none if there is no card that can be read."""
     path = Path(folder, CARD_NAME)
     try:
         if not path.is_file() or path.stat().st_size > LARGEST_CARD:
@@ -183,47 +167,37 @@ def read_results(folder: str | Path) -> list[EvalResult]:
     return [result for result in results if isinstance(result.metric_value, (int, float, str))]
 
 
-def is_generated(card: ModelCard) -> bool:
-    """Whether a card was generated here and not edited since; see `write_card`."""
-    mark = OURS.search(card.text)
-    return mark is not None and mark[1] == _fingerprint(card.text[: mark.start()], card.data.to_dict())
-
-
-def _is_template(text: str) -> bool:
-    """Whether a card is the one that PEFT has just made from its template."""
-    return _fingerprint(text) == _fingerprint(ModelCard.from_template(ModelCardData()).text)
-
-
-def _fingerprint(text: str, data: Mapping[str, Any] | None = None) -> str:
+def _replaceable(path: Path) -> ModelCard | None:
+    """Return the card in a file if it may be written anew: a generated one, PEFT's empty template, or none yet."""
+    template = ModelCard.from_template(ModelCardData())
+    if not os.path.lexists(path):
+        return template
+    try:
+        there = ModelCard.load(path)
+    except Exception:  # Somebody else wrote it, and anything may be wrong with it.
+        return None
     # PEFT adds its version at the end of every card.
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and line != "### Framework versions" and not line.startswith("- PEFT ")]
-    lines.append(json.dumps([(data or {}).get(name) or None for name in EDITED], sort_keys=True, default=str))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    is_empty = there.text.partition("### Framework versions")[0].strip() == template.text.strip()
+    return there if is_empty or MARK in there.text else None
 
 
 def _data(saved: SavedAdapter, description: Description, there: dict[str, Any]) -> ModelCardData:
-    for name in ("model-index", "base_model", "datasets", "metrics", "pipeline_tag"):
-        there.pop(name, None)
     base = saved.base if _on_hub(saved.base) else None
-    tags = [tag for tag in map(str, there.pop("tags", None) or ()) if base or not tag.startswith("base_model:")]
+    language = description.language
     own = {
         "base_model": base,
         "pipeline_tag": description.task or saved.task,
-        "language": _plain(description.language),
+        "language": language if language is None or isinstance(language, str) else list(language),
         "license": description.license,
-        "datasets": list(description.datasets) or None,
-        "metrics": sorted({metric.metric_type for metric in description.metrics}) or None,
-        "eval_results": list(description.metrics) or None,
+        "datasets": list(description.datasets),
+        "metrics": sorted({metric.metric_type for metric in description.metrics}),
+        "eval_results": list(description.metrics),
         "model_name": _name(saved, description).rpartition("/")[2] if description.metrics else None,
     }
-    kept = {name: value for name, value in there.items() if own.get(name) is None}
-    own = {name: value for name, value in own.items() if value is not None}
-    return ModelCardData(**{**kept, **own, "library_name": "peft", "tags": sorted({*tags, *TAGS})})
-
-
-def _plain(value: str | Sequence[str] | None) -> Any:
-    return value if value is None or isinstance(value, str) else list(value)
+    kept = {name: value for name, value in there.items() if name not in OWN_METADATA}
+    tags = [tag for tag in map(str, kept.pop("tags", None) or ()) if base or not tag.startswith("base_model:")]
+    own = {name: value for name, value in own.items() if value}
+    return ModelCardData(**kept | own | {"library_name": "peft", "tags": sorted({*tags, *TAGS})})
 
 
 def _on_hub(name: str | None) -> bool:
@@ -235,45 +209,39 @@ def _name(saved: SavedAdapter, description: Description) -> str:
 
 
 def _text(saved: SavedAdapter, description: Description) -> str:
-    """The card without its metadata."""
+    """Return the card without its metadata."""
     where, head = _name(saved, description), saved.head
     has_tokenizer = saved.task == "automatic-speech-recognition" and saved.holds(*TOKENIZER)
     model_class = saved.model_class or "AutoModel"
     subfolder = description.subfolder if description.repo_id else None
-    return _template().render(
+    commands = head.commands if head else ()
+    words = ["peft-elp", *commands[:1], where, *(["--subfolder", subfolder] if subfolder else []), "a.wav", "b.wav"]
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(cell=cell, code=code, quoted=quoted)
+    return environment.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8")).render(
+        mark=MARK,
+        saved=saved,
+        about=description,
         arguments=quoted(where) + (f", subfolder={quoted(subfolder)}" if subfolder else ""),
         base=saved.base or "?",
         base_on_hub=_on_hub(saved.base),
-        command=_command(saved, where, subfolder),
-        counts=saved.counts,
-        datasets=description.datasets,
+        command=shlex.join(words) if commands else "",
         extractor=quoted(where if saved.holds("preprocessor_config.json") else saved.base or "?"),
         has_tokenizer=has_tokenizer,
         importable_class=model_class,
         imports=["AutoFeatureExtractor", *(["AutoTokenizer"] if has_tokenizer else []), model_class],
-        layer_weights=saved.layer_weights,
-        metrics=description.metrics,
         model_class=saved.model_class or "?",
         output=head.output if head else "hidden_states",
-        peft_version=saved.config["peft_version"],
-        pictures=lambda stem: _pictures(saved, stem),
-        protocol=description.protocol,
-        repo_id=description.repo_id,
-        seed=description.seed,
-        sizes=saved.sizes(),
+        pictures=[
+            f"![{cell(path.stem)}]({quote(path.name)})" for path in sorted(saved.folder.glob("layer_weights*.png"))
+        ],
         title=where.rpartition("/")[2],
         where=where,
     )
 
 
-def _template() -> Template:
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters.update(cell=cell, code=code, quoted=quoted)
-    return environment.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
-
-
 def cell(value: Any) -> str:
-    r"""Plain text in Markdown: one line, in which nothing is a link, HTML or the end of a table's cell.
+    r"""Escape plain text for Markdown: one line without links, HTML or the end of a table's cell.
 
     Examples:
         >>> print(cell("a|b <i>c</i> [d](e)"))
@@ -284,12 +252,7 @@ def cell(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """Code within a line of Markdown, whatever backticks it holds.
-
-    Examples:
-        >>> code("a`b")
-        '``a`b``'
-    """
+    """Format text as code within a line of Markdown, whatever backticks it holds."""
     text = " ".join(str(value).split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -297,23 +260,5 @@ def code(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    r"""Text as a string of Python, in double quotes. It does not close the block of code that it stands in.
-
-    Examples:
-        >>> print(quoted('a"b'))
-        "a\"b"
-    """
+    """Format text as a string of Python, which does not close the block of code that it stands in."""
     return json.dumps(text, ensure_ascii=False).replace("```", r"\x60" * 3)
-
-
-def _command(saved: SavedAdapter, where: str, subfolder: str | None) -> str:
-    """The command for recordings; empty where the head is not for the command line."""
-    commands = saved.head.commands if saved.head else ()
-    if not commands:
-        return ""
-    words = ["peft-elp", commands[0], where, *(["--subfolder", subfolder] if subfolder else []), "a.wav", "b.wav"]
-    return shlex.join(words)
-
-
-def _pictures(saved: SavedAdapter, stem: str) -> list[str]:
-    return [f"![{cell(path.stem)}]({quote(path.name)})" for path in sorted(saved.folder.glob(f"{stem}*.png"))]

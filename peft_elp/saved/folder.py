@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,11 @@ from torch import Tensor
 from peft_elp.config import ELPConfig
 from peft_elp.heads import HeadRow, head_row
 from peft_elp.parameters import CONTAINERS, PARTS
-from peft_elp.wording import first_line, shortened
+from peft_elp.wording import brief, first_line, shortened
 
 from .weights import find_weights, open_tensors
 
+TOKENIZER = ("tokenizer_config.json", "vocab.json", "tokenizer.json")  # one of them is beside every tokenizer
 LARGEST_CONFIG = 10_000_000  # bytes; the names of 100,000 labels take about 3,000,000
 KINDS = {  # fields of PEFT's that are read here and that nothing else checks
     "base_model_name_or_path": str,
@@ -82,7 +82,7 @@ class SavedAdapter:
         return [str(names[number]) for number in sorted(names)] if names else []
 
     def sizes(self) -> dict[str, str]:
-        """What each part that the adapter has consists of, in words."""
+        """Say in words what each part of the adapter consists of."""
         get = self.config.get
         places = " and ".join(place.replace("_", "-") for place in get("e_after") or ())
         words = {
@@ -102,7 +102,7 @@ class SavedAdapter:
 def find_adapter(
     adapter: str | Path, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The folder of an adapter: the one named, or a copy of a repository on the Hub.
+    """Find the folder of an adapter: the one named, or a copy of a repository on the Hub.
 
     Args:
         adapter: A folder, or a name on the Hub.
@@ -117,7 +117,7 @@ def find_adapter(
     folder = Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
         if os.path.lexists(folder) or not is_hub_id(name):
-            raise ValueError(f"There is no folder {name!r}. Give the folder of an adapter, or its name on the Hub.")
+            raise ValueError(f"There is no folder {name!r}. Pass the folder of an adapter, or its name on the Hub.")
         wanted = [f"{subfolder}/*" if subfolder else "*"]
         try:
             folder = Path(
@@ -148,7 +148,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
-    """Read a folder in which an ELP-adapter was saved. The types of all that it says are checked here, once.
+    """Read a folder in which an ELP-adapter was saved, and check the types of all that it says.
 
     Raises:
         ValueError: The folder holds no adapter or one of another method, its configuration is not valid, or its
@@ -162,7 +162,8 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     tensors = open_tensors(path, str(folder))
     counts = dict.fromkeys(PARTS, 0)
     for name, tensor in tensors.items():
-        counts[_part(name)] += tensor.numel()
+        part = next((part for container, part in CONTAINERS.items() if f".{container}." in name), "head")
+        counts[part] += tensor.numel()
     shares = _layer_shares(folder, tensors)
     layers = config["l_layers"] or range(len(shares))
     if shares and len(layers) != len(shares):
@@ -170,65 +171,46 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
             f"{CONFIG_NAME} in {str(folder)!r} names {len(layers)} layers that the L-adapter taps, but its weights "
             f"have {len(shares)}. Save the adapter again."
         )
-    layer_weights = list(zip(layers, shares, strict=False))
-    return SavedAdapter(folder, config, counts, layer_weights)
+    return SavedAdapter(folder, config, counts, layer_weights=list(zip(layers, shares, strict=False)))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The checked fields of an adapter's configuration."""
+    """Read the fields of an adapter's configuration, and check them."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} holds no adapter: there is no {CONFIG_NAME} in it. {_what_else(folder)}")
-    where = f"{CONFIG_NAME} in {str(folder)!r}"
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{where} is larger than {LARGEST_CONFIG:,} bytes, which no adapter needs. It is not read.")
+        inside = shortened(sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")))
+        remedy = f"These folders inside of it do: {inside}." if inside else "model.save_pretrained(folder) saves one."
+        raise ValueError(f"{str(folder)!r} holds no adapter: there is no {CONFIG_NAME} in it. {remedy}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is broken: {first_line(error)}.") from error
+        return _checked_config(path)
+    except Exception as error:  # Anything may be wrong with a file by a stranger.
+        raise ValueError(f"{CONFIG_NAME} in {str(folder)!r} is not valid: {first_line(error)}") from error
+
+
+def _checked_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise ValueError(f"it must not be larger than {LARGEST_CONFIG:,} bytes. It is not read.")
+    fields = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
-        raise ValueError(f"{where} holds {reprlib.repr(fields)}, where an object with the adapter's fields belongs.")
+        raise ValueError(f"it must hold an object with the adapter's fields, got {brief(fields)}.")
     if fields.get("peft_type") != "ELP":
         raise ValueError(
-            f"{str(folder)!r} holds an adapter of the method {reprlib.repr(fields.get('peft_type'))}, not of ELP. "
-            "PEFT loads it without this package."
+            f"it is of the method {brief(fields.get('peft_type'))}, not of ELP. PEFT loads it without this package."
         )
     for name, kind in KINDS.items():
-        _check(where, name, fields.get(name), kind)
+        if not isinstance(fields.get(name), kind | None):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {brief(fields[name])}.")
     model_class = (fields.get("auto_mapping") or {}).get("base_model_class")
-    _check(where, "base_model_class", model_class, str)
-    if model_class is not None and not model_class.isidentifier():
-        raise ValueError(f"{where} names the class {reprlib.repr(model_class)}, which is not the name of a class.")
-    try:
-        config = ELPConfig.from_peft_type(**fields).to_dict()
-    except ValueError as error:
-        raise ValueError(f"{where}: {first_line(error)}") from error
-    except Exception as error:  # A value of a kind that nothing was written for, in a file by a stranger.
-        raise ValueError(f"{where} has a field of the wrong kind: {first_line(error)}.") from error
+    if model_class is not None and not str(model_class).isidentifier():
+        raise ValueError(f"base_model_class must be the name of a class, got {brief(model_class)}.")
+    config = ELPConfig.from_peft_type(**fields).to_dict()
     if any(not isinstance(module, str) for module in config["modules_to_save"] or ()):
-        raise ValueError(f"{where} has {reprlib.repr(config['modules_to_save'])} in the field modules_to_save.")
+        raise ValueError(f"modules_to_save must hold names of modules, got {brief(config['modules_to_save'])}.")
     return config
 
 
-def _check(where: str, name: str, value: Any, kind: type) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{where} has {reprlib.repr(value)} in the field {name}, where a {kind.__name__} belongs.")
-
-
-def _what_else(folder: Path) -> str:
-    """What a folder without a configuration holds, and what to do."""
-    if unfinished := sorted(path.parent.name for path in folder.glob(".saving-*/old")):
-        return (
-            f"A save was cut off: {unfinished[0]}/old holds the files of before, and {unfinished[0]}/new the others."
-        )
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-    if inside:
-        return f"These folders inside of it do: {shortened(inside)}."
-    return "model.save_pretrained(folder) saves one."
-
-
 def _ranges(numbers: Sequence[int] | None) -> str:
-    """`[0, 1, 2, 5]` as "0-2, 5"."""
+    """Write `[0, 1, 2, 5]` as "0-2, 5"."""
     runs: list[list[int]] = []
     for number in numbers or ():
         if runs and number == runs[-1][-1] + 1:
@@ -238,17 +220,13 @@ def _ranges(numbers: Sequence[int] | None) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _part(name: str) -> str:
-    return next((part for container, part in CONTAINERS.items() if f".{container}." in name), "head")
-
-
 def _layer_shares(folder: Path, tensors: Mapping[str, Tensor]) -> list[float]:
-    """The layer weights in the tensors of an adapter; none without an L-adapter."""
+    """Return the layer weights in the tensors of an adapter; none without an L-adapter."""
     logits = [tensor for name, tensor in tensors.items() if name.endswith(".elp_l.layer_weights")]
     if not logits:
         return []
-    if len(logits) > 1 or logits[0].ndim != 1 or not logits[0].is_floating_point():
-        raise ValueError(f"The layer weights in {str(folder)!r} must be one number per layer. Save the adapter again.")
-    if not logits[0].isfinite().all():
-        raise ValueError(f"The layer weights in {str(folder)!r} are not finite. Save the adapter again.")
+    if len(logits) > 1 or logits[0].ndim != 1 or not logits[0].isfinite().all():
+        raise ValueError(
+            f"The layer weights in {str(folder)!r} must be finite, one per layer. Save the adapter again."
+        )
     return logits[0].double().softmax(0).tolist()
