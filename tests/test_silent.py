@@ -1,0 +1,276 @@
+"""What used to give a wrong answer without a word is right now, or an error."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from backbones import ELP, build, shaken, waveforms
+from families import FAMILIES
+from packaging.version import Version
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import WhisperConfig, WhisperForAudioClassification
+
+from peft_elp import Backbone, ELPConfig, FeatureCache, find_encoder, register_backbone
+
+READS_ONLY = {"adapters": "L", "l_dim": 10, "train_layer_norms": False}
+
+
+class Siamese(nn.Module):
+    """Compares the first recording with the second: two calls of the encoder in one forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.wavlm = build("wavlm", "Model")
+        self.config = self.wavlm.config
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, speech, other=None):
+        one = self.head(self.wavlm(speech).last_hidden_state.mean(1))
+        two = one if other is None else self.head(self.wavlm(other).last_hidden_state.mean(1))
+        return SimpleNamespace(logits=nn.functional.cosine_similarity(one, two)[:, None])
+
+
+class Single(Siamese):
+    def forward(self, speech):
+        return {"logits": self.head(self.wavlm(speech).last_hidden_state.mean(1))}
+
+
+def adapted(base, **options):
+    return shaken(get_peft_model(base, ELPConfig(**READS_ONLY | options))).eval()
+
+
+# The shared pass and the cache --------------------------------------------------------------------------------------
+
+
+def test_a_pass_is_not_shared_by_two_calls_of_the_encoder():
+    model = adapted(Siamese())
+    first, second = torch.randn(2, 2, 2000)
+    with pytest.raises(
+        RuntimeError, match=r"calls its feature encoder more than once.*Call the model once per adapter"
+    ):
+        model.forward_all(["default"], first, second)
+
+
+def collate(rows):
+    return {"speech": torch.stack([row["audio"] for row in rows])}
+
+
+def test_every_input_counts_for_the_features_of_a_recording(tmp_path):
+    torch.manual_seed(0)
+    rows = [{"audio": torch.randn(2000)} for _ in range(3)]
+    model = adapted(Single(), l_output="residual")
+    cache = FeatureCache(model, tmp_path, dtype=torch.float32)
+    read = cache.read(rows, collate, progress=False)
+    for row, held in zip(rows, read, strict=True):
+        live, cached = model(**collate([row]))["logits"], model(**cache.collate([held]))["logits"]
+        torch.testing.assert_close(cached, live, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_uses_its_inputs_besides_the_encoder_is_not_cached(tmp_path):
+    class Louder(Single):
+        def forward(self, speech):
+            return {"logits": super().forward(speech)["logits"] * speech.abs().mean()}
+
+    cache = FeatureCache(adapted(Louder()), tmp_path)
+    with pytest.raises(ValueError, match="Louder answers differently with cached features"):
+        cache.read([{"audio": torch.randn(2000)}], collate, progress=False)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    waveform, _ = waveforms((2000, 2000))
+    rows = [{"input_values": x, "attention_mask": torch.ones(2000).long()} for x in waveform]
+    model = adapted(build("wavlm", "ForSequenceClassification"))
+    cache = FeatureCache(model, tmp_path)
+
+    def together(rows):
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    return model, cache, rows, together
+
+
+def test_a_cached_batch_is_not_answered_past_its_cache(cached):
+    model, cache, rows, together = cached
+    batch = cache.collate([cache.read(rows, together, progress=False)[0]])
+    with pytest.raises(ValueError, match="cached features holds the features of one adapter"):
+        model(**batch, adapter_names=["default"])
+    with pytest.raises(ValueError, match="cached features holds the features of one adapter"):
+        model.forward_all(["default"], **batch)
+    # The placeholders of the recordings make every answer NaN that is computed from them.
+    inputs = {name: batch[name] for name in ("input_values", "attention_mask")}
+    assert model(**inputs).logits.isnan().all()
+
+
+def test_features_are_those_of_the_encoder_as_it_is_now(cached):
+    model, cache, rows, together = cached
+    before = cache.read(rows, together, progress=False)
+    other = build("wavlm", "ForSequenceClassification", seed=9).wavlm.state_dict()
+    find_encoder(model.get_base_model()).backbone.load_state_dict(other, strict=False)
+    for name, parameter in model.get_base_model().wavlm.named_parameters():
+        plain = name.replace("base_layer.", "")
+        if plain in other:
+            parameter.data.copy_(other[plain])
+    after = cache.read(rows, together, progress=False)
+    assert not torch.equal(before[0]["cached_features"], after[0]["cached_features"])
+    with pytest.raises(ValueError, match="features of another encoder"):
+        cache.collate([before[0]])
+
+
+def test_masking_that_is_switched_on_later_is_refused(cached):
+    model, cache, rows, together = cached
+    row = cache.read(rows, together, progress=False)[0]
+    model.get_base_model().config.mask_time_prob = 0.5
+    with pytest.raises(ValueError, match="masks its features at random"):
+        cache.collate([row])
+
+
+def test_features_that_overflow_are_refused(cached):
+    model, cache, rows, together = cached
+    with torch.no_grad():
+        model.get_base_model().wavlm.encoder.layers[0].final_layer_norm.weight.mul_(1e6)
+    with pytest.raises(ValueError, match=r"overflow in torch.float16.*dtype=torch.bfloat16"):
+        cache.read(rows, together, progress=False)
+
+
+# Averages, heads, batch norms, windows ------------------------------------------------------------------------------
+
+
+def test_an_average_with_weight_one_is_the_adapter_also_where_the_model_is_the_stack():
+    family = FAMILIES["voxtral"]
+    stack = find_encoder(family.model()).stack
+    model = shaken(get_peft_model(stack, ELPConfig(**ELP))).eval()
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    states = model.state_dict()
+    own = [name for name in states if ".default." in name]
+    assert any(".elp_l." in f".{name}" for name in own)
+    for name in own:
+        assert torch.equal(states[name], states[name.replace(".default.", ".same.")]), name
+
+
+def test_a_head_with_several_labels_at_a_time_is_saved_as_one(tmp_path):
+    model = get_peft_model(build("wav2vec2", "ForSequenceClassification"), ELPConfig(**ELP))
+    # Transformers writes its guess from float labels there, in the models that guess.
+    model.get_base_model().config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("wav2vec2", "ForSequenceClassification"), tmp_path)
+    assert again.get_base_model().config.problem_type == "multi_label_classification"
+
+
+def test_the_guess_of_one_adapter_does_not_reach_another(tmp_path):
+    model = get_peft_model(build("wav2vec2", "ForSequenceClassification"), ELPConfig(**ELP))
+    model.add_adapter("other", ELPConfig(**ELP))
+    model.get_base_model().config.problem_type = "multi_label_classification"
+    model.set_adapter("other")
+    assert model.get_base_model().config.problem_type is None
+    model.set_adapter("default")
+    assert model.get_base_model().config.problem_type == "multi_label_classification"
+
+
+def test_batch_norms_outside_the_encoder_do_not_move_either():
+    class WithNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wavlm = build("wavlm", "Model")
+            self.config = self.wavlm.config
+            self.postnet = nn.BatchNorm1d(24)
+            self.head = nn.Linear(24, 4)
+
+        def forward(self, speech):
+            return self.head(self.postnet(self.wavlm(speech).last_hidden_state.mean(1)))
+
+    model = get_peft_model(WithNorm(), ELPConfig(**ELP, modules_to_save=["head"])).train()
+    norm = model.get_base_model().postnet
+    before = norm.running_mean.clone()
+    model(torch.randn(2, 2000)).sum().backward()
+    assert torch.equal(norm.running_mean, before)
+    assert not norm.training
+    assert model.unload().postnet.training
+
+
+def whisper():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
+    return WhisperForAudioClassification(
+        WhisperConfig(**sizes, num_mel_bins=8, max_source_positions=150, num_labels=3)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:modules_to_save=.*trains and saves:UserWarning")
+def test_a_shorter_window_takes_nothing_from_the_base(tmp_path):
+    base = whisper().eval()
+    positions = base.encoder.embed_positions.weight.detach().clone()
+    model = get_peft_model(base, ELPConfig(**READS_ONLY, chunk_length=1)).eval()
+    assert model(torch.zeros(1, 8, 100)).logits.shape == (1, 3)
+    assert base.config.max_source_positions == 150
+    states = model.state_dict()
+    (name,) = (name for name in states if name.endswith("embed_positions.weight"))
+    assert torch.equal(states[name], positions)
+    model.load_state_dict({**states, name: positions + 1})
+    model.unload()
+    assert torch.equal(base.encoder.embed_positions.weight, positions + 1)
+    assert base.encoder.config is base.config
+    assert base(torch.zeros(1, 8, 300)).logits.shape == (1, 3)
+
+
+# Names, and models that have adapters already -----------------------------------------------------------------------
+
+
+def test_no_adapter_is_called_like_the_backbone():
+    with pytest.raises(ValueError, match="cannot be named '__base__'"):
+        get_peft_model(build(), ELPConfig(**ELP), adapter_name="__base__")
+
+
+@pytest.mark.parametrize(
+    "other", [ELPConfig(**ELP), LoraConfig(target_modules=["intermediate_dense"])], ids=["ELP", "LoRA"]
+)
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_model_with_adapters_gets_no_second_wrapper(other):
+    model = get_peft_model(build("hubert"), other)
+    kind = "lora" if isinstance(other, LoraConfig) else "ELP"
+    with pytest.raises(ValueError, match=rf"already has adapters \({kind}\).*add_adapter.*unload"):
+        get_peft_model(model.get_base_model(), ELPConfig(**ELP))
+
+
+def test_a_class_is_not_known_by_its_name_alone():
+    class WhisperEncoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = WhisperEncoder()
+
+    with pytest.raises(ValueError, match=r"type\(stack\)"):
+        find_encoder(Own())
+    register_backbone(WhisperEncoder, Backbone(layers="blocks", norms=("",), layerdrop=None, feature_encoder=None))
+    assert find_encoder(Own()).stack_path == "encoder"
+    with pytest.raises(TypeError, match="takes a class, got 'WhisperEncoder'"):
+        register_backbone("WhisperEncoder", Backbone())
+
+
+# Transformers' own door ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="it loads no head of an adapter")
+@pytest.mark.parametrize("change", ["another tensor", "not finite"])
+def test_what_transformers_loads_besides_an_adapter_is_an_error_at_the_first_call(change, tmp_path):
+    build("wavlm", "ForSequenceClassification").save_pretrained(tmp_path / "base")
+    shaken(get_peft_model(build("wavlm", "ForSequenceClassification"), ELPConfig(**ELP))).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if change == "another tensor":
+        tensors["base_model.model.wavlm.encoder.layer_norm.bias"] = torch.ones(24)
+    else:
+        tensors[next(name for name in tensors if "elp_e" in name)].view(-1)[0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = type(build("wavlm", "ForSequenceClassification")).from_pretrained(tmp_path / "base")
+    model.load_adapter(str(tmp_path))
+    message = "overwritten" if change == "another tensor" else "not finite"
+    with pytest.raises(RuntimeError, match=rf"1 tensors .*{message}.*Load the base model again"):
+        model(waveforms()[0])
