@@ -4,8 +4,11 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from peft_elp import ELPConfig
 
 FAMILIES = {
     "wav2vec2": "Wav2Vec2",
@@ -112,3 +115,59 @@ def shaken(model: torch.nn.Module, std: float = 0.2, seed: int = 3) -> torch.nn.
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * std)
     return model
+
+
+def adapted(
+    head: str | PreTrainedModel = "ForCTC",
+    family: str = "wavlm",
+    base: dict[str, Any] | None = None,
+    std: float = 0.2,
+    **options: Any,
+) -> PeftModel:
+    """A tiny model with one adapter that does something, in evaluation mode.
+
+    Args:
+        head: The head, or the model itself.
+        family: The family of a model that is built here.
+        base: Options of a model that is built here.
+        std: How far the adapter is from where it starts.
+        options: Fields of `ELPConfig`.
+    """
+    model = build(family, head, **base or {}) if isinstance(head, str) else head
+    return shaken(get_peft_model(model, ELPConfig(**ELP | options)), std).eval()  # pyright: ignore[reportReturnType]
+
+
+def with_adapters(base: torch.nn.Module, **adapters: dict[str, Any]) -> PeftModel:
+    """A model with adapters of the given options by name, each one moved differently; the last one is active."""
+    model: Any = None
+    for name, options in adapters.items():
+        config = ELPConfig(**ELP | options)
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        model.set_adapter(name)
+        shaken(model, seed=len(model.peft_config))
+    return model.eval()
+
+
+def call(model: Any, name: str | None = None, **inputs: Any) -> Any:
+    """The output of a model, with one of its adapters if named; by default for the usual batch of noise."""
+    inputs = inputs or dict(zip(("input_values", "attention_mask"), waveforms(), strict=True))
+    with torch.no_grad():
+        if name == "__base__":
+            with model.disable_adapter():
+                return model(**inputs)
+        if name is not None:
+            model.set_adapter(name)
+        return model(**inputs)
+
+
+def answer(model: Any, name: str | None = None, **inputs: Any) -> Tensor:
+    """What a user of the model looks at; see `call`."""
+    return result(call(model, name, **inputs))
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    """The names of the parameters that require a gradient."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,25 +1,30 @@
-"""Compiled models against plain ones: `python -m pytest -o addopts= tests/compiled.py`, run by test_compile.py.
+"""Compiled and exported models against plain ones: `python -m pytest -o addopts= tests/compiled.py`.
 
-In a process of its own, since the axes of tensors are checked while tests run, which the compiler cannot trace. Most
-models are traced without code generation.
+Run by test_compile.py in a process of its own, since the axes of tensors are checked while tests run, which the
+compiler cannot trace and an export would fix. Most models are traced without code generation.
 """
 
 import functools
+import re
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
-from backbones import ELP, build, result, shaken, waveforms
+from backbones import ELP, adapted, answer, build, result, shaken, waveforms
 from families import FAMILIES, cases
 from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
 
+import peft_elp
 from peft_elp import ELPConfig, hotswap_adapter
 
-WAVE = ["wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio"]
-FIRST = ["wavlm", "wav2vec2-bert", "whisper-classification"]
-REST = [*(name for name in WAVE if name not in FIRST), *cases(FAMILIES.keys() - FIRST)]
+EXAMPLE = (2000, 1300, 900)
+LENGTHS = ((1500, 1000), (3333, 2000, 1700, 900), (777, 500))
+OLD = torch.__version__.startswith("2.6")
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +37,9 @@ def peft_compiles_into_one_graph():
     """Whether PEFT's own wrapper does, which older versions of PyTorch cannot trace."""
     model = get_peft_model(build("wav2vec2"), LoraConfig(target_modules=["output_dense"])).eval()
     try:
-        output(torch.compile(model, backend="eager", fullgraph=True), {"input_values": waveforms()[0]})
+        answer(torch.compile(model, backend="eager", fullgraph=True), input_values=waveforms()[0])
     except torch._dynamo.exc.Unsupported:
-        assert torch.__version__.startswith("2.6"), "newer versions can"
+        assert OLD, "newer versions can"
         return False
     finally:
         torch.compiler.reset()
@@ -47,77 +52,70 @@ def one_graph():
         pytest.skip("this PyTorch cannot trace PEFT's wrapper, LoRA's neither")
 
 
-def base_of(name):
-    return build(name, num_hidden_layers=2) if name in WAVE else FAMILIES[name].shallow()
-
-
-def inputs_of(name, padded=True, lengths=(2000, 1300, 900)):
-    if name not in WAVE:
-        return {k: x for k, x in FAMILIES[name].inputs.items() if padded or k != "attention_mask"}
+def wave(lengths=EXAMPLE, padded=True):
     waveform, mask = waveforms(lengths)
     return {"input_values": waveform, "attention_mask": mask} if padded else {"input_values": waveform}
 
 
-def adapted(name, adapters=None, std=0.2, **options):
-    family = FAMILIES.get(name)
-    letters, more = (family.adapters, family.options) if family else ("ELP", {})
-    return shaken(get_peft_model(base_of(name), ELPConfig(adapters=adapters or letters, **ELP | more | options)), std)
+def small(family="wav2vec2", head="ForCTC", **options):
+    """A model with two layers, and an adapter that does something."""
+    return adapted(head, family, {"num_hidden_layers": 2}, **options)
 
 
-def output(model, inputs):
-    with torch.no_grad():
-        return result(model(**inputs))
+def of_family(name, **options):
+    """The same for any family."""
+    return shaken(get_peft_model(FAMILIES[name].shallow(), FAMILIES[name].config(**options)))
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+def close(actual, expected, **tolerance):
+    torch.testing.assert_close(actual, expected, **tolerance or {"atol": 1e-5, "rtol": 1e-5})
 
 
 def traced(model, **options):
-    return torch.compile(model, backend="eager", fullgraph=True, **options)
+    return torch.compile(model, **{"backend": "eager", "fullgraph": True} | options)
 
 
-@pytest.mark.parametrize(
-    ("adapters", "padded"), [("ELP", True), ("EL", True), ("E", True), ("L", True), ("P", True), ("ELP", False)]
-)
-def test_every_choice_of_letters_compiles_into_one_graph(adapters, padded, one_graph):
-    inputs, model = inputs_of("wav2vec2", padded), adapted("wav2vec2", adapters)
-    close(output(traced(model), inputs), output(model, inputs))
-
-
-@pytest.mark.parametrize("name", FIRST)
-def test_families_compile_into_one_graph(name, one_graph):
-    inputs, model = inputs_of(name), adapted(name)
-    close(output(traced(model), inputs), output(model, inputs))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REST)
-def test_a_family_compiles_into_one_graph_where_the_backbone_alone_does(name, one_graph):
-    inputs, model = inputs_of(name), adapted(name)
-    expected = output(model, inputs)
+def as_the_backbone_alone(run, name):
+    """What a function gives for an adapted model; the test is skipped where Transformers' own code does not."""
+    model = of_family(name)
+    expected = answer(model, **FAMILIES[name].inputs)  # first: some backbones keep tensors for the next call
     try:
-        got = output(traced(model), inputs)
+        got = run(model)
     except Exception as error:
         torch.compiler.reset()
         with pytest.raises(type(error)):
-            output(traced(base_of(name)), inputs)
+            run(FAMILIES[name].shallow())
         pytest.skip("Transformers' own code does not")
     close(got, expected)
 
 
+# Compiled -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("letters", "padded"), [("ELP", True), ("EL", True), ("E", True), ("L", True), ("P", True), ("ELP", False)]
+)
+def test_every_choice_of_letters_compiles_into_one_graph(letters, padded, one_graph):
+    inputs, model = wave(padded=padded), small(adapters=letters)
+    close(answer(traced(model), **inputs), answer(model, **inputs))
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_family_compiles_into_one_graph_where_the_backbone_alone_does(name, one_graph):
+    as_the_backbone_alone(lambda model: answer(traced(model), **FAMILIES[name].inputs), name)
+
+
+@pytest.mark.parametrize("letters", ["EL", "P"])
 @pytest.mark.parametrize("name", ["wav2vec2", "whisper-classification"])
-@pytest.mark.parametrize("adapters", ["EL", "P"])
-def test_layers_compile_one_by_one(name, adapters):
-    inputs, model = inputs_of(name), adapted(name, adapters, modules_to_save=[])
-    expected = output(model, inputs)
+def test_layers_compile_one_by_one(name, letters):
+    inputs, model = FAMILIES[name].inputs, of_family(name, adapters=letters, modules_to_save=[])
+    expected = answer(model, **inputs)
     base = model.get_base_model()
     for layer in (base.wav2vec2.encoder if name == "wav2vec2" else base.encoder).encoder_layers:
         layer.compile(backend="eager")
-    close(output(model, inputs), expected)
+    close(answer(model, **inputs), expected)
 
 
-@pytest.mark.slow
 def test_a_graph_that_breaks_gives_the_same():
     class Breaking(nn.Module):
         def __init__(self, layer):
@@ -128,138 +126,252 @@ def test_a_graph_that_breaks_gives_the_same():
             torch._dynamo.graph_break()
             return self.layer(*args, **kwargs)
 
-    inputs, model = inputs_of("wav2vec2"), adapted("wav2vec2", "LP")
-    expected = output(model, inputs)
+    model = small(adapters="LP")
+    expected = answer(model)
     layers = model.get_base_model().wav2vec2.encoder.encoder_layers
     layers[1].base_layer = Breaking(layers[1].base_layer)
-    close(output(torch.compile(model, backend="eager"), inputs), expected)
-
-
-def test_hidden_states_hold_no_pseudo_features(one_graph):
-    inputs, model = inputs_of("wav2vec2"), adapted("wav2vec2")
-    with torch.no_grad():
-        expected = model(**inputs, output_hidden_states=True).hidden_states
-        got = traced(model)(**inputs, output_hidden_states=True).hidden_states
-    for actual, states in zip(got, expected, strict=True):
-        close(actual, states)
+    close(answer(traced(model, fullgraph=False)), expected)
 
 
 def test_training_gets_the_same_gradients(one_graph):
-    inputs, model = inputs_of("wavlm"), adapted("wavlm").train()
-    found = []
-    for runs in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        result(runs(**inputs)).square().mean().backward()
+    model, found = small("wavlm").train(), []
+    for runs in (model, traced(model, backend="aot_eager")):
+        result(runs(**wave())).square().mean().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         model.zero_grad()
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, msg=name, atol=1e-5, rtol=1e-4)
+        close(found[1][name], gradient, msg=name, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["wavlm", "wav2vec2"])
-def test_a_model_that_reports_its_layers_trains_in_one_graph_after_its_first_call(name, one_graph):
+@pytest.mark.parametrize("family", ["wavlm", "wav2vec2"])
+def test_a_model_that_reports_its_layers_trains_in_one_graph_after_its_first_call(family, one_graph):
     """In the first call Transformers installs hooks, which break the graph with and without adapters."""
-    torch.manual_seed(0)
-    base = build(name, "ForSequenceClassification")
-    model = get_peft_model(base, ELPConfig(**ELP)).train()
-    waveform, mask = waveforms()
-    with torch.no_grad():
-        model(waveform, attention_mask=mask)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(waveform, attention_mask=mask, labels=torch.arange(len(mask))).loss.backward()
+    model = get_peft_model(build(family, "ForSequenceClassification"), ELPConfig(**ELP)).train()
+    answer(model)
+    traced(model, backend="aot_eager")(**wave(), labels=torch.arange(3)).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
-@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padded", [True, False])
 def test_other_lengths_and_batch_sizes_need_no_other_graph(padded, one_graph):
-    model, counter = adapted("wav2vec2"), CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    for lengths in ((2000, 1300, 900), (1501, 1000), (3333, 2000, 1999, 900)):
-        inputs = inputs_of("wav2vec2", padded, lengths)
-        close(output(compiled, inputs), output(model, inputs))
+    model, counter = small(), CompileCounterWithBackend("eager")
+    compiled = traced(model, backend=counter, dynamic=True)
+    for lengths in (EXAMPLE, *LENGTHS):
+        inputs = wave(lengths, padded)
+        close(answer(compiled, **inputs), answer(model, **inputs))
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wavlm", "wav2vec2-bert"])
 def test_other_lengths_need_as_many_graphs_as_without_adapters(name, one_graph):
-    wave = "input_values" in inputs_of(name)
-    counts = []
-    for model in (base_of(name), adapted(name)):
+    inputs, counts = FAMILIES[name].inputs, []
+    for model in (FAMILIES[name].shallow(), of_family(name)):
         torch.compiler.reset()
         counter = CompileCounterWithBackend("eager")
-        compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-        for shorter in (0, 200, 600) if wave else (0, 1, 6):
-            cut = {k: x[:, : x.shape[1] - shorter].contiguous() for k, x in inputs_of(name).items()}
-            close(output(compiled, cut), output(model, cut))
+        compiled = traced(model, backend=counter, dynamic=True)
+        for shorter in (0, 200, 600) if "input_values" in inputs else (0, 1, 6):
+            cut = {k: x[:, : x.shape[1] - shorter].contiguous() for k, x in inputs.items()}
+            close(answer(compiled, **cut), answer(model, **cut))
         counts.append(counter.frame_count)
     assert counts[1] == counts[0]
 
 
 @pytest.mark.parametrize("name", ["wavlm", "whisper-classification"])
 def test_a_hot_swapped_adapter_runs_in_the_same_graph(name, tmp_path, one_graph):
-    inputs = inputs_of(name)
-    model, other, third = (adapted(name, std=std) for std in (0.2, 0.4, 0.6))
+    inputs = FAMILIES[name].inputs
+    model, other, third = (shaken(of_family(name), std) for std in (0.2, 0.4, 0.6))
     other.save_pretrained(tmp_path / "other")
     third.save_pretrained(tmp_path / "third")
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    before = output(compiled, inputs)
-    assert not torch.allclose(before, output(other, inputs), atol=1e-2)
+    compiled = traced(model, backend=counter)
+    assert not torch.allclose(answer(compiled, **inputs), answer(other, **inputs), atol=1e-2)
     hotswap_adapter(compiled, str(tmp_path / "other"))
-    close(output(compiled, inputs), output(other, inputs))
+    close(answer(compiled, **inputs), answer(other, **inputs))
     hotswap_adapter(model, str(tmp_path / "third"))
-    close(output(compiled, inputs), output(third, inputs))
+    close(answer(compiled, **inputs), answer(third, **inputs))
     # PEFT's own, which does not check that the adapters compute alike.
     set_peft_model_state_dict(model, load_peft_weights(str(tmp_path / "other"), device="cpu"))
-    close(output(compiled, inputs), output(other, inputs))
+    close(answer(compiled, **inputs), answer(other, **inputs))
     assert counter.frame_count == 1
 
 
 def test_a_compiled_model_follows_what_is_activated(one_graph):
-    inputs, model = inputs_of("wav2vec2"), adapted("wav2vec2")
-    compiled, first = traced(model), output(model, inputs)
-    close(output(compiled, inputs), first)
+    model = small()
+    compiled, first = traced(model), answer(model)
+    close(answer(compiled), first)
     model.add_adapter("second", ELPConfig(**ELP | {"p_length": 5, "p_position": "prepend"}))
     model.set_adapter("second")
     shaken(model, std=0.5)
-    assert not torch.allclose(output(model, inputs), first, atol=1e-2)
-    close(output(compiled, inputs), output(model, inputs))
+    assert not torch.allclose(answer(model), first, atol=1e-2)
+    close(answer(compiled), answer(model))
     with model.disable_adapter():
-        close(output(compiled, inputs), output(model, inputs))
+        close(answer(compiled), answer(model))
     model.set_adapter("default")
-    close(output(compiled, inputs), first)
+    close(answer(compiled), first)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="inductor needs a C++ compiler")
 def test_generated_code_gives_the_same_over_lengths_and_hot_swaps(tmp_path, one_graph):
-    model, other = adapted("wav2vec2"), adapted("wav2vec2", std=0.4)
+    model, other = small(), small(std=0.4)
     other.save_pretrained(tmp_path)
     counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    compiled = traced(model, backend=counter, dynamic=True)
     counts = []
-    for lengths in ((2000, 1300, 900), (1501, 1000)):
-        inputs = inputs_of("wav2vec2", True, lengths)
-        torch.testing.assert_close(output(compiled, inputs), output(model, inputs), atol=1e-4, rtol=1e-4)
+    for lengths in (EXAMPLE, (1501, 1000)):
+        close(answer(compiled, **wave(lengths)), answer(model, **wave(lengths)), atol=1e-4, rtol=1e-4)
         counts.append(counter.frame_count)
     hotswap_adapter(compiled, str(tmp_path))
-    torch.testing.assert_close(output(compiled, inputs), output(other, inputs), atol=1e-4, rtol=1e-4)
+    inputs = wave((1501, 1000))
+    close(answer(compiled, **inputs), answer(other, **inputs), atol=1e-4, rtol=1e-4)
     assert [*counts, counter.frame_count] == [counts[0]] * 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("adapters", ["E", "L", "P", "ELP"])
-def test_a_compiled_training_step_on_a_gpu_gives_the_same_gradients(adapters):
+@pytest.mark.parametrize("letters", ["E", "L", "P", "ELP"])
+def test_a_compiled_training_step_on_a_gpu_gives_the_same_gradients(letters):
     # In training mode, Transformers draws a random number for each layer, which a full graph cannot hold.
-    model = adapted("wav2vec2", adapters, std=0.05).cuda().eval()
-    inputs = {name: x.cuda() for name, x in inputs_of("wav2vec2").items()}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        model(**inputs)
+    model = small(adapters=letters, std=0.05).cuda().eval()
+    inputs = {name: x.cuda() for name, x in wave().items()}
+    answer(model, **inputs)
     found = []
     for runs in (model, torch.compile(model, fullgraph=True)):
         result(runs(**inputs)).square().sum().backward()
-        found.append({name: p.grad for name, p in trained.items()})
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         model.zero_grad()
-    for name in trained:
-        torch.testing.assert_close(found[1][name], found[0][name], atol=1e-3, rtol=1e-2)
+    for name, gradient in found[0].items():
+        close(found[1][name], gradient, atol=1e-3, rtol=1e-2)
+
+
+# Exported -----------------------------------------------------------------------------------------------------------
+
+MODELS = pytest.mark.parametrize(
+    ("family", "head", "padded"),
+    [
+        ("wav2vec2", "ForCTC", True),
+        ("wavlm", "ForSequenceClassification", False),
+        ("wavlm", "ForCTC", True),
+        ("hubert", "ForSequenceClassification", True),
+    ],
+)
+
+
+def exported(model, inputs, strict=False):
+    with torch.no_grad():
+        free = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
+        return export(model, (), inputs, dynamic_shapes=free, strict=strict)
+
+
+@MODELS
+def test_an_exported_model_takes_any_length_and_batch_size(family, head, padded, tmp_path):
+    model = small(family, head).get_base_model()
+    torch.export.save(exported(model, wave(padded=padded)), tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for lengths in (EXAMPLE, *LENGTHS):
+        inputs = wave(lengths, padded)
+        close(answer(program, **inputs), answer(model, **inputs))
+
+
+@pytest.mark.skipif(OLD, reason="this PyTorch cannot trace the backbone alone either")
+def test_a_strict_export_gives_the_same():
+    model = small().get_base_model()
+    program = exported(model, wave(), strict=True).module()
+    for lengths in LENGTHS:
+        close(answer(program, **wave(lengths)), answer(model, **wave(lengths)))
+
+
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_hidden_states_hold_no_pseudo_features(how):
+    model, inputs = small().get_base_model(), wave()
+    model.config.output_hidden_states = True
+    run = traced(model) if how == "compiled" else exported(model, inputs).module()
+    with torch.no_grad():
+        states, expected = run(**inputs).hidden_states, model(**inputs).hidden_states
+    for actual, state in zip(states, expected, strict=True):
+        close(actual, state)
+
+
+def test_an_export_and_a_model_in_another_thread_leave_each_other_alone():
+    model, serving, inputs = small().get_base_model(), small("wavlm").get_base_model(), wave()
+    expected, expected_of_serving = answer(model, **inputs), answer(serving, **inputs)
+    inside, go_on, answers = threading.Event(), threading.Event(), []
+
+    def wait_in_the_middle(module, args):
+        inside.set()
+        assert go_on.wait(60)
+
+    def start_serving(module, args):
+        if not inside.is_set():
+            thread.start()
+            assert inside.wait(60)
+
+    def let_it_end(module, args):
+        go_on.set()
+        thread.join()
+
+    thread = threading.Thread(target=lambda: answers.append(answer(serving, **inputs)))
+    serving.wavlm.encoder.encoder_layers[1].register_forward_pre_hook(wait_in_the_middle)
+    layers = model.wav2vec2.encoder.encoder_layers
+    hooks = [layers[0].register_forward_pre_hook(start_serving), layers[1].register_forward_pre_hook(let_it_end)]
+    program = exported(model, inputs).module()
+    for hook in hooks:
+        hook.remove()
+    close(answer(program, **inputs), expected)
+    close(answers[0], expected_of_serving)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_family_exports_where_the_backbone_alone_does(name):
+    inputs = FAMILIES[name].inputs
+
+    def run(model):
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(model, "can_generate", bool)():
+            model.config.use_cache = False  # a cache is no output that can be exported
+        with torch.no_grad():
+            return answer(export(model, (), inputs, strict=False).module(), **inputs)
+
+    as_the_backbone_alone(run, name)
+
+
+@MODELS
+def test_onnx_runtime_gives_the_same_for_any_length_and_batch_size(family, head, padded, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, inputs = small(family, head).get_base_model(), wave(padded=padded)
+    with torch.no_grad():
+        torch.onnx.export(
+            model,
+            (),
+            tmp_path / "model.onnx",
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=["logits"],
+            dynamic_shapes={name: {0: "batch", 1: "samples"} for name in inputs},
+            opset_version=18,
+            dynamo=True,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for lengths in (EXAMPLE, *LENGTHS, (1234,)):
+        inputs = wave(lengths, padded)
+        (logits,) = session.run(["logits"], {name: x.numpy() for name, x in inputs.items()})
+        close(torch.from_numpy(logits), answer(model, **inputs), atol=1e-4, rtol=1e-4)
+
+
+def test_the_page_about_it_runs(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    page = (Path(__file__).parent.parent / "docs/how-to/compile-and-export.md").read_text()
+    model, other = small(), small(std=0.4)
+    monkeypatch.chdir(tmp_path)
+    other.save_pretrained("another-adapter")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # generating code is slow
+    names = {"torch": torch, "peft_elp": peft_elp, "model": model, "inputs": wave()}
+    found = []
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1:]:  # the first makes a model and inputs
+        exec(block, names)
+        found.append(torch.as_tensor(names["logits"]))
+    assert len(found) == 4
+    for logits in found[1:]:
+        close(logits, answer(other), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)

@@ -1,7 +1,19 @@
+"""Which tests run when, and one saved adapter for all tests that need one."""
+
+import functools
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
+from backbones import ELP, answer, build, shaken
+from families import FAMILIES
+from peft import get_peft_model
+
+from peft_elp import ELPConfig
 
 # The other files hold models, inputs, servers and programs; --doctest-modules would collect them.
 _HERE = Path(__file__).parent
@@ -10,3 +22,77 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The workers of a parallel run share the cores; tiny tensors gain nothing from more threads, here and in programs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+# When tests run, by patterns in their ids. What matches nothing runs with `make test`. What is of the `gate` runs with
+# `make gate`, before a change is done. What is `exhaustive` runs on request: `pytest -m exhaustive`.
+WHEN = {
+    "exhaustive": [r"every family"],
+    "gate": [
+        r"test_(accelerate|compile|demo|examples|fuzz|hub|label_corpus|measure_\w+|notebook|recipes)\.py",
+        r"test_docs\.py::test_(the_blocks|an_error|the_page|every_model|no_model)",
+        r"conformance/.*\[.*(LoRA|LN-Tuning|hubert-bare|wavlm-classification)",
+    ],
+}
+# The families that a test of all families runs on with `make test`: post-norm and pre-norm layers, all heads, one
+# that pools, one with a decoder behind it, one inside a larger model. The others are of the gate.
+QUICK = {name for name in FAMILIES if name.startswith("wavlm")} | {
+    "hubert", "qwen2_audio", "sew", "wav2vec2", "wav2vec2-stable", "whisper", "whisper-classification",
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        found = [when for when, patterns in WHEN.items() if any(re.search(one, item.nodeid) for one in patterns)]
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if not found and any(isinstance(x, str) and x in FAMILIES.keys() - QUICK for x in parameters):
+            found = ["gate"]
+        for when in found[:1]:
+            item.add_marker(when)
+
+
+AUTO = {
+    "Model": transformers.AutoModel,
+    "ForCTC": transformers.AutoModelForCTC,
+    "ForSequenceClassification": transformers.AutoModelForAudioClassification,
+    "ForAudioFrameClassification": transformers.AutoModelForAudioFrameClassification,
+    "ForXVector": transformers.AutoModelForAudioXVector,
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A trained adapter on disk, for reading only.
+
+    Args:
+        base: The folder of its base.
+        adapter: Its own folder.
+        logits: What it answers to the usual batch of noise.
+        auto: The class that loads the base.
+    """
+
+    base: Path
+    adapter: Path
+    logits: torch.Tensor
+    auto: type
+
+    def load_base(self, **options):
+        """The base, as users load it."""
+        return self.auto.from_pretrained(self.base, **options)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Saves a trained adapter on a family with a head, once: `saved("ForCTC", "hubert")`."""
+
+    @functools.cache
+    def save(head="ForCTC", family="wavlm"):
+        folder = tmp_path_factory.mktemp(f"{family}-{head}")
+        build(family, head).save_pretrained(folder / "base")
+        base = AUTO[head].from_pretrained(folder / "base")
+        output = "residual" if head == "Model" else "head"
+        model = shaken(get_peft_model(base, ELPConfig(**ELP, l_output=output))).eval()
+        model.save_pretrained(folder / "adapter")
+        return Saved(folder / "base", folder / "adapter", answer(model), AUTO[head])
+
+    return save

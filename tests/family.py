@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+import pydoc
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
 import torch
 import transformers
+from backbones import ELP
 from packaging.version import Version
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from peft_elp import find_encoder
+from peft_elp import ELPConfig, find_encoder
 
 WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -76,24 +77,24 @@ def decoded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Family:
-    """One tiny model: where it is, how it is built, what it takes, and what can be asked of it.
+    """One tiny model: its class and sizes, what it takes, and what can be asked of it.
 
     Args:
+        model_class: The class of the model in Transformers.
+        sizes: The fields of its configuration.
+        inputs: A batch of two utterances or more.
+        around: The module that holds the model, where the model is a bare encoder.
         since: The lowest version of Transformers that has the family as it is tested here.
-        folder: Its folder in `transformers.models`.
-        stack: The class of its encoder stack, a row of `BACKBONES`.
-        build: Builds the model from the module of its classes.
-        inputs: A batch of two utterances.
         adapters: The adapters that it takes.
         checkpointing: Whether Transformers has gradient checkpointing for it.
-        options: Fields of the configuration that it needs.
+        options: Fields of `ELPConfig` that it needs.
     """
 
-    since: str
-    folder: str
-    stack: str
-    build: Callable[[Any], nn.Module]
+    model_class: str
+    sizes: dict[str, Any]
     inputs: dict[str, Tensor]
+    around: type[Around] | None = None
+    since: str = "5.0"
     adapters: str = "ELP"
     checkpointing: bool = True
     options: dict[str, Any] = field(default_factory=dict)
@@ -105,9 +106,10 @@ class Family:
 
     def plain(self) -> nn.Module:
         """The model as Transformers makes it, always with the same weights."""
-        classes = importlib.import_module(f"transformers.models.{self.folder}.modeling_{self.folder}")
+        cls: Any = pydoc.locate(f"transformers.{self.model_class}")
         torch.manual_seed(0)
-        return self.build(classes)
+        model = cls(cls.config_class(**self.sizes))
+        return self.around(model) if self.around else model
 
     def model(self, attention: str = "eager") -> nn.Module:
         """The model in evaluation mode, with norms and biases that are not where they start."""
@@ -126,3 +128,15 @@ class Family:
         encoder = find_encoder(model)
         del attrgetter(encoder.family.layers)(encoder.stack)[2:]
         return model
+
+    def config(self, **options: Any) -> ELPConfig:
+        """The small adapters that the family takes."""
+        return ELPConfig(**ELP | {"adapters": self.adapters} | self.options | options)
+
+    def adapted(self, attention: str = "eager", **options: Any) -> PeftModel:
+        """The model with a fresh adapter."""
+        return get_peft_model(self.model(attention), self.config(**options))
+
+    def has_sdpa(self) -> bool:
+        """Whether Transformers has more than eager attention for it."""
+        return all(m._supports_sdpa for m in self.plain().modules() if isinstance(m, PreTrainedModel))
