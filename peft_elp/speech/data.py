@@ -6,9 +6,9 @@ Needs datasets, scikit-learn, soundfile and soxr: `pip install 'peft-elp[recipes
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import mimetypes
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 from peft_elp.backbones import receptive_field
 
-from .audio import AUDIO_SUFFIXES, RATE_HZ, AudioError, read_audio
+from .audio import RATE_HZ, AudioError, read_audio
 
 try:
     from datasets import Audio, ClassLabel, Dataset, Features, Value, load_dataset
     from sklearn.model_selection import LeaveOneGroupOut
 except ImportError as error:
     raise ImportError(
-        f"peft_elp.speech.data needs datasets and scikit-learn ({error}). Install them: pip install 'peft-elp[recipes]'."
+        f"peft_elp.speech.data needs datasets and scikit-learn ({error}): pip install 'peft-elp[recipes]'"
     ) from error
 
 AUDIO_COLUMNS = ("file_name", "audio", "path", "file")
@@ -37,7 +37,7 @@ SHOWN = 5  # mistakes that an error lists
 
 
 class Trial(NamedTuple):
-    """Two recordings, and whether one speaker is heard in both (1) or two are (0)."""
+    """Two recordings, and whether they are of one speaker (1) or of two (0)."""
 
     label: int
     file_a: str
@@ -47,26 +47,20 @@ class Trial(NamedTuple):
 def read_dataset(
     name: str | Path, split: str | None, config_name: str | None = None, *, audio_column_name: str | None = None
 ) -> Dataset:
-    """One split of a data set from the Hub, a folder or a table, with its recordings in a column `audio`.
+    """Read one split of a data set from the Hub, a folder or a table, with its recordings in a column `audio`.
 
     Args:
-        name: A Hub id, or one of these local layouts. A path in a table is relative to the folder of the table:
-
-            - a folder in `audiofolder` layout: `<name>/<split>/metadata.csv` with a column `file_name`, or
-              `<name>/<split>/<label>/*.wav`, which gives a column `label`;
-            - a folder with a table for each split, `<name>/<split>.csv`;
-            - one table with a column `split`: `<name>` itself, or `<name>/metadata.csv`;
-            - a copy of a Hub data set, in Parquet files.
-
-            A table is a `.csv`, `.tsv` or `.jsonl` file.
+        name: A Hub id; a folder with `<split>/metadata.csv`, `<split>/<label>/*.wav` (which gives a column `label`),
+            `<split>.csv` or Parquet files; or a table with a column `split`, `<name>` itself or `<name>/metadata.csv`.
+            A table is a `.csv`, `.tsv` or `.jsonl` file with paths relative to its folder; only JSON has types.
         split: The name of the split; None takes all rows of a single table.
         config_name: The configuration of a Hub data set.
         audio_column_name: The column of the recordings. None takes a column of type `Audio`, or else the first of
             `file_name`, `audio`, `path` and `file`.
 
     Returns:
-        A column `audio` of type `Audio(decode=False)`, whose entries `peft_elp.speech.audio.decode` takes, and every other
-        column as it was; the columns of a csv file are text. Nothing is decoded yet: see `check_audio`.
+        A column `audio` of type `Audio(decode=False)`, whose entries `peft_elp.speech.audio.decode` takes, and every
+        other column as it was. Nothing is decoded yet: see `check_audio`.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -78,40 +72,44 @@ def read_dataset(
         ['audio', 'label']
     """
     place = Path(name).expanduser()
-    if place.exists():
-        if local := _local_rows(place, split):
-            if config_name is not None:
-                raise ValueError(
-                    f"{name} is a local folder and has no configuration {config_name!r}. Leave config_name out."
-                )
-            return from_rows(*local, audio_column_name=audio_column_name)
-        if next(place.rglob("*.parquet"), None) is None:
-            there = sorted({path.stem for path in place.iterdir() if path.is_dir() or path.suffix in TABLE_SUFFIXES})
-            raise ValueError(
-                f"{name} has no split {split!r} with recordings; it holds {', '.join(there) or 'nothing'}. A split is "
-                "a folder <split>/ with metadata.csv or with a folder of recordings for each label, a table "
-                "<split>.csv, or a value in the column `split` of metadata.csv."
-            )
-        name = place
-    elif place.is_absolute() or str(name).startswith((".", "~")) or place.suffix in TABLE_SUFFIXES:
-        raise FileNotFoundError(f"{name} does not exist. Give a folder, a .csv, .tsv or .jsonl file, or a Hub id.")
+    if not place.exists():
+        if place.is_absolute() or str(name).startswith((".", "~")) or place.suffix in TABLE_SUFFIXES:
+            raise FileNotFoundError(f"{name} does not exist. Pass a folder, a .csv, .tsv or .jsonl file, or a Hub id.")
+        place = name
+    elif local := _local_rows(place, split):
+        if config_name is not None:
+            raise ValueError(f"config_name must be None for a local folder, got {config_name!r} with {name}.")
+        return from_rows(*local, audio_column_name=audio_column_name)
+    elif next(place.rglob("*.parquet"), None) is None:
+        there = sorted({path.stem for path in place.iterdir() if path.is_dir() or path.suffix in TABLE_SUFFIXES})
+        raise ValueError(
+            f"{name} has no split {split!r} with recordings; it holds {', '.join(there) or 'nothing'}. A split is a "
+            "folder <split>/ with metadata.csv or with a folder of recordings for each label, a table <split>.csv, or "
+            "a value in the column `split` of metadata.csv."
+        )
     if split is None:
         raise ValueError(f"{name} has several splits: name one of them, as in split='train'.")
-    return _with_audio(load_dataset(str(name), config_name, split=split), audio_column_name)
+    dataset: Any = load_dataset(str(place), config_name, split=split)
+    kinds = dataset.features
+    wanted = audio_column_name or next((column for column in kinds if isinstance(kinds[column], Audio)), None)
+    column = _audio_column(list(kinds), wanted)
+    if not isinstance(kinds[column], Audio | dict) and kinds[column] not in (Value("string"), Value("large_string")):
+        raise ValueError(f"The column {column!r} must hold recordings or paths, got {kinds[column]}.")
+    if column != "audio":
+        dataset = dataset.remove_columns("audio") if "audio" in kinds else dataset
+        dataset = dataset.rename_column(column, "audio")
+    return dataset.cast_column("audio", Audio(decode=False))
 
 
 def from_rows(
     rows: Sequence[Mapping[str, Any]], folder: str | Path = "", *, audio_column_name: str | None = None
 ) -> Dataset:
-    """A data set made from rows that name a recording each.
+    """Make a data set from rows that name a recording each.
 
     Args:
         rows: A mapping for each recording, from column to value.
         folder: The folder that relative paths of recordings count from.
         audio_column_name: As in `read_dataset`.
-
-    Returns:
-        Columns as in `read_dataset`.
 
     Raises:
         ValueError: There are no rows, or they have no column of recordings.
@@ -121,22 +119,16 @@ def from_rows(
         ['audio', 'label']
     """
     if not rows:
-        raise ValueError("A data set needs at least one recording, got no rows.")
+        raise ValueError("A data set must have at least one recording, got no rows.")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    found = _find_audio(columns, audio_column_name)
+    found = _audio_column(columns, audio_column_name)
     paths = [str(Path(folder, row[found]).absolute()) if row.get(found) else None for row in rows]
     others = {column: [row.get(column) for row in rows] for column in columns if column not in (found, "audio")}
     return Dataset.from_dict({"audio": paths, **others}).cast_column("audio", Audio(decode=False))
 
 
 def read_table(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a `.csv`, `.tsv` or `.jsonl` file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        A dictionary for each row, from column to value. Values are text, except in `.jsonl` files.
+    """Read the rows of a `.csv`, `.tsv` or `.jsonl` file, each as a dictionary from column to value.
 
     Raises:
         ValueError: A row has more or fewer fields than the header, or is not a JSON object.
@@ -145,23 +137,19 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
         >>> read_table("calls/train.csv")[0]  # doctest: +SKIP
         {'file_name': 'a.wav', 'label': 'yes'}
     """
-    path = Path(path)
-    rows: list[dict[str, Any]] = []
+    path, rows = Path(path), []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".jsonl":
-            try:
-                rows.extend(dict(json.loads(line)) for line in filter(str.strip, file))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"Row {len(rows) + 1} of {path} is not a JSON object ({error}).") from error
-            return rows
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{path}, line {reader.line_num}, has {'more' if None in row else 'fewer'} fields than the "
-                    f"{len(reader.fieldnames or [])} of its header. Quote fields that contain the separator."
-                )
-            rows.append(row)
+        found = map(json.loads, filter(str.strip, file)) if path.suffix == ".jsonl" else reader
+        try:
+            for row in found:
+                if not isinstance(row, dict):
+                    raise ValueError("it is not a JSON object")
+                if path.suffix != ".jsonl" and (None in row or None in row.values()):
+                    raise ValueError("its number of fields is not that of the header; quote fields with separators")
+                rows.append(row)
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"Row {len(rows) + 1} of {path} cannot be read: {error}.") from error
     return rows
 
 
@@ -236,7 +224,7 @@ def check_audio(
         1.5
     """
     if on_bad_audio not in ("error", "skip"):
-        raise ValueError(f"on_bad_audio is 'error' or 'skip', got {on_bad_audio!r}.")
+        raise ValueError(f"on_bad_audio must be 'error' or 'skip', got {on_bad_audio!r}.")
     # Configurations of encoders that take log-Mel frames have no convolutions over samples.
     least_s = receptive_field(config) / rate_hz if hasattr(config, "conv_kernel") else 0.0
     most_s = float("inf") if max_duration_in_seconds is None else max_duration_in_seconds
@@ -247,17 +235,10 @@ def check_audio(
     good = [index for index, reason in enumerate(reasons) if reason is None]
     if len(good) < len(dataset):
         counts = ", ".join(f"{count} {reason}" for reason, count in Counter(filter(None, reasons)).most_common())
-        message = f"{len(dataset) - len(good)} of {len(dataset)} recordings cannot be used: {counts}." + _listed(
-            [detail for detail in findings["detail"] if detail is not None]
-        )
+        message = f"{len(dataset) - len(good)} of {len(dataset)} recordings cannot be used: {counts}."
+        message += _listed([detail for detail in findings["detail"] if detail is not None])
         if on_bad_audio == "error" or not good:
-            way_out = (
-                "Repair or remove them, allow other durations with min_duration_in_seconds and "
-                "max_duration_in_seconds, or leave them out with on_bad_audio='skip'."
-                if good
-                else "No recording is left."
-            )
-            raise ValueError(f"{message}\n{way_out}")
+            raise ValueError(f"{message}\nRepair them, change the limits, or leave them out with on_bad_audio='skip'.")
         warnings.warn(f"{message}\nThey are left out.", stacklevel=2)
     rates = Counter(rate for rate, reason in zip(findings["rate_hz"], reasons, strict=True) if reason is None)
     if other_rates := ", ".join(f"{rates[rate]} of {rate:,} Hz" for rate in sorted(rates) if rate != rate_hz):
@@ -268,11 +249,7 @@ def check_audio(
 
 
 def read_column(dataset: Dataset, column: str) -> list[str]:
-    """The values of a column as text; classes as their names.
-
-    Args:
-        dataset: The data set.
-        column: The name of the column.
+    """Return the values of a column as text, and classes as their names.
 
     Raises:
         ValueError: There is no such column, or a row has no value in it.
@@ -287,8 +264,7 @@ def read_column(dataset: Dataset, column: str) -> list[str]:
     if isinstance(feature, ClassLabel):
         values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
     texts = ["" if value is None else str(value) for value in values]
-    blank = [index for index, text in enumerate(texts) if not text.strip()]
-    if blank:
+    if blank := [index for index, text in enumerate(texts) if not text.strip()]:
         raise ValueError(
             f"{len(blank)} of {len(texts)} rows have no value in the column {column!r}; the first is row {blank[0]}. "
             f"Leave these rows out, or name another column: {', '.join(dataset.column_names)}."
@@ -297,15 +273,10 @@ def read_column(dataset: Dataset, column: str) -> list[str]:
 
 
 def label_names(train: Dataset, *others: Dataset, column: str = "label") -> list[str]:
-    """The names of the classes in the training data, sorted.
-
-    Args:
-        train: The training data.
-        *others: Data sets, such as validation and test, whose classes must be among them.
-        column: The column that holds the classes.
+    """Return the names of the classes in the training data, sorted.
 
     Raises:
-        ValueError: There are fewer than two classes, or another data set has a class that training does not have.
+        ValueError: There are fewer than two classes, or one of `others` has a class that training does not have.
 
     Examples:
         >>> label_names(from_rows([{"path": "a.wav", "label": "yes"}, {"path": "b.wav", "label": "no"}]))
@@ -313,9 +284,8 @@ def label_names(train: Dataset, *others: Dataset, column: str = "label") -> list
     """
     names = sorted(set(read_column(train, column)))
     if len(names) < 2:
-        raise ValueError(f"Training needs two classes or more; the column {column!r} holds only {names[0]!r}.")
-    unknown = sorted({name for other in others for name in read_column(other, column)} - set(names))
-    if unknown:
+        raise ValueError(f"Training needs at least two classes; the column {column!r} holds only {names[0]!r}.")
+    if unknown := sorted({name for other in others for name in read_column(other, column)} - set(names)):
         raise ValueError(
             f"{len(unknown)} classes in the column {column!r} are not among the {len(names)} classes of training. "
             f"Leave them out, or choose other splits.{_listed(unknown)}"
@@ -324,12 +294,7 @@ def label_names(train: Dataset, *others: Dataset, column: str = "label") -> list
 
 
 def check_disjoint(train: Dataset, test: Dataset, column: str = "speaker") -> None:
-    """Check that nobody is heard both in training and in test.
-
-    Args:
-        train: The training data.
-        test: The test data.
-        column: The column that names who is heard.
+    """Check that no value of a column, such as a speaker, is both in training and in test.
 
     Raises:
         ValueError: A value of the column is in both. The error names the first few.
@@ -337,19 +302,14 @@ def check_disjoint(train: Dataset, test: Dataset, column: str = "speaker") -> No
     Examples:
         >>> check_disjoint(*(from_rows([{"path": "a.wav", "speaker": name}]) for name in ("Ann", "Bob")))
     """
-    both = sorted(set(read_column(train, column)) & set(read_column(test, column)))
-    if both:
+    if both := sorted(set(read_column(train, column)) & set(read_column(test, column))):
         raise ValueError(
             f"{len(both)} values of the column {column!r} are both in training and in test.{_listed(both)}"
         )
 
 
 def leave_one_group_out(dataset: Dataset, column: str) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Folds of cross-validation, each with one session or speaker held out; scikit-learn's `LeaveOneGroupOut`.
-
-    Args:
-        dataset: The data set.
-        column: The column that names sessions or speakers.
+    """Split into folds of cross-validation, each with one session or speaker held out, as `LeaveOneGroupOut` does.
 
     Yields:
         The value that is held out, and the row numbers of training and of test, for `dataset.select`.
@@ -370,11 +330,10 @@ def leave_one_group_out(dataset: Dataset, column: str) -> Iterator[tuple[str, li
 def read_trials(
     path: str | Path, folder: str | Path | None = None, columns: tuple[str, str, str] = ("label", "file_a", "file_b")
 ) -> list[Trial]:
-    """The trials of speaker verification in a list, with the paths of their recordings.
+    """Read the trials of speaker verification in a list, with the paths of their recordings.
 
     Args:
-        path: A text file with lines `label file file`, as VoxCeleb publishes them, or a `.csv`, `.tsv` or `.jsonl`
-            table.
+        path: A text file with lines `label file file`, as VoxCeleb publishes them, or a table.
         folder: The folder that paths in the list count from; None is the folder of the list. For VoxCeleb1 it is
             `<root>/wav`.
         columns: The columns of a table: label, first file, second file.
@@ -395,13 +354,10 @@ def read_trials(
         rows = [[str(row[column]) for column in columns] for row in table]
     else:
         rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    wrong = next((row for row in rows if len(row) != 3 or row[0] not in ("0", "1")), None)
-    if wrong:
-        raise ValueError(f"{path} has the line {' '.join(wrong)!r}. A trial is a label, 0 or 1, and two files.")
+    if wrong := next((row for row in rows if len(row) != 3 or row[0] not in ("0", "1")), None):
+        raise ValueError(f"A trial in {path} must be a label, 0 or 1, and two files, got {' '.join(wrong)!r}.")
     if {row[0] for row in rows} != {"0", "1"}:
-        raise ValueError(
-            f"{path} needs trials with label 1 and with label 0; its {len(rows)} trials all have the same label."
-        )
+        raise ValueError(f"{path} must have trials with label 1 and with label 0; its {len(rows)} trials do not.")
     folder = path.parent if folder is None else Path(folder)
     trials = [Trial(int(label), *(str(folder / file) for file in files)) for label, *files in rows]
     files = dict.fromkeys(file for trial in trials for file in trial[1:])
@@ -413,34 +369,35 @@ def read_trials(
 
 
 def _local_rows(place: Path, split: str | None) -> tuple[list[dict[str, Any]], Path] | None:
-    """The rows of a split and the folder that their paths count from; None if no layout has such a split."""
-    if place.is_file():
-        return _rows_of_split(place, split)
-    for stem in (place / split / "metadata", place / split) if split else ():
-        if table := _table(stem):
+    """Return the rows of a split and the folder of their paths; None if no layout has such a split."""
+    if split and not place.is_file():
+        if table := _find_table(place / split / "metadata") or _find_table(place / split):
             return read_table(table), table.parent
-    if split:
-        files = _labelled_files(place / split)
-        if files:
-            return [{"audio": str(file), "label": file.relative_to(place / split).parts[0]} for file in files], Path()
-    table = _table(place / "metadata")
-    return _rows_of_split(table, split) if table else None
+        if labelled := _labelled_files(place / split):
+            return labelled, place / split
+    table = place if place.is_file() else _find_table(place / "metadata")
+    if table is None:
+        return None
+    rows = read_table(table)
+    if split is not None:
+        splits = [str(row.get("split") or "").strip() for row in rows]
+        if split not in splits:
+            there = ", ".join(sorted({*splits} - {""})) or "nothing"
+            raise ValueError(f"{table} has no rows with {split!r} in a column `split`, but {there}.")
+        if "" in splits:
+            raise ValueError(f"{splits.count('')} of {len(rows)} rows of {table} have nothing in the column `split`.")
+        rows = [row for row, name in zip(rows, splits, strict=True) if name == split]
+    return rows, table.parent
 
 
-def _labelled_files(folder: Path) -> list[Path]:
-    """The recordings under `<folder>/<label>/`. A recording outside of these is an error, an odd file a warning."""
-    walked = os.walk(folder, followlinks=True)  # A dangling link is a file here: `check_audio` names it.
-    inside = sorted(Path(place, name) for place, _, names in walked for name in names if not name.startswith("."))
-    files = [file for file in inside if file.suffix.lower() in AUDIO_SUFFIXES]
-    labelled = [file for file in files if file.parent != folder]
-    if loose := [str(file) for file in files if file.parent == folder] if labelled else []:
-        raise ValueError(
-            f"{len(loose)} recordings are not in the folder of a label. Move them into one.{_listed(loose)}"
-        )
-    others = [str(file) for file in inside if file.suffix and file not in {*files} and not _is_text(file)]
-    if labelled and others:
-        warnings.warn(f"{len(others)} files do not have the name of a recording.{_listed(others)}", stacklevel=5)
-    return labelled
+def _labelled_files(folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each file in `<folder>/<label>/` that is neither hidden nor text; `check_audio` reads it."""
+    inside = map(Path, sorted(glob.glob("**/*", root_dir=folder, recursive=True)))  # follows links, dangling ones too
+    files = [file for file in inside if file.suffix and not (folder / file).is_dir() and not _is_text(file)]
+    loose = [str(file) for file in files if len(file.parts) == 1]
+    if loose and len(loose) < len(files):
+        raise ValueError(f"{len(loose)} files of {folder} are not in the folder of a label.{_listed(loose)}")
+    return [] if loose else [{"audio": str(file), "label": file.parts[0]} for file in files]
 
 
 def _is_text(file: Path) -> bool:
@@ -448,58 +405,23 @@ def _is_text(file: Path) -> bool:
     return kind.startswith("text/") or kind == "application/json"
 
 
-def _table(stem: Path) -> Path | None:
+def _find_table(stem: Path) -> Path | None:
     found = [path for suffix in TABLE_SUFFIXES if (path := stem.with_name(stem.name + suffix)).is_file()]
     if len(found) > 1:
         raise ValueError(f"There are two tables, {' and '.join(map(str, found))}. Remove one.")
     return found[0] if found else None
 
 
-def _rows_of_split(table: Path, split: str | None) -> tuple[list[dict[str, Any]], Path]:
-    rows = read_table(table)
-    if split is not None:
-        splits = [str(row.get("split") or "").strip() for row in rows]
-        if split not in splits:
-            there = ", ".join(sorted({*splits} - {""})) or "nothing"
-            raise ValueError(
-                f"{table} has no rows with {split!r} in a column `split`, but {there}. split=None takes all rows."
-            )
-        if "" in splits:
-            raise ValueError(
-                f"{splits.count('')} of {len(rows)} rows of {table} name no split; the first is row "
-                f"{splits.index('')}. Fill the column `split`, or leave these rows out."
-            )
-        rows = [row for row, name in zip(rows, splits, strict=True) if name == split]
-    return rows, table.parent
-
-
-def _with_audio(dataset: Any, wanted: str | None) -> Dataset:
-    kinds = dataset.features
-    column = wanted or next((name for name in kinds if isinstance(kinds[name], Audio)), None)
-    column = _find_audio(list(kinds), column)
-    kind = kinds[column]
-    recorded = isinstance(kind, Audio) or (isinstance(kind, dict) and {*kind} == {"bytes", "path"})
-    if not recorded and kind not in (Value("string"), Value("large_string")):
-        raise ValueError(f"The column {column!r} holds {kind}, where recordings or paths belong.")
-    if column != "audio":
-        dataset = dataset.remove_columns("audio") if "audio" in kinds else dataset
-        dataset = dataset.rename_column(column, "audio")
-    return dataset.cast_column("audio", Audio(decode=False))
-
-
-def _find_audio(columns: Sequence[str], wanted: str | None) -> str:
+def _audio_column(columns: Sequence[str], wanted: str | None) -> str:
     names = [wanted] if wanted else AUDIO_COLUMNS
     found = next((name for name in names if name in columns), None)
     if found is None:
-        raise ValueError(
-            f"No column of recordings: none of {', '.join(names)} is among {', '.join(columns)}. Name the column "
-            "with audio_column_name."
-        )
+        raise ValueError(f"audio_column_name must be one of {', '.join(columns)}, got {' or '.join(names)}.")
     return found
 
 
 def _inspect(row: dict[str, Any], index: int, least_s: float, most_s: float) -> dict[str, Any]:
-    """The findings of `check_audio` about one recording."""
+    """Return the findings of `check_audio` about one recording."""
     name = (row["audio"] or {}).get("path") or f"row {index}"
     try:
         waveform, rate_hz = read_audio(row["audio"])
