@@ -21,7 +21,7 @@ from .tuner.layout import speed_up_frozen
 from .tuner.model import ELPModel
 from .tuner.prune import prune_taps
 from .tuner.registry import register
-from .tuner.window import shorten_window
+from .tuner.window import pool_own_frames, shorten_window
 
 try:
     __version__ = version("peft-elp")
@@ -47,6 +47,7 @@ __all__ = [
     "get_epochwise_schedule",
     "hotswap_adapter",
     "parameter_groups",
+    "pool_own_frames",
     "prune_taps",
     "published_factors",
     "published_rates",

@@ -59,12 +59,15 @@ class ELPConfig(PeftConfig):
 
     Args:
         adapters: Any non-empty subset of the letters E, L and P: which adapters are placed and trained.
-        e_dim: Width of the E-adapters' bottleneck, at least 1.
+        e_dim: Width of the E-adapters' bottleneck, at least 1. None: a third of the encoder's width, which is 256 of
+            768 as in the paper.
         e_activation: Activation of the E-adapters: gelu, leaky_relu, mish, relu, sigmoid, silu, tanh.
         e_dropout: Dropout in the E-adapters' bottleneck, in [0, 1).
         e_layers: 0-based layers that get E-adapters. None: all but the last together with an L-adapter, else all.
         e_after: Where in a layer E-adapters sit: 'feed_forward', 'attention' or both.
-        l_dim: Width of the L-adapter's taps, at least 1.
+        l_dim: Width of the L-adapter's taps. None: two thirds of the encoder's width, which is 512 of 768 as in the
+            paper. 0: the taps have no matrix; each is its layer's output, normalised per frame without parameters, and
+            only the layer weights are trained.
         l_activation: Activation of the L-adapter: gelu, leaky_relu, mish, relu, sigmoid, silu, tanh.
         l_dropout: Dropout in the L-adapter's taps, in [0, 1).
         l_layers: 0-based layers that the L-adapter taps. None: all.
@@ -99,6 +102,9 @@ class ELPConfig(PeftConfig):
         chunk_length: Whole seconds to which the encoder's fixed window is cut while the adapter is active, such as 2
             of Whisper's 30, for classification and speaker verification. The feature extractor has to pad to the same
             length. None: the whole window.
+        pool_own_frames: Whether a head that averages over a fixed window, as WhisperForAudioClassification does,
+            averages over a recording's own frames instead, by the attention_mask of the feature extractor. None:
+            where there is such a head.
         verification_threshold: For speaker verification, the cosine score in [-1, 1) from which two voices count as
             the same. It changes nothing in the model. None: not known.
         window_s: The name of `chunk_length` in older files.
@@ -114,12 +120,12 @@ class ELPConfig(PeftConfig):
     """
 
     adapters: str = "ELP"
-    e_dim: int = 256
+    e_dim: int | None = None
     e_activation: str = "gelu"
     e_dropout: float = field(default=0.0, metadata=TRAINING)
     e_layers: list[int] | None = None
     e_after: Sequence[str] | str = ("feed_forward",)
-    l_dim: int = 512
+    l_dim: int | None = None
     l_activation: str = "gelu"
     l_dropout: float = field(default=0.0, metadata=TRAINING)
     l_layers: list[int] | None = None
@@ -136,6 +142,7 @@ class ELPConfig(PeftConfig):
     target: str | None = field(default=None, metadata=SELECTION)
     exclude_modules: list[str] | str | None = field(default=None, metadata=SELECTION)
     chunk_length: int | None = None
+    pool_own_frames: bool | None = None
     verification_threshold: float | None = field(default=None, metadata=USE)
     window_s: InitVar[int | None] = None
     config_format: InitVar[int | None] = None
@@ -155,8 +162,9 @@ class ELPConfig(PeftConfig):
         self.e_after = _places(self.e_after)
         self.e_layers = _layers("e_layers", self.e_layers)
         self.l_layers = _layers("l_layers", self.l_layers)
-        for name in ("e_dim", "l_dim"):
-            _whole(name, getattr(self, name), 1, LARGEST_SIZE)
+        for name, least in (("e_dim", 1), ("l_dim", 0)):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), least, LARGEST_SIZE)
         for name in ("e_activation", "l_activation"):
             _one_of(name, getattr(self, name), sorted(ACTIVATIONS))
         for name in ("e_dropout", "l_dropout"):
@@ -164,7 +172,10 @@ class ELPConfig(PeftConfig):
         for name in ("p_init_std", "init_std"):
             _number(name, getattr(self, name), 0.0, float("inf"))
         _one_of("init_weights", self.init_weights, (True, False, "paper"))
-        _one_of("l_input_norm", self.l_input_norm, (None, False, True))
+        for name in ("l_input_norm", "pool_own_frames"):
+            _one_of(name, getattr(self, name), (None, False, True))
+        if config_format is not None and self.pool_own_frames is None:
+            self.pool_own_frames = False  # An older file: the head averaged over the window.
         if self.l_output is not None:
             _one_of("l_output", self.l_output, L_OUTPUTS)
         _one_of("p_position", self.p_position, P_POSITIONS)

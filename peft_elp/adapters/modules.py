@@ -115,11 +115,12 @@ class _WeightedNorm(nn.LayerNorm):
 class Tap(nn.Module):
     """Transform of the hidden states of one layer in an L-adapter: `A_l = norm(dropout(activation(down(x))))`.
 
-    With `input_norm`, `x` is first normalised per frame, without parameters.
+    With `input_norm`, `x` is first normalised per frame, without parameters. A tap of size 0 has no parameters: it is
+    the normalised `x` itself.
 
     Args:
         hidden_size: Width of the backbone's hidden states.
-        tap_size: Width of the tap.
+        tap_size: Width of the tap, or 0.
         activation: A name from `ACTIVATIONS`.
         dropout: Probability, in training, that an element is dropped before the norm.
         init_std: Standard deviation of the initial linear weights, with biases of 0. None keeps PyTorch's
@@ -127,7 +128,7 @@ class Tap(nn.Module):
         input_norm: Whether to normalise the input.
 
     Shape:
-        `(batch, frames, hidden)` to `(batch, frames, tap)`.
+        `(batch, frames, hidden)` to `(batch, frames, tap)`, or to the same with a size of 0.
     """
 
     def __init__(
@@ -140,16 +141,20 @@ class Tap(nn.Module):
         input_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.input_norm = input_norm
-        self.down = _linear(hidden_size, tap_size, init_std)
-        self.activation = _activation(activation)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = _WeightedNorm(tap_size)
+        self.tap_size = tap_size
+        self.input_norm = input_norm or not tap_size
+        if tap_size:
+            self.down = _linear(hidden_size, tap_size, init_std)
+            self.activation = _activation(activation)
+            self.dropout = nn.Dropout(dropout)
+            self.norm = _WeightedNorm(tap_size)
 
     def forward(self, x: HiddenStates, layer_weight: Tensor | None = None) -> TapFrames:
         """Return `A_l`, multiplied by the layer weight if that is given."""
         if self.input_norm:
             x = layer_norm(x, x.shape[-1:])
+        if not self.tap_size:
+            return x if layer_weight is None else layer_weight * x
         return self.norm(self.dropout(self.activation(self.down(x))), layer_weight)
 
 
@@ -163,7 +168,7 @@ class LAdapter(nn.Module):
     Args:
         hidden_size: Width of the backbone's hidden states.
         num_taps: Number of tapped layers, at least 1.
-        tap_size: Width of each tap and of `Y`, at least 1.
+        tap_size: Width of each tap and of `Y`. 0: the taps are the normalised layers, and `Y` is as wide as they are.
         activation: A name from `ACTIVATIONS`.
         dropout: Probability, in training, that an element of a tap is dropped before its norm.
         init_std: Standard deviation of the taps' initial linear weights, with biases of 0. None keeps PyTorch's
@@ -179,7 +184,7 @@ class LAdapter(nn.Module):
         output layer.
 
     Raises:
-        ValueError: A size is below 1, or `activation` or `output` is unknown.
+        ValueError: A size is out of range, or `activation` or `output` is unknown.
 
     Examples:
         >>> adapter = LAdapter(hidden_size=768, num_taps=12)
@@ -200,14 +205,15 @@ class LAdapter(nn.Module):
     ) -> None:
         super().__init__()
         _require_positive("num_taps", num_taps)
-        _require_positive("tap_size", tap_size)
+        if tap_size < 0:
+            raise ValueError(f"tap_size must be at least 0, got {tap_size}.")
         _require_one_of("output", output, ("taps", "project", "residual"))
         self.taps = nn.ModuleList(
             Tap(hidden_size, tap_size, activation, dropout, init_std, input_norm) for _ in range(num_taps)
         )
         # The layer logits. Saved adapters hold them under this name.
         self.layer_weights = nn.Parameter(torch.full((num_taps,), 1 / num_taps))
-        self.output = None if output == "taps" else nn.Linear(tap_size, hidden_size)
+        self.output = None if output == "taps" else nn.Linear(tap_size or hidden_size, hidden_size)
         self.residual = output == "residual"
         if self.output is not None and self.residual:
             nn.init.zeros_(self.output.weight)

@@ -40,6 +40,8 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
     config = plan.config
     if config.chunk_length is not None:
         stack.windows[adapter_name] = config.chunk_length
+    if config.pool_own_frames:
+        stack.own_frames.add(adapter_name)
     if "L" in config.adapters:
         if stack.layer_drop.probability > 0:
             warnings.warn(

@@ -25,7 +25,7 @@ from .layers import ELPNorm, ELPSublayer
 from .offload import copy_with_weights
 from .paths import canonical, join, original
 from .stack import ELPStack
-from .window import check_window
+from .window import averages_over_padding, check_window
 from .wrapper import Wrapper
 
 # What the names in a saved file start with: PEFT names a tensor from the PeftModel around the tuner around the model.
@@ -86,6 +86,7 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
     if config.chunk_length is not None:
         check_window(model, encoder, config.chunk_length)
     _choose_layers(model, encoder, config)
+    _choose_pooling(model, encoder, config)
     config.modules_to_save = choose_head(model, encoder, chosen.modules_to_save, warn=not config.inference_mode)
     if config.modules_to_save or config.head_config:
         config.head_config = head_config(model, chosen.head_config)
@@ -97,7 +98,7 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
     if "L" in config.adapters:
         _leave_out_what_nothing_reads(config, chosen=chosen.e_layers)
     sites = [*_sites_in_layers(model, encoder, config), *_sites_of_stack(encoder, config)]
-    plan = Plan(encoder, config, [*sites, *_sites_of_head(model, config, new_input)])
+    plan = Plan(encoder, config, [*sites, *_sites_of_head(model, encoder, config, new_input)])
     _refuse_shared(model, plan)
     return plan
 
@@ -154,6 +155,9 @@ def _check_family(encoder: Encoder, config: ELPConfig) -> None:
 def _choose_layers(model: nn.Module, encoder: Encoder, config: ELPConfig) -> None:
     """Resolve which layers get E-adapters and which are tapped."""
     depth, name = len(encoder.layers), type(model).__name__
+    # The paper's 256 and 512 of 768.
+    config.e_dim = _share(encoder.hidden_size, 1 / 3) if config.e_dim is None else config.e_dim
+    config.l_dim = _share(encoder.hidden_size, 2 / 3) if config.l_dim is None else config.l_dim
     for option in ("e_layers", "l_layers"):
         beyond = [layer for layer in getattr(config, option) or () if layer >= depth]
         if beyond:
@@ -172,6 +176,22 @@ def _choose_layers(model: nn.Module, encoder: Encoder, config: ELPConfig) -> Non
         config.l_input_norm = encoder.family.pre_norm if config.l_input_norm is None else config.l_input_norm
     if "E" in config.adapters and config.e_layers is None:
         config.e_layers = list(range(depth - 1 if "L" in config.adapters else depth))
+
+
+def _share(width: int, share: float) -> int:
+    """Return a share of a width as a multiple of 8, at least 8."""
+    return max(8, round(width * share / 8) * 8)
+
+
+def _choose_pooling(model: nn.Module, encoder: Encoder, config: ELPConfig) -> None:
+    """Resolve whether the mean of the head is one over a recording's own frames."""
+    possible = averages_over_padding(model, encoder)
+    if config.pool_own_frames and not possible:
+        raise ValueError(
+            f"pool_own_frames=True needs a head that averages over a fixed window, as WhisperForAudioClassification "
+            f"does, and {type(model).__name__} has none. Leave pool_own_frames out."
+        )
+    config.pool_own_frames = possible if config.pool_own_frames is None else config.pool_own_frames
 
 
 def _leave_out_what_nothing_reads(config: ELPConfig, chosen: list[int] | None) -> None:
@@ -282,16 +302,17 @@ def _sites_of_stack(encoder: Encoder, config: ELPConfig) -> Iterator[Site]:
         yield Site(encoder.stack_path, ELPStack, "elp_p", _without_values(make), make)
 
 
-def _sites_of_head(model: nn.Module, config: ELPConfig, new_input: str | None) -> Iterator[Site]:
+def _sites_of_head(model: nn.Module, encoder: Encoder, config: ELPConfig, new_input: str | None) -> Iterator[Site]:
     """Return the modules of the head, copied from the model or made anew.
 
     Args:
         model: The model.
+        encoder: Its speech encoder.
         config: The configuration.
         new_input: Path of the head's linear layer that is made anew at width `l_dim`, None if none is.
     """
     paths = config.modules_to_save or ()
-    anew = planned_head(model, paths, config.head_config, new_input, config.l_dim)
+    anew = planned_head(model, paths, config.head_config, new_input, config.l_dim or encoder.hidden_size)
     for path in paths:
         module = original(model.get_submodule(path))
         make = partial(initialised, model, path, anew[path]) if path in anew else partial(copy_with_weights, module)

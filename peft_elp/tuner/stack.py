@@ -16,6 +16,7 @@ from peft_elp.adapters.pseudo import RealFrames, join_each
 from peft_elp.backbones import Backbone
 from peft_elp.call.hidden_states import mark_replaced, without_pseudo_features
 from peft_elp.call.outputs import another, hidden_states_of, with_hidden_states
+from peft_elp.call.own_frames import mask_of, own_frames_weight
 from peft_elp.call.reports import are_watched
 from peft_elp.call.route import Route, current_route
 from peft_elp.call.shared_pass import SharedPass, current_pass, readers_of_pass
@@ -44,12 +45,14 @@ class ELPStack(ELPLayer):
     # Declared with values, so that they are never those of `base_layer`.
     family: Backbone = Backbone()
     depth: int = 0
+    said: bool = False  # Whether the warning about a missing mask was given.
 
     def __init__(self, base_layer: nn.Module, family: Backbone, active_adapters: Sequence[str] = ()) -> None:
         super().__init__(base_layer, active_adapters)
         self.family = family
         self.tapped_layers = {}  # By adapter name.
         self.cacheable: set[str] = set()  # Adapters whose taps may read cached features.
+        self.own_frames: set[str] = set()  # Adapters whose head averages over a recording's own frames.
         self.windows: dict[str, int] = {}  # Seconds by adapter name, if an adapter has a shorter window.
         self.patches = Patches()
         self.layout = Patches()
@@ -88,6 +91,7 @@ class ELPStack(ELPLayer):
         self.tapped_layers.pop(adapter_name, None)
         self.cacheable.discard(adapter_name)
         self.windows.pop(adapter_name, None)
+        self.own_frames.discard(adapter_name)
         self.task_head.settings.pop(adapter_name, None)
         self.follow_adapters()
 
@@ -184,7 +188,7 @@ class ELPStack(ELPLayer):
         current = current_pass.get()
         if current is not None and current.cached is not None:
             current.enter("encoder")
-            return self._from_cache(current.cached)
+            return self._over_own_frames(self._from_cache(current.cached), None, args, kwargs)
         self._keep_processes_in_step()
         route = None if self.disable_adapters else current_route.get()
         if route is not None and self.windows:
@@ -193,11 +197,12 @@ class ELPStack(ELPLayer):
         if shared is not None:
             shared.enter("encoder")
         if shared is not None and shared.output is not None:
-            return another(shared.output, shared.ends[shared.task])
+            return self._over_own_frames(another(shared.output, shared.ends[shared.task]), route, args, kwargs)
         if route is not None and route.whole is None:
             # The attention mask is not cut where Whisper drops recordings from a batch.
             inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
             route.check(inputs[0], axes=2)
+        given = args, kwargs
         names = self.running(self.elp_p) if route is None else [name for name in route.adapters if name in self.elp_p]
         inside, pseudo, counts = self.family.front_end_inside, None, None
         real: tuple[RealFrames, ...] = ()
@@ -231,7 +236,38 @@ class ELPStack(ELPLayer):
         if shared is not None and not call.ends_in_layer:
             shared.output = another(output, hidden_states_of(output))
         # Carried pseudo features left the frames at the end of each layer.
-        return with_hidden_states(output, x if inside else without_pseudo_features(x, call.real))
+        output = with_hidden_states(output, x if inside else without_pseudo_features(x, call.real))
+        return self._over_own_frames(output, route, *given)
+
+    def _over_own_frames(self, output: Any, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Weigh the frames so that a head that averages over them averages over each recording's own frames."""
+        names = self.running_names(route)
+        if self.own_frames.isdisjoint(names):
+            return output
+        mask = mask_of(args, kwargs)
+        if mask is None:
+            if self.training and not self.said and not torch.compiler.is_compiling():
+                self.said = True
+                warnings.warn(
+                    "The head averages over the padding of the window, because the batch has no attention_mask. Let "
+                    "the feature extractor return it: return_attention_mask=True.",
+                    stacklevel=2,
+                )
+            return output
+        x = hidden_states_of(output)
+        weight = own_frames_weight(mask, x)
+        if not self.own_frames.issuperset(names):
+            chosen = torch.tensor([name in self.own_frames for name in names], device=x.device)
+            weight = torch.where(chosen[:, None, None], weight, torch.ones_like(weight))
+        return with_hidden_states(output, x * weight)
+
+    def running_names(self, route: Route | None) -> Sequence[str]:
+        """Return the adapters of a call: one name for each utterance, or names that serve all."""
+        if self.disable_adapters:
+            return ()
+        if route is None:
+            return self.active_adapters
+        return route.names if route.whole is None else (route.whole,)
 
     def _from_cache(self, cached: Mapping[int, Tensor]) -> BaseModelOutput:
         """Return the output of the stack from what the taps read in an earlier call.

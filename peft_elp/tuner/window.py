@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_elp.call.own_frames import weigh_own_frames
+from peft_elp.heads import head_row
+
 from .find import Encoder, find_encoder
 
+POOLED = "_elp_pooled"  # Attribute of an encoder that `pool_own_frames` has changed.
 FRAME_S = 0.02  # In every family of the table that has a window.
 
 
@@ -70,6 +74,45 @@ def check_window(model: nn.Module, encoder: Encoder, chunk_length: int) -> None:
     full_s = Window(stack, encoder.family.window).whole_frames * FRAME_S
     if chunk_length > full_s:
         raise ValueError(f"chunk_length={chunk_length} is longer than the window of {name}, {full_s:g} s.")
+
+
+def averages_over_padding(model: nn.Module, encoder: Encoder) -> bool:
+    """Whether the head of a model averages over all frames of a fixed window, those of padding included."""
+    row = head_row(type(model))
+    return encoder.family.window is not None and row is not None and row.output == "labels"
+
+
+def pool_own_frames(model: nn.Module) -> nn.Module:
+    """Let a head that averages over a fixed window, such as Whisper's, average over a recording's own frames.
+
+    `WhisperForAudioClassification` takes the mean over the whole window, so that most of what it averages may be
+    padding. New ELP-adapters change this themselves (`ELPConfig.pool_own_frames`). Call this function for a model
+    without one, before you compare methods, and pass the `attention_mask` that the feature extractor returns with
+    `return_attention_mask=True`. A call without a mask answers as before.
+
+    Args:
+        model: A model with a speech encoder, which is changed in place. Nothing changes if it has no such head.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The model has no supported encoder, or several.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import WhisperConfig, WhisperForAudioClassification
+        >>> sizes = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32)
+        >>> model = pool_own_frames(WhisperForAudioClassification(WhisperConfig(max_source_positions=50, **sizes)))
+        >>> mask = (torch.arange(100) < 60).long()[None]
+        >>> model(torch.zeros(1, 80, 100), attention_mask=mask).logits.shape
+        torch.Size([1, 2])
+    """
+    encoder = find_encoder(model)
+    if averages_over_padding(model, encoder) and not getattr(encoder.stack, POOLED, False):
+        encoder.stack.register_forward_hook(weigh_own_frames, with_kwargs=True)
+        setattr(encoder.stack, POOLED, True)
+    return model
 
 
 def common_window(windows_s: Iterable[int | None]) -> int | None:
