@@ -4,11 +4,13 @@
 
 Each process loads the backbone once. `MultiTaskModel` answers for all adapters in one call, and adapters that allow
 it share one pass through the encoder. The answers are Parquet files with the columns `file`, one for each adapter,
-and `error` for recordings that cannot be used. If the work stops, the same command goes on with the recordings that
-have no answer. Needs `pip install 'peft-elp[ray]'`; on a Ray cluster, the processes are on all of its machines.
+and `error` for recordings that cannot be used; if there are any, the status is 1. If the work stops, the same command
+goes on with the recordings that have no answer. Needs `pip install 'peft-elp[ray]'`; on a Ray cluster, the processes
+are on all of its machines.
 """
 
 import glob
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from ray.data import SaveMode
 from transformers import HfArgumentParser
 
 from peft_elp import MultiTaskModel
+from peft_elp.recipes import option
 from peft_elp.speech.inference import SpeechAdapter
 
 
@@ -32,10 +35,10 @@ class Arguments:
     adapters: list[str] = field(metadata={"help": "Folders of adapters, or names on the Hub, of one base."})
     recordings: str = field(metadata={"help": "Files, as a pattern."})
     output: str = field(metadata={"help": "Folder for the answers."})
-    processes: int = field(default=2, metadata={"help": "How many processes answer."})
-    cpus: float = field(default=1, metadata={"help": "CPU cores of each process."})
-    gpus: float = field(default=0, metadata={"help": "GPUs of each process; 0.5 lets two share one."})
-    files_per_block: int = field(default=256, metadata={"help": "Answers in a file; what an interruption loses."})
+    processes: int = option(2, "How many processes answer.")
+    cpus: float = option(1, "CPU cores of each process.")
+    gpus: float = option(0, "GPUs of each process; 0.5 lets two share one.")
+    files_per_block: int = option(256, "Answers in a file; what an interruption loses.")
 
 
 class Labeller:
@@ -57,7 +60,7 @@ class Labeller:
 
     @torch.inference_mode()
     def answer(self, file: str) -> dict[str, str]:
-        """The label or the text of each adapter for one file."""
+        """Return the label or the text of each adapter for one file."""
         first = next(iter(self.adapters.values()))
         answer = {"file": file, "error": "", **dict.fromkeys(self.adapters, "")}
         try:
@@ -66,32 +69,35 @@ class Labeller:
             return answer | {"error": str(error)}
         made = first.feature_extractor(waveform, sampling_rate=first.sampling_rate, return_tensors="pt")
         parameter = next(self.tasks.parameters())
-        inputs = {name: x.to(parameter.device) for name, x in made.items()}
-        inputs = {name: x.to(parameter.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-        for name, outputs in self.tasks(**inputs).items():
+        for name, outputs in self.tasks(**made.to(parameter.device, dtype=parameter.dtype)).items():
             answer[name] = self.in_words(self.adapters[name], outputs.logits[0].argmax(dim=-1))
         return answer
 
     def in_words(self, adapter: SpeechAdapter, best: torch.Tensor) -> str:
-        """The name of the best label, or the text of the best tokens."""
+        """Return the name of the best label, or the text of the best tokens."""
         if adapter.tokenizer is not None:
             return adapter.tokenizer.decode(best)
         config: Any = adapter.model.get_base_model().config
         return config.id2label[int(best)]
 
 
+def answered(output: str) -> dict[str, str]:
+    """Return the files that have a row in the output, each with its error, which is empty where there is none."""
+    tables = [parquet.read_table(file, columns=["file", "error"]) for file in Path(output).glob("*.parquet")]
+    return {row["file"]: row["error"] for table in tables for row in table.to_pylist()}
+
+
 def unanswered(pattern: str, output: str) -> list[str]:
-    """The files of a pattern that have no row in the output yet."""
+    """Return the files of a pattern that have no row in the output yet."""
     there = sorted(glob.glob(pattern, recursive=True))
     if not there:
-        raise ValueError(f"No file is named like {pattern!r}.")
-    tables = [parquet.read_table(file, columns=["file"]) for file in Path(output).glob("*.parquet")]
-    done = {file for table in tables for file in table["file"].to_pylist()}
+        raise ValueError(f"No file matches {pattern!r}.")
+    done = answered(output)
     return [file for file in there if file not in done]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Label the files that have no answer; returns how many there were."""
+    """Label the files that have no answer; return how many files in the output have an error instead."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)  # pyright: ignore[reportArgumentType]
     files = unanswered(args.recordings, args.output)
     print(f"{len(files)} recordings have no answer in {args.output}.")
@@ -107,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_gpus=args.gpus,
         )
         answers.write_parquet(str(Path(args.output).resolve()), mode=SaveMode.APPEND)
-    return len(files)
+    failed = [f"{file}: {error}" for file, error in answered(args.output).items() if error]
+    if failed:
+        print(f"{len(failed)} recordings have an error instead of an answer, such as {failed[0]}", file=sys.stderr)
+    return len(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(bool(main()))

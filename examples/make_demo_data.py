@@ -16,32 +16,27 @@ import csv
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import soundfile
-from small_encoder import TEST_VOICES, TRAINING_VOICES, pretrain
-from synthesize import RATE_HZ, synthesizer
+from synthetic.small_encoder import TEST_VOICES, TRAINING_VOICES, pretrain
+from synthetic.synthesize import RATE_HZ, synthesizer
 from transformers import HfArgumentParser
 from transformers.utils import logging
+
+from peft_elp.recipes import option
+from peft_elp.speech.data import read_table
 
 Row = dict[str, Any]  # columns of metadata.csv, and the arguments of `Synthesizer.say` under "say"
 
 WHO = ["my father", "her sister", "the doctor", "a farmer", "our teacher", "the king", "a child", "the pilot"]
 DOES = ["finds", "paints", "washes", "opens", "counts", "carries", "sees", "needs"]
-WHAT = [
-    "the red boat",
-    "five books",
-    "a small box",
-    "the green door",
-    "two horses",
-    "the old table",
-    "some bread",
-    "a kettle",
-]
+WHAT = ["the red boat", "five books", "a small box", "the green door", "two horses", "the old table", "some bread"]
+WHAT += ["a kettle"]
 WHEN = ["today", "again", "in the garden", "before dinner", "every week"]
 
 # Pitch, words per minute and range of pitch, each drawn up to `SPREAD` around these: neighbouring moods overlap.
@@ -61,20 +56,14 @@ LOCATIONS = {"none": "", "kitchen": " in the kitchen", "bedroom": " in the bedro
 class Arguments:
     """The options of the command line."""
 
-    output_dir: str = field(default="demo", metadata={"help": "Folder for the encoder and the data sets."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
-    num_clips: int = field(default=400, metadata={"help": "Training clips of each data set, about."})
-    num_voices: int = field(default=24, metadata={"help": "Voices in training; a third as many, 8 at most, in test."})
-    num_pretraining_words: int | None = field(
-        default=None, metadata={"help": "Words that the encoder is pre-trained on. Default: all 383."}
-    )
-    pretraining_words_per_clip: int = field(default=1, metadata={"help": "Most words in a clip of the pre-training."})
-    pretraining_steps: int = field(
-        default=400, metadata={"help": "Steps, of 32 clips each, that pre-train the encoder."}
-    )
-    pre_norm: bool = field(
-        default=True, metadata={"help": "Whether the layers of the encoder normalise their input, or their output."}
-    )
+    output_dir: str = option("demo", "Folder for the encoder and the data sets.")
+    seed: int = option(0, "Seed of everything random.")
+    num_clips: int = option(400, "Training clips of each data set, about.")
+    num_voices: int = option(24, "Voices in training; a third as many, 8 at most, in test.")
+    num_pretraining_words: int | None = option(None, "Words that the encoder is pre-trained on. Default: all 383.")
+    pretraining_words_per_clip: int = option(1, "Most words in a clip of the pre-training.")
+    pretraining_steps: int = option(400, "Steps, of 32 clips each, that pre-train the encoder.")
+    pre_norm: bool = option(True, "Whether the layers of the encoder normalise their input, or their output.")
 
 
 def sentences(voices: Sequence[str], num_clips: int, rng: random.Random) -> Iterator[Row]:
@@ -107,13 +96,13 @@ def intents(voices: Sequence[str], num_clips: int, rng: random.Random) -> Iterat
 
 
 def manner(voice: str, text: str, rng: random.Random) -> Row:
-    """The speaker, pitch and speaking rate of a clip."""
+    """Draw the pitch and speaking rate of a clip."""
     say = {"text": text, "voice": voice, "pitch": rng.randint(35, 65), "words_per_minute": rng.randint(130, 200)}
     return {"speaker_id": voice.partition("+")[2], "say": say}
 
 
 def write_split(folder: Path, rows: Sequence[Row]) -> None:
-    """`<folder>/*.flac` and `<folder>/metadata.csv`."""
+    """Write `<folder>/*.flac` and `<folder>/metadata.csv`."""
     folder.mkdir(parents=True)
     with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, ["file_name", *(column for column in rows[0] if column != "say")])
@@ -125,9 +114,8 @@ def write_split(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def write_trials(folder: Path) -> None:
-    """`trials.csv`: every pair of one test speaker, and as many pairs of two."""
-    with (folder / "test" / "metadata.csv").open(encoding="utf-8", newline="") as file:
-        pairs = list(combinations(csv.DictReader(file), 2))
+    """Write `trials.csv`: every pair of one test speaker, and as many pairs of two."""
+    pairs = list(combinations(read_table(folder / "test" / "metadata.csv"), 2))
     same = [pair for pair in pairs if pair[0]["speaker_id"] == pair[1]["speaker_id"]]
     other = [pair for pair in pairs if pair[0]["speaker_id"] != pair[1]["speaker_id"]]
     trials = [(1, *pair) for pair in same] + [(0, *pair) for pair in random.Random(0).sample(other, len(same))]
@@ -174,14 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def write_encoder(folder: Path) -> None:
         with TemporaryDirectory() as scratch:
+            words, per_clip = args.num_pretraining_words, args.pretraining_words_per_clip
             encoder, feature_extractor = pretrain(
-                scratch,
-                args.pretraining_steps,
-                args.seed,
-                args.num_pretraining_words,
-                args.num_voices,
-                args.pretraining_words_per_clip,
-                args.pre_norm,
+                scratch, args.pretraining_steps, args.seed, words, args.num_voices, per_clip, args.pre_norm
             )
         encoder.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)
@@ -191,10 +174,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     make(root / "intents", lambda folder: write(folder, intents))
     # Folds over speakers need no test split: one table holds all.
     moody = training_voices[:6]
-    make(
-        root / "emotions",
-        lambda folder: write_split(folder, list(emotions(moody, args.num_clips, random.Random(args.seed)))),
-    )
+    moods = list(emotions(moody, args.num_clips, random.Random(args.seed)))
+    make(root / "emotions", lambda folder: write_split(folder, moods))
     make(root / "encoder", write_encoder)
 
 

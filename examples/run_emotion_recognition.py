@@ -88,7 +88,7 @@ def accuracies(right: Sequence[str], answered: Sequence[str]) -> dict[str, float
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train and measure with a command line, by default that of the process; returns the metrics."""
+    """Train and measure with a command line, by default that of the process; return the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, EmotionArguments)
     one_split, column = data_args.eval_split_name is not None, data_args.label_column_name
     if not one_split and (args.push_to_hub or args.resume_from_checkpoint):
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         # Train
         rows = recipes.training_columns(train, [emotions.index(name) for name in read_column(train, column)])
         trainer = recipes.make_trainer(model, model_args, fold_args, "er", feature_extractor, train_dataset=rows)
-        trainer.fit()
+        trainer.train_and_save()
 
         # Measure and save
         logits = trainer.predict(test.select_columns(["audio", "duration_s"])).predictions

@@ -62,7 +62,7 @@ def accuracies(right: Sequence[Answer], answered: Sequence[Answer], columns: Seq
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train and measure with a command line, by default that of the process; returns the metrics."""
+    """Train and measure with a command line, by default that of the process; return the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, IntentArguments)
     config = recipes.load_config(model_args.model_name_or_path)
     feature_extractor = recipes.load_feature_extractor(model_args)
@@ -125,19 +125,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return total / (num_items_in_batch or (labels >= 0).sum().clamp(min=1))
 
     # Train
-    trainer = recipes.make_trainer(
-        model,
-        model_args,
-        args,
-        "ic",
-        feature_extractor,
-        train_dataset=labelled(train, answers),
-        eval_dataset=validation,
-        compute_loss_func=loss,
-        compute_metrics=lambda found: accuracies(validation_answers, answers_to(found.predictions), columns),
-    )
+    options = {"train_dataset": labelled(train, answers), "eval_dataset": validation, "compute_loss_func": loss}
+    options["compute_metrics"] = lambda found: accuracies(validation_answers, answers_to(found.predictions), columns)
+    trainer = recipes.make_trainer(model, model_args, args, "ic", feature_extractor, **options)
     test = labelled(test, test_answers)  # before the training, because it may be refused
-    trainer.fit()
+    trainer.train_and_save()
 
     # Measure and save
     answered = answers_to(trainer.predict(test.remove_columns("labels")).predictions)

@@ -42,9 +42,7 @@ class VerificationArguments(recipes.DataArguments):
     loss: str = option("amsoftmax", "Loss over the training speakers.", choices=("amsoftmax", "softmax"))
     margin: float = option(0.2, "Margin of AM-Softmax.")
     scale: float = option(30.0, "Scale of AM-Softmax.")
-    trials: str | None = option(
-        None, "A list of trials; see peft_elp.speech.data.read_trials. Default: all pairs of test."
-    )
+    trials: str | None = option(None, "A list of trials; see docs/how-to/data.md. Default: all pairs of test.")
     trials_folder: str | None = option(None, "Folder that the paths in --trials start from. Default: its own folder.")
     crop_length_in_seconds: float | None = option(
         None, "Train on a random piece of this length of each longer recording. Default: on the whole recording."
@@ -64,11 +62,13 @@ class VerificationArguments(recipes.DataArguments):
         if self.s_norm_cohort != "train":
             recipes.refuse_unused(self, ["s_norm_top_k"], "--s_norm_cohort train", "the cohort is none")
         if (crop_s := self.crop_length_in_seconds) is not None and crop_s < MIN_CROP_S:
-            raise ValueError(f"--crop_length_in_seconds is {MIN_CROP_S} or more, got {crop_s:g}. 2 to 4 are usual.")
+            raise ValueError(
+                f"--crop_length_in_seconds must be at least {MIN_CROP_S}, got {crop_s:g}. 2 to 4 are usual."
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train and measure with a command line, by default that of the process; returns the metrics."""
+    """Train and measure with a command line, by default that of the process; return the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, VerificationArguments)
     config = recipes.load_config(model_args.model_name_or_path)
     feature_extractor = recipes.load_feature_extractor(model_args)
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_disjoint(train, test, column)
     test = recipes.limit_rows(test, data_args.max_eval_samples, args.seed)
     if top_k is not None and not 2 <= top_k <= len(train):
-        raise ValueError(f"--s_norm_top_k is from 2 to the {len(train)} utterances of training, got {top_k}.")
+        raise ValueError(f"--s_norm_top_k must be from 2 to the {len(train)} training utterances, got {top_k}.")
     if data_args.trials is None:
         trials, recordings = recipes.pair_up(test, column), test
         trial_list = f"all pairs of the split {data_args.eval_split_name}"
@@ -101,20 +101,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # Train
     labels = [speakers.index(name) for name in read_column(train, column)]
-    trainer = recipes.make_trainer(
-        model,
-        model_args,
-        args,
-        "asv",
-        feature_extractor,
-        trainer_cls=recipes.SpeakerTrainer,
-        train_dataset=recipes.training_columns(train, labels),
-        loss=data_args.loss,
-        margin=data_args.margin,
-        scale=data_args.scale,
-        crop_s=data_args.crop_length_in_seconds,
-    )
-    trainer.fit()
+    options = {"loss": data_args.loss, "margin": data_args.margin, "scale": data_args.scale}
+    options |= {"crop_s": data_args.crop_length_in_seconds, "trainer_cls": recipes.SpeakerTrainer}
+    rows = recipes.training_columns(train, labels)
+    trainer = recipes.make_trainer(model, model_args, args, "asv", feature_extractor, train_dataset=rows, **options)
+    trainer.train_and_save()
 
     # Metric
     def embed(dataset: Dataset) -> np.ndarray:

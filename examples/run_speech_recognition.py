@@ -71,7 +71,7 @@ def error_rates(texts: list[str], found: list[str]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train and measure with a command line, by default that of the process; returns the metrics."""
+    """Train and measure with a command line, by default that of the process; return the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, RecognitionArguments)
     config = recipes.load_config(model_args.model_name_or_path)
     feature_extractor = recipes.load_feature_extractor(model_args)
@@ -96,15 +96,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config.update({"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
     config.ctc_loss_reduction = "mean"  # A sum would give long utterances most of the weight.
     model: Any = recipes.load_model(AutoModelForCTC, model_args, config)
-    if not hasattr(model, "_get_feat_extract_output_lengths"):
-        raise ValueError(f"{type(model).__name__} does not tell its number of frames. Use a relative of wav2vec 2.0.")
 
     def labelled(dataset: Dataset) -> tuple[Dataset, list[str]]:
         labels = tokenizer(read_texts(dataset, data_args)).input_ids
         rows = recipes.keep_alignable(dataset, labels, model, rate_hz, data_args.on_long_text)
         return recipes.training_columns(dataset, labels).select(rows), read_texts(dataset.select(rows), data_args)
 
-    validation, validation_texts = None, []
+    validation: Any = None
+    validation_texts = []
     if (name := data_args.validation_split_name) is not None:
         rows = recipes.read_split(data_args, name, config, seed, most_test)
         validation, validation_texts = labelled(rows)
@@ -115,21 +114,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return [to_text(padded[:count]) for padded, count in zip(logits, frames, strict=True)]
 
     def compute_metrics(predicted: Any) -> dict[str, float]:
-        assert validation is not None
         return error_rates(validation_texts, texts_of(validation, predicted.predictions))
 
     # Train
-    trainer = recipes.make_trainer(
-        model,
-        model_args,
-        args,
-        "asr",
-        feature_extractor,
-        train_dataset=labelled(train)[0],
-        eval_dataset=validation,
-        compute_metrics=None if validation is None else compute_metrics,
-    )
-    trainer.fit()
+    options = {"train_dataset": labelled(train)[0], "eval_dataset": validation, "compute_metrics": compute_metrics}
+    trainer = recipes.make_trainer(model, model_args, args, "asr", feature_extractor, **options)
+    trainer.train_and_save()
 
     # Measure and save
     if chunk_s is None:

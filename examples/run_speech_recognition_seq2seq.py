@@ -40,7 +40,7 @@ class RecognitionArguments(recipes.DataArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train and measure with a command line, by default that of the process; returns the metrics."""
+    """Train and measure with a command line, by default that of the process; return the metrics."""
     model_args, data_args, args = recipes.parse_arguments(
         argv, RecognitionArguments, recipes.Seq2SeqRecipeTrainingArguments
     )
@@ -81,17 +81,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     # Train
-    trainer = recipes.make_trainer(
-        model,
-        model_args,
-        args,
-        "asr",
-        feature_extractor,
-        trainer_cls=recipes.Seq2SeqRecipeTrainer,
-        train_dataset=labelled(train),
-        eval_dataset=validation,
-        compute_metrics=lambda predicted: error_rates(validation_texts, texts_of(predicted.predictions)),
-    )
+    options = {"train_dataset": labelled(train), "eval_dataset": validation}
+    options["compute_metrics"] = lambda predicted: error_rates(validation_texts, texts_of(predicted.predictions))
+    trainer_cls = recipes.Seq2SeqRecipeTrainer
+    trainer = recipes.make_trainer(model, model_args, args, "asr", feature_extractor, trainer_cls, **options)
 
     def transcribe() -> list[str]:
         if chunk_s is not None:
@@ -104,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             rates = error_rates(test_texts, transcribe())
         metrics |= {f"eval_{name}_before": rate for name, rate in rates.items()}
         print({name: round(rate, 4) for name, rate in metrics.items()})
-    trainer.fit()
+    trainer.train_and_save()
 
     # Measure and save
     found = transcribe()

@@ -9,6 +9,7 @@ With a network, the same script adapts a real encoder to a real data set:
 A local folder holds `<split>/metadata.csv` (columns file_name, label) next to its audio files, splits train and test.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -24,14 +25,13 @@ from datasets import Dataset
 from make_demo_data import write_split
 from peft import get_peft_model
 from sklearn.metrics import accuracy_score
-from small_encoder import OTHER_WORDS, TEST_VOICES, TRAINING_VOICES, fit, pretrain, vary
+from synthetic.small_encoder import OTHER_WORDS, TEST_VOICES, TRAINING_VOICES, pretrain, train_model, vary
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, HfArgumentParser, Trainer, set_seed
 from transformers.utils import logging
 
 from peft_elp import ELPConfig, count_parameters, recipes
 from peft_elp.recipes import option
 from peft_elp.speech.data import label_names, read_column
-from peft_elp.speech.inference import SpeechAdapter
 
 COMMANDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]
 
@@ -60,12 +60,10 @@ class Arguments(recipes.DataArguments):
     num_pretraining_words: int = option(len(OTHER_WORDS.split()), "Words that it is pre-trained on.")
     num_commands: int = option(len(COMMANDS), "Synthesised commands, 2 or more.")
     num_voices: int = option(len(TRAINING_VOICES.split()), "Voices at most, in training and in test.")
-    classify: str | None = option(None, "Only name the command in this audio file, with --adapter.")
-    adapter: str | None = option(None, "Folder of a trained adapter, for --classify.")
 
 
 def synthesize_commands(args: Arguments) -> str:
-    """Speak the commands, in other voices for the test split; returns the folder."""
+    """Speak the commands, in other voices for the test split; return the folder."""
     folder, commands = Path(args.output_dir, "commands"), COMMANDS[: args.num_commands]
     shutil.rmtree(folder, ignore_errors=True)
     for split, voices in (("train", TRAINING_VOICES), ("test", TEST_VOICES)):
@@ -77,7 +75,7 @@ def synthesize_commands(args: Arguments) -> str:
 
 
 def make_backbone(args: Arguments) -> str:
-    """Pre-train the small encoder; returns its folder."""
+    """Pre-train the small encoder; return its folder."""
     encoder, feature_extractor = pretrain(
         args.output_dir, args.pretraining_steps, args.seed, args.num_pretraining_words, args.num_voices
     )
@@ -93,16 +91,12 @@ def accuracy(trainer: Trainer, clips: Dataset) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the example with a command line, by default that of the process; returns the accuracies, if it trains."""
+    """Run the example with a command line, by default that of the process; return the accuracies."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)  # pyright: ignore[reportArgumentType]
     # PEFT 0.21 asks Transformers 5 for gradient checkpointing by its old name.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     logging.disable_progress_bar()  # of files that load in a moment; the bars of training stay
     logging.set_verbosity_error()  # Transformers warns that the head is new, as it should be here
-    if args.classify:
-        adapter = SpeechAdapter.from_pretrained(args.adapter or f"{args.output_dir}/adapter")
-        print(adapter.classify(args.classify, top_k=1)[0]["label"])
-        return {}
 
     print("\n1. The task")
     args.dataset_name = args.dataset_name or synthesize_commands(args)
@@ -127,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     def train_on_commands(model: Any, learning_rate: float) -> Trainer:
         steps, batch_size = args.max_steps, args.per_device_train_batch_size
-        return fit(model, feature_extractor, train, args.output_dir, learning_rate, steps, batch_size, args.seed)
+        return train_model(
+            model, feature_extractor, train, args.output_dir, learning_rate, steps, batch_size, args.seed
+        )
 
     print("\n3. The head alone, on the frozen backbone")
     head_only = backbone_with_head()
@@ -152,28 +148,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     adapter, clip = Path(args.output_dir, "adapter"), test[0]
     model.save_pretrained(str(adapter))
     feature_extractor.save_pretrained(adapter)
-    command = [
-        sys.executable,
-        os.path.relpath(__file__),
-        "--adapter",
-        str(adapter),
-        "--classify",
-        clip["audio"]["path"],
-    ]
-    print(f"$ {typed(sys.executable)} {' '.join(command[1:])}")
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    print(f"It hears {answer!r}; the clip says {commands[clip['labels']]!r}.")
+    words, program = ["classify", str(adapter), clip["audio"]["path"]], os.path.relpath(Path(sys.executable).parent)
+    program = "peft-elp" if program.startswith("..") else f"{program}/peft-elp"  # as it is typed from here
+    print(f"$ {program} {' '.join(words)}")
+    command = [sys.executable, "-m", "peft_elp", *words, "--json"]
+    answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"It hears {answer['labels'][0]['label']!r}; the clip says {commands[clip['labels']]!r}.")
     kilobytes = sum(file.stat().st_size for file in adapter.iterdir() if file.is_file()) / 1000
     print(f"The adapter's folder takes {kilobytes:,.0f} kB: {adapter}")
-    print("\nNext, try it on a recording of your own:")
-    print(f"$ {typed(str(Path(sys.executable).with_name('peft-elp')))} classify {adapter} my-voice.wav")
+    print(f"\nNext, try it on a recording of your own:\n$ {program} classify {adapter} my-voice.wav")
     return accuracies
-
-
-def typed(program: str) -> str:
-    """How to type a program: its path from here if it is below this folder, else its name alone."""
-    path = os.path.relpath(program)
-    return Path(program).name if path.startswith("..") else path
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(
 def parameter_groups(
     model: nn.Module, rates: Mapping[str, float], adapter_name: str = "default", weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of an adapter, grouped for an optimizer by part, each part with its learning rate.
+    """Group the trainable parameters of an adapter for an optimizer by part, each part with its learning rate.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
@@ -56,18 +56,18 @@ def parameter_groups(
         if part not in trained:
             raise ValueError(
                 f"rates has {part!r}, which adapter {adapter_name!r} does not train. It trains "
-                f"{', '.join(map(repr, trained)) or 'no part (in inference mode?)'}. Leave {part!r} out of rates."
+                f"{', '.join(map(repr, trained)) or 'no part (in inference mode?)'}. Remove {part!r} from rates."
             )
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
             raise ValueError(
-                f"The learning rate of {part!r} is a positive number, got {rate!r}. Write for example 1e-4."
+                f"The learning rate of {part!r} must be a positive number, got {rate!r}. Write for example 1e-4."
             )
     if "L" in rates and LAYER_WEIGHTS in trained and LAYER_WEIGHTS not in rates:
         rates = {**rates, LAYER_WEIGHTS: LAYER_WEIGHTS_RATIO * rates["L"]}
     for part in trained:
         if part not in rates:
             raise ValueError(
-                f"rates has no {part!r}, and adapter {adapter_name!r} trains {len(parts[part])} tensors of that part, "
+                f"rates has no {part!r}, but adapter {adapter_name!r} trains {len(parts[part])} tensors of that part, "
                 f"such as {next(iter(parts[part]))}. Add a rate for {part!r}, or freeze them."
             )
     covered = {name for held in parts.values() for name in held}
@@ -94,7 +94,7 @@ def parameter_groups(
 
 
 def _trained_by_part(model: nn.Module, adapter_name: str) -> dict[str, dict[str, nn.Parameter]]:
-    """The trainable parameters of an adapter by part, the layer weights apart from the rest of L."""
+    """Return the trainable parameters of an adapter by part, the layer weights apart from the rest of L."""
     parts: dict[str, dict[str, nn.Parameter]] = {}
     for part, held in parameters_by_part(model, adapter_name).items():
         trained = {name: p for name, p in held.items() if p.requires_grad}
@@ -113,15 +113,14 @@ def create_optimizer(
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> Optimizer:
-    """An optimizer for an adapter, with a learning rate for each part.
+    """Create an optimizer for an adapter, with a learning rate for each part.
 
     Pass it to Transformers as `Trainer(..., optimizers=(optimizer, None))`. The trainer adds its own schedule.
 
     Args:
         model: A model with ELP-adapters, as `get_peft_model` returns it.
         optimizer_cls: The optimizer. AdamW without weight decay, the default, is the Adam of the publications.
-        rates: The learning rate of each trained part: "head", "L", "layer weights" (the layer weights of L; by default
-            30 times the rate of L), "E", "P" and "layer norms". `published_rates` returns the published ones.
+        rates: The learning rate of each trained part, as for `parameter_groups`.
         adapter_name: The adapter.
         weight_decay: Weight decay. As in `Trainer`, biases and the weights of norms have none.
         kwargs: Further arguments of `optimizer_cls`, such as `betas`.
@@ -148,14 +147,14 @@ def create_optimizer(
 def get_epochwise_schedule(
     optimizer: Optimizer, factors: Sequence[float], num_training_steps: int, last_epoch: int = -1
 ) -> LambdaLR:
-    """A schedule that divides the training into equal parts and multiplies all learning rates by one factor in each.
+    """Create a schedule that divides the training into equal parts, each with one factor for all learning rates.
 
     At step `s` of `S` the factor is `factors[floor(s * len(factors) / S)]`. With as many epochs as factors, each epoch
     has one factor; a longer or shorter training keeps the shape. `published_factors` returns the published ones.
 
     Args:
         optimizer: The optimizer, with the learning rates that belong to a factor of 1.
-        factors: At least one, each a number of 0 or more.
+        factors: One or more numbers of at least 0.
         num_training_steps: Steps of the optimizer in the whole training, at least 1. `Trainer` takes
             `epochs * ceil(len(train_dataset) / (batch size * devices * gradient_accumulation_steps))`, or `max_steps`.
         last_epoch: To resume a training, the number of finished steps minus one.
@@ -176,12 +175,12 @@ def get_epochwise_schedule(
     """
     if not len(factors) or not all(0 <= factor < math.inf for factor in factors):
         raise ValueError(
-            f"factors are one or more numbers of 0 or more, got {factors!r}. Write for example [1.0, 0.1]."
+            f"factors must be one or more numbers of at least 0, got {factors!r}. Write for example [1.0, 0.1]."
         )
     if num_training_steps < 1:
         raise ValueError(
-            f"num_training_steps is 1 or more, got {num_training_steps!r}. It is the number of optimizer steps in the "
-            "whole training."
+            f"num_training_steps must be at least 1, got {num_training_steps!r}. Count the optimizer steps of "
+            "the whole training."
         )
     return LambdaLR(optimizer, partial(_factor_at, factors=tuple(factors), steps=num_training_steps), last_epoch)
 

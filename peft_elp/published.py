@@ -4,6 +4,9 @@ Source: the code and the tables published with Otake et al. 2023 ([arXiv:2212.02
 [sinhat98/adapter-wavlm](https://github.com/sinhat98/adapter-wavlm), for WavLM-base-plus and Adam. Tasks: "asr", speech
 recognition (LibriLight 10 h, CTC); "asv", speaker verification (VoxCeleb1); "er", emotion recognition (IEMOCAP); "ic",
 intent classification (Fluent Speech Commands).
+
+The settings have GELU, as the code has for "asr" and "ic". For "asv" and "er" it has ReLU in both adapters, and for
+"asv" a projector of 768 features.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ _CONVENTIONAL_ASR = tuple(0.3 ** (epoch // 25) for epoch in range(100))
 
 
 def published_rates(setting: str, task: str) -> dict[str, float]:
-    """The published learning rates of a setting for a task.
+    """Return the published learning rates of a setting for a task.
 
     The layer weights have the rate of L, as published. "e+l+p" has the rates of "e+l", and P has the rate of E. That
     is our choice: no published rate for P was found.
@@ -94,7 +97,7 @@ def published_rates(setting: str, task: str) -> dict[str, float]:
 
 
 def published_factors(setting: str, task: str) -> tuple[float, ...]:
-    """The published factors of all learning rates, one for each epoch of training.
+    """Return the published factors of all learning rates, one for each epoch of training.
 
     There are as many factors as published epochs: 100 for "asr", 6 for "asv", 20 for "er" and 7 for "ic". For "asr"
     they rise linearly from 1/10 to 1 over the first 20 % of the training, stay at 1 for 3 %, and then fall as
@@ -121,7 +124,7 @@ def published_factors(setting: str, task: str) -> tuple[float, ...]:
 
 
 def _known(what: str, name: Any, names: Iterable[str]) -> str:
-    """The name, if it is one of the known ones."""
+    """Return the name if it is one of the known ones."""
     if name not in (names := list(names)):
         raise ValueError(f"Unknown {what} {name!r}; choose one of {', '.join(map(repr, names))}.")
     return name

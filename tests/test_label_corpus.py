@@ -45,7 +45,7 @@ def two_processes(monkeypatch):
     ray.shutdown()
 
 
-def test_what_has_no_answer_is_labelled_as_in_one_process(folder, two_processes):
+def test_what_has_no_answer_is_labelled_as_in_one_process_and_errors_are_counted(folder, two_processes, capsys):
     adapters = [str(folder / name) for name in ("words", "english")]
     alone = label_corpus.Labeller(adapters, "cpu")
     calls = sorted(str(path) for path in (folder / "calls").iterdir())
@@ -54,7 +54,11 @@ def test_what_has_no_answer_is_labelled_as_in_one_process(folder, two_processes)
     parquet.write_table(pa.table(done), folder / "labels" / "earlier.parquet")
 
     words = ["--recordings", str(folder / "calls" / "*.wav"), "--output", str(folder / "labels")]
-    assert label_corpus.main(["--adapters", *adapters, *words, "--files_per_block", "2"]) == 4
+    assert label_corpus.main(["--adapters", *adapters, *words, "--files_per_block", "2"]) == 1
+    said = capsys.readouterr()
+    assert "4 recordings have no answer" in said.out
+    assert "1 recordings have an error instead of an answer, such as" in said.err
+    assert "broken.wav" in said.err
     assert label_corpus.unanswered(str(folder / "calls" / "*.wav"), str(folder / "labels")) == []
     rows = [row for file in (folder / "labels").glob("*.parquet") for row in parquet.read_table(file).to_pylist()]
     assert sorted(row["file"] for row in rows) == calls
@@ -65,5 +69,5 @@ def test_what_has_no_answer_is_labelled_as_in_one_process(folder, two_processes)
 
 
 def test_a_pattern_without_files_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="No file is named like"):
+    with pytest.raises(ValueError, match="No file matches"):
         label_corpus.unanswered(str(tmp_path / "*.wav"), str(tmp_path))

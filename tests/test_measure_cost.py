@@ -1,8 +1,9 @@
-"""examples/measure_cost.py, in a very short form, on tiny encoders."""
+"""examples/benchmarks/measure_cost.py, in a very short form, on tiny encoders."""
 
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 pytest.importorskip("psutil")
+pytest.importorskip("matplotlib")
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
+import common
 import measure_cost
 
 # The heads of tiny models are not small beside their encoders.
@@ -23,21 +26,20 @@ SHORT = ["methods", "--size", "tiny", "--seconds", "0.2", "--repeats", "2"]
 
 @pytest.mark.parametrize("family", ["wavlm", "whisper"])
 def test_every_method_is_measured(family, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     words = ["--family", family, "--output", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.svg")]
     measure_cost.main([*SHORT, *words])
     out = capsys.readouterr().out
-    left_out = {measure_cost.Q_AND_V, measure_cost.KEYS, measure_cost.EL_KEYS} if family == "wavlm" else set()
-    expected = [name for name in measure_cost.METHODS if name not in left_out]
+    expected = [name for name in measure_cost.METHODS if family != "wavlm" or name != common.Q_AND_V]
     assert re.findall(r"^\| ([^|]+) \| [\d,]+ \|", out, flags=re.MULTILINE) == expected
     costs = {cost["method"]: cost for cost in json.loads((tmp_path / "cost.json").read_text())["costs"]}
     assert list(costs) == expected
     assert "E+L+P" in (tmp_path / "cost.svg").read_text()
     assert all(len(cost["step_s"]) == len(cost["inference_s"]) == 2 for cost in costs.values())
-    assert costs["head only"]["backward_gflop"] < costs["L without layer norms"]["backward_gflop"]
-    half, whole = costs["L of the lower half without layer norms"], costs["L without layer norms"]
+    head, half, whole = (costs[name] for name in (common.HEAD, measure_cost.HALF_L, common.L_ONLY))
+    assert head["backward_gflop"] < whole["backward_gflop"]
     assert half["forward_gflop"] < whole["forward_gflop"]
-    assert costs["head only"]["saved_mib"] < half["saved_mib"] < whole["saved_mib"]
+    assert head["saved_mib"] < half["saved_mib"] < whole["saved_mib"]
+    assert costs[common.LORA]["trained"] == pytest.approx(costs["E+L"]["trained"], rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -47,12 +49,23 @@ def test_every_method_is_measured(family, tmp_path, capsys):
         ["--autocast"],
         ["--dtype", "bfloat16", "--padded"],
         ["--e_dim", "4", "--l_dim", "6", "--p_length", "2"],
+        ["--size", "overhead", "--family", "wav2vec2"],
     ],
 )
 @pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 def test_other_ways_to_train_are_measured(options, capsys):
-    measure_cost.main([*SHORT, "--methods", "E+L+P", "head only", *options])
+    measure_cost.main([*SHORT, "--repeats", "1", "--methods", "E+L+P", "head only", *options])
     assert "| E+L+P | " in capsys.readouterr().out
+
+
+def test_many_adapters_are_measured(capsys, monkeypatch):
+    small = partial(measure_cost.Wav2Vec2Config, num_hidden_layers=2, hidden_size=48, intermediate_size=64)
+    monkeypatch.setattr(measure_cost, "Wav2Vec2Config", small)
+    words = ["--adapters", "2", "--tasks", "2", "--batch_size", "1", "--seconds", "0.5", "--repeats", "1"]
+    measure_cost.main(["adapters", *words])
+    said = capsys.readouterr().out
+    assert "2 tasks on 1 x 0.5 s: one pass for all" in said
+    assert said.count("placing") == 2
 
 
 def test_kept_bytes_are_those_of_distinct_tensors():
@@ -62,8 +75,7 @@ def test_kept_bytes_are_those_of_distinct_tensors():
 
 
 def test_a_checkpoint_of_frozen_layers_keeps_nothing():
-    frozen = torch.nn.Linear(4, 4).requires_grad_(False)
-    head = torch.nn.Linear(4, 4)
+    frozen, head = torch.nn.Linear(4, 4).requires_grad_(False), torch.nn.Linear(4, 4)
     x = torch.randn(3, 4)
 
     def run():
@@ -84,18 +96,6 @@ def test_nothing_is_kept_after_the_bytes_were_counted(monkeypatch):
     linear = torch.nn.Linear(4, 4)
     assert measure_cost.saved_bytes(linear, lambda: linear(torch.randn(3, 4)).exp().sum())
     assert not made
-
-
-def test_many_adapters_are_measured(capsys):
-    words = ["adapters", "--adapters", "2", "--tasks", "2", "--batch_size", "1", "--seconds", "0.5", "--repeats", "1"]
-    measure_cost.main(words)
-    assert "2 tasks on 1 x 0.5 s: one pass for all" in capsys.readouterr().out
-
-
-def test_the_overhead_of_a_layer_is_measured(capsys):
-    measure_cost.main(["overhead", "--repeats", "2"])
-    rows = re.findall(r"^\| ([^|]+) \| [\d.]+ \| [+-][\d.]+ \|", capsys.readouterr().out, flags=re.MULTILINE)
-    assert rows == [*measure_cost.SETTINGS, "E+L+P, disabled"]
 
 
 def test_kept_bytes_of_a_compiled_step_are_those_that_its_graph_holds():

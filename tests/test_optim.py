@@ -82,13 +82,13 @@ def test_weight_decay_spares_what_trainer_spares(family, head, tmp_path):
     [
         ({}, {**RATES, "l": 1e-3}, "rates has 'l', which adapter 'default' does not train. It trains 'E', 'L', "),
         ({"adapters": "L"}, RATES,
-         "rates has 'E', which adapter.*It trains 'L', 'layer weights', 'layer norms', 'head'. Leave 'E' out"),
+         "rates has 'E', which adapter.*It trains 'L', 'layer weights', 'layer norms', 'head'. Remove 'E' from rates"),
         ({"train_layer_norms": False}, RATES, "rates has 'layer norms', which adapter 'default' does not train"),
         ({"inference_mode": True}, {"E": 1e-3}, "It trains no part \\(in inference mode\\?\\)"),
         ({}, {k: v for k, v in RATES.items() if k != "P"},
-         r"rates has no 'P', and adapter 'default' trains 1 tensors of that part, such as \S*elp_p.default.rows. Add"),
-        ({}, {}, r"rates has no 'E', and adapter 'default' trains 12 tensors"),
-        ({}, {**RATES, "E": 0.0}, "The learning rate of 'E' is a positive number, got 0.0"),
+         r"rates has no 'P', but adapter 'default' trains 1 tensors of that part, such as \S*elp_p.default.rows. Add"),
+        ({}, {}, r"rates has no 'E', but adapter 'default' trains 12 tensors"),
+        ({}, {**RATES, "E": 0.0}, "The learning rate of 'E' must be a positive number, got 0.0"),
         ({}, {**RATES, "E": -1e-3}, "got -0.001"),
         ({}, {**RATES, "E": math.nan}, "got nan"),
         ({}, {**RATES, "E": math.inf}, "got inf"),
@@ -279,10 +279,10 @@ def test_a_training_of_another_length_keeps_the_shape_of_the_schedule():
 @pytest.mark.parametrize(
     ("factors", "steps", "message"),
     [
-        ([], 10, r"factors are one or more numbers of 0 or more, got \[\]"),
+        ([], 10, r"factors must be one or more numbers of at least 0, got \[\]"),
         ([1.0, -0.1], 10, r"got \[1.0, -0.1\]"),
         ([1.0, math.nan], 10, "nan"),
-        ([1.0], 0, "num_training_steps is 1 or more, got 0"),
+        ([1.0], 0, "num_training_steps must be at least 1, got 0"),
         ([1.0], -1, "got -1"),
     ],
 )

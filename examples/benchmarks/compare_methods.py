@@ -1,4 +1,6 @@
-"""Compare methods on several tasks with several seeds: `python examples/compare_methods.py --grid grid.json`.
+"""Compare methods on several tasks with several seeds.
+
+    python examples/benchmarks/compare_methods.py --grid grid.json
 
 The grid is a JSON file. Each run is the command of a task with the options of a method and a seed:
 
@@ -17,28 +19,22 @@ standard deviation over seeds.
 
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common import table, train_once, with_deviation
 from transformers import HfArgumentParser
 
-# In per cent, except minDCF. all_results.json of a run has its other metrics.
-METRICS = {
-    "eval_wer": "WER %",
-    "eval_cer": "CER %",
-    "eval_eer": "EER %",
-    "eval_eer_s_norm": "EER % (s-norm)",
-    "eval_min_dcf": "minDCF",
-    "eval_unweighted_accuracy": "unweighted accuracy %",
-    "eval_weighted_accuracy": "weighted accuracy %",
-    "eval_accuracy": "accuracy %",
-}
+from peft_elp.recipes import option
+
+METRICS = ["wer", "cer", "eer", "eer_s_norm", "min_dcf", "unweighted_accuracy", "weighted_accuracy", "accuracy"]
+Run = tuple[str, str, int]  # task, method and seed
 
 
 @dataclass
@@ -46,119 +42,82 @@ class Arguments:
     """The options of the command line."""
 
     grid: str = field(metadata={"help": "A JSON file with tasks, methods and seeds."})
-    output_dir: str = field(default="outputs/compare", metadata={"help": "Folder for the runs and the table."})
+    output_dir: str = option("outputs/compare", "Folder for the runs and the table.")
 
 
-@dataclass
-class Run:
-    """One training of a task by a method with a seed."""
-
-    task: str
-    method: str
-    seed: int
-    command: list[str]
-    folder: Path
-
-    def results(self) -> dict[str, Any] | None:
-        """The metrics, or None if this command has not finished successfully."""
-        ended = self.folder / "command.json"
-        if not ended.is_file() or json.loads(ended.read_text(encoding="utf-8")) != self.command:
-            return None
-        return json.loads((self.folder / "all_results.json").read_text(encoding="utf-8"))
-
-    def start(self) -> bool:
-        """Run the command, with its output in log.txt; returns whether it succeeded."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "command.json").unlink(missing_ok=True)
-        (self.folder / "all_results.json").unlink(missing_ok=True)
-        with (self.folder / "log.txt").open("w", encoding="utf-8") as log:
-            ended_well = subprocess.run(self.command, stdout=log, stderr=subprocess.STDOUT).returncode == 0
-        if ended_well:
-            (self.folder / "command.json").write_text(json.dumps(self.command), encoding="utf-8")
-        return ended_well
-
-
-def runs_of(grid: dict[str, Any], output_dir: Path) -> Iterator[Run]:
-    """All runs of a grid: every task and method with the first seed, then with the next.
+def commands_of(grid: dict[str, Any]) -> dict[Run, list[str]]:
+    """Return the command of each run: every task and method with the first seed, then with the next.
 
     Raises:
-        ValueError: The grid lacks a part.
+        ValueError: The grid lacks a part, or its settings name a task or method that it does not have.
     """
     if absent := [part for part in ("tasks", "methods", "seeds") if not grid.get(part)]:
         raise ValueError(f"The grid has no {', '.join(absent)}; it needs tasks, methods and seeds.")
-    settings = grid.get("settings", {})
-    named = [(task, "tasks") for task in settings]
-    named += [(method, "methods") for methods in settings.values() for method in methods]
-    if strange := [f"{name!r}, which is not in {part}" for name, part in named if name not in grid[part]]:
-        raise ValueError(f"The settings name {strange[0]}: {', '.join(grid['tasks'])}; {', '.join(grid['methods'])}.")
-    for seed in grid["seeds"]:
-        for task, command in grid["tasks"].items():
-            for method, options in grid["methods"].items():
-                folder = output_dir / task / method / f"seed-{seed}"
-                words = [
-                    *shlex.split(command),
-                    *shlex.split(options),
-                    *shlex.split(settings.get(task, {}).get(method, "")),
-                    "--seed",
-                    str(seed),
-                    "--output_dir",
-                    str(folder),
-                ]
-                yield Run(task, method, seed, [sys.executable, *words], folder)
+    tasks, methods, settings = grid["tasks"], grid["methods"], grid.get("settings", {})
+    chosen = {method for options in settings.values() for method in options}
+    if unknown := [*({*settings} - {*tasks}), *(chosen - {*methods})]:
+        raise ValueError(
+            f"The settings name {unknown[0]!r}, which is not in the grid: {', '.join(tasks)}; {', '.join(methods)}."
+        )
+    return {
+        (task, method, seed): shlex.split(f"{command} {options} {more.get(method, '')} --seed {seed}")
+        for seed in grid["seeds"]
+        for task, command in tasks.items()
+        for more in [settings.get(task, {})]
+        for method, options in methods.items()
+    }
 
 
-def table(runs: Sequence[Run]) -> str:
-    """A Markdown table for each task, with a line for each method."""
+def run(command: Sequence[str], folder: Path) -> dict[str, Any] | None:
+    """Run a command, with its output in log.txt; return its metrics, or None if it failed."""
+    start = time.perf_counter()
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        words = [sys.executable, *command, "--output_dir", str(folder)]
+        failed = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode != 0
+    what = f"FAILED, see {folder / 'log.txt'}, after" if failed else "took"
+    print(f"{folder} {what} {time.perf_counter() - start:.0f} s", flush=True)
+    return None if failed else json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+
+
+def tables(results: Mapping[Run, dict[str, Any] | None]) -> str:
+    """Return a Markdown table for each task, with a line for each method."""
     parts = []
-    for task in dict.fromkeys(run.task for run in runs):
-        by_method: dict[str, list[dict[str, Any]]] = {}
-        for run in runs:
-            if run.task == task:
-                found = run.results()
-                by_method.setdefault(run.method, []).extend([found] if found else [])
-        everything = [results for found in by_method.values() for results in found]
-        metrics = [metric for metric in METRICS if any(metric in results for results in everything)]
-        header = ["method", "trained in the encoder", "in the head", *(METRICS[metric] for metric in metrics), "seeds"]
-        lines = [f"### {task}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        for method, found in by_method.items():
+    for task in dict.fromkeys(task for task, *_ in results):
+        found = [(method, result or {}) for (name, method, _), result in results.items() if name == task]
+        metrics = [name for name in METRICS if any(f"eval_{name}" in result for _, result in found)]
+        rows = []
+        for method in dict.fromkeys(method for method, _ in found):
+            ended = [result for name, result in found if name == method and result]
             sizes = [
-                " / ".join(sorted({f"{results[f'trained_parameters_{part}']:,}" for results in found})) or "-"
+                " / ".join(sorted({f"{result[f'trained_parameters_{part}']:,}" for result in ended}))
                 for part in ("encoder", "head")
             ]
-            cells = [method, *sizes, *(mean_and_deviation(metric, found) for metric in metrics), str(len(found))]
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def mean_and_deviation(metric: str, found: Sequence[dict[str, Any]]) -> str:
-    """Mean and sample standard deviation over seeds."""
-    values = [results[metric] * (1 if "dcf" in metric else 100) for results in found if metric in results]
-    digits = 3 if "dcf" in metric else 1
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+            errors = []
+            for name in metrics:
+                values = [result[f"eval_{name}"] for result in ended if f"eval_{name}" in result]
+                errors.append(
+                    with_deviation(values, 3) if "dcf" in name else with_deviation([100 * x for x in values])
+                )
+            rows.append([method, *(cell or "-" for cell in (*sizes, *errors)), str(len(ended))])
+        names = [name if "dcf" in name else f"{name}, %" for name in metrics]
+        header = ["method", "trained in the encoder", "in the head", *names, "seeds"]
+        parts.append(f"### {task}\n\n{table(header, rows)}\n")
+    return "\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the missing runs of a grid; returns the number of failed ones."""
+    """Run the missing runs of a grid; return the number of failed ones."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)  # pyright: ignore[reportArgumentType]
-    output_dir = Path(args.output_dir)
-    runs = list(runs_of(json.loads(Path(args.grid).read_text(encoding="utf-8")), output_dir))
-    failed = 0
-    for number, run in enumerate(runs, start=1):
-        if run.results() is not None:
-            continue
-        start = time.perf_counter()
-        ended_well = run.start()
-        failed += not ended_well
-        what = "took" if ended_well else f"FAILED, see {run.folder / 'log.txt'}, after"
-        print(f"{number}/{len(runs)} {run.folder} {what} {time.perf_counter() - start:.0f} s", flush=True)
-        (output_dir / "table.md").write_text(table(runs), encoding="utf-8")
-    print(f"\n{table(runs)}")
-    if failed:
-        print(f"{failed} of {len(runs)} runs failed; the same command tries them again.")
+    commands = commands_of(json.loads(Path(args.grid).read_text(encoding="utf-8")))
+    results: dict[Run, dict[str, Any] | None] = dict.fromkeys(commands)
+    for (task, method, seed), command in commands.items():
+        folder = Path(args.output_dir, task, method, f"seed-{seed}")
+        folder.mkdir(parents=True, exist_ok=True)
+        results[task, method, seed] = train_once(folder / "run.json", command, partial(run, command, folder))
+        Path(args.output_dir, "table.md").write_text(tables(results), encoding="utf-8")
+    print(f"\n{tables(results)}")
+    if failed := [*results.values()].count(None):
+        print(f"{failed} of {len(results)} runs failed; the same command tries them again.")
     return failed
 
 

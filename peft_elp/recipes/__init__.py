@@ -4,71 +4,41 @@ A script reads as data, model, metric, train, save. Copy one and change it; what
 `pip install 'peft-elp[recipes]'`.
 """
 
-from .arguments import (
-    METHODS,
-    DataArguments,
-    ModelArguments,
-    RecipeTrainingArguments,
-    option,
-    parse_arguments,
-    refuse_unused,
-)
-from .collator import Collator
-from .ctc import check_characters, keep_alignable, make_decoder, make_tokenizer, num_frames
-from .loading import load_config, load_feature_extractor, load_model
-from .long_recordings import transcribe_long
-from .methods import adapt, count_trained, trained_parameters, unwrap, without_adapter
-from .rates import learning_rates
-from .saving import save_results, write_rows
-from .seq2seq import (
-    Seq2SeqRecipeTrainer,
-    Seq2SeqRecipeTrainingArguments,
-    make_labels,
-    make_normalizer,
-    set_language,
-)
-from .splits import limit_rows, read_split, training_columns
-from .trainer import RecipeTrainer, make_trainer
-from .verification import SpeakerTrainer, pair_up, read_pairs, recording_names
-
-__all__ = [
-    "METHODS",
-    "Collator",
-    "DataArguments",
-    "ModelArguments",
-    "RecipeTrainer",
-    "RecipeTrainingArguments",
-    "Seq2SeqRecipeTrainer",
-    "Seq2SeqRecipeTrainingArguments",
-    "SpeakerTrainer",
-    "adapt",
-    "check_characters",
-    "count_trained",
-    "keep_alignable",
-    "learning_rates",
-    "limit_rows",
-    "load_config",
-    "load_feature_extractor",
-    "load_model",
-    "make_decoder",
-    "make_labels",
-    "make_normalizer",
-    "make_tokenizer",
-    "make_trainer",
-    "num_frames",
-    "option",
-    "pair_up",
-    "parse_arguments",
-    "read_pairs",
-    "read_split",
-    "recording_names",
-    "refuse_unused",
-    "save_results",
-    "set_language",
-    "trained_parameters",
-    "training_columns",
-    "transcribe_long",
-    "unwrap",
-    "without_adapter",
-    "write_rows",
-]
+from .arguments import DataArguments as DataArguments
+from .arguments import ModelArguments as ModelArguments
+from .arguments import RecipeTrainingArguments as RecipeTrainingArguments
+from .arguments import option as option
+from .arguments import parse_arguments as parse_arguments
+from .arguments import refuse_unused as refuse_unused
+from .collator import Collator as Collator
+from .ctc import check_characters as check_characters
+from .ctc import keep_alignable as keep_alignable
+from .ctc import make_decoder as make_decoder
+from .ctc import make_tokenizer as make_tokenizer
+from .ctc import num_frames as num_frames
+from .loading import load_config as load_config
+from .loading import load_feature_extractor as load_feature_extractor
+from .loading import load_model as load_model
+from .long_recordings import transcribe_long as transcribe_long
+from .methods import adapt as adapt
+from .methods import count_trained as count_trained
+from .methods import get_base_model as get_base_model
+from .methods import trained_parameters as trained_parameters
+from .methods import without_adapter as without_adapter
+from .rates import learning_rates as learning_rates
+from .saving import save_results as save_results
+from .saving import write_rows as write_rows
+from .seq2seq import Seq2SeqRecipeTrainer as Seq2SeqRecipeTrainer
+from .seq2seq import Seq2SeqRecipeTrainingArguments as Seq2SeqRecipeTrainingArguments
+from .seq2seq import make_labels as make_labels
+from .seq2seq import make_normalizer as make_normalizer
+from .seq2seq import set_language as set_language
+from .splits import limit_rows as limit_rows
+from .splits import read_split as read_split
+from .splits import training_columns as training_columns
+from .trainer import RecipeTrainer as RecipeTrainer
+from .trainer import make_trainer as make_trainer
+from .verification import SpeakerTrainer as SpeakerTrainer
+from .verification import pair_up as pair_up
+from .verification import read_pairs as read_pairs
+from .verification import recording_names as recording_names

@@ -19,12 +19,12 @@ LOWER_IS_BETTER = ("loss", "wer", "cer", "eer", "min_dcf")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a dataclass that becomes an option of the command line.
+    """Declare a field of a dataclass that becomes an option of the command line.
 
     Args:
         default: The value without the option.
         help: The text that `--help` prints.
-        metadata: Passed on to argparse, such as `choices`.
+        metadata: Arguments of argparse, such as `choices`.
 
     Examples:
         >>> @dataclass
@@ -35,16 +35,14 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 
 def _elp_options() -> Iterator[tuple[str, Any, Any]]:
-    """Name, type and field of an option for each setting of `ELPConfig` that a command line can express."""
+    """Yield name, type and field of an option for each setting of `ELPConfig` that a command line can express."""
     hints = get_type_hints(ELPConfig)
     for setting in fields(ELPConfig)[len(fields(PeftConfig)) :]:
         hint = hints[setting.name]
         kind = next(kind for kind in get_args(hint) or [hint] if kind is not NoneType)
-        if get_origin(kind) in (Sequence, list):
-            kind = list[get_args(kind)[0]]
-        elif kind not in (str, int, float, bool) or setting.name == "config_format":
-            continue
-        yield setting.name, kind | None, option(None, setting.metadata["help"])
+        kind = list[get_args(kind)[0]] if get_origin(kind) in (Sequence, list) else kind
+        if kind in (str, int, float, bool) or get_origin(kind) is list:
+            yield setting.name, kind | None, option(None, setting.metadata["help"])
 
 
 # None means that the option was not given: ELPConfig decides.
@@ -90,20 +88,16 @@ class ModelArguments(ELPArguments):
 
     def __post_init__(self) -> None:
         if self.method != "elp":
-            names = [
-                "cache_features",
-                "preset",
-                *(known.name for known in fields(ELPArguments) if known.name != "chunk_length"),
-            ]
-            refuse_unused(self, names, "--method elp", f"--method is {self.method}")
+            names = {known.name for known in fields(ELPArguments)} - {"chunk_length"}
+            refuse_unused(self, names | {"preset", "cache_features"}, "--method elp", f"--method is {self.method}")
         if self.cache_features is None:
             refuse_unused(self, ["cache_dtype"], "--cache_features", "there is none")
         if self.method != "lora":
-            names = ["lora_r", "lora_alpha", "lora_target_modules"]
-            refuse_unused(self, names, "--method lora", f"--method is {self.method}")
+            lora = ["lora_r", "lora_alpha", "lora_target_modules"]
+            refuse_unused(self, lora, "--method lora", f"--method is {self.method}")
 
     def elp_settings(self) -> dict[str, Any]:
-        """The settings of `ELPConfig` that were given."""
+        """Return the settings of `ELPConfig` that were given."""
         names = [known.name for known in fields(ELPArguments)]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -122,6 +116,11 @@ class DataArguments:
     min_duration_in_seconds: float = option(0.0, "Refuse shorter recordings.")
     max_duration_in_seconds: float = option(20.0, "Refuse longer recordings.")
     on_bad_audio: str = option("error", "Stop at a refused recording, or leave it out.", choices=("error", "skip"))
+
+    def durations(self) -> dict[str, Any]:
+        """Return the bounds of durations, as `peft_elp.speech.data.check_audio` takes them."""
+        names = ("min_duration_in_seconds", "max_duration_in_seconds", "on_bad_audio")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -165,12 +164,6 @@ def parse_arguments(
 
     Raises:
         ValueError: An option is unknown, or has no effect next to the others.
-
-    Examples:
-        >>> words = ["--model_name_or_path", "microsoft/wavlm-base-plus", "--dataset_name", "songs", "--use_cpu"]
-        >>> model_args, data_args, args = parse_arguments(words, DataArguments)
-        >>> model_args.method, data_args.eval_split_name, args.num_train_epochs
-        ('elp', 'test', 10.0)
     """
     parser = HfArgumentParser((ModelArguments, data_arguments, training_arguments))  # pyright: ignore[reportArgumentType]
     words = list(sys.argv[1:] if argv is None else argv)
@@ -181,12 +174,8 @@ def parse_arguments(
     # PEFT 0.21 asks Transformers 5 for gradient checkpointing by its old name.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     if args.eval_strategy.value == "no":
-        refuse_unused(
-            data_args,
-            ["validation_split_name"],
-            "--eval_strategy steps or --eval_strategy epoch",
-            "--eval_strategy is no",
-        )
+        needed = "--eval_strategy steps or --eval_strategy epoch"
+        refuse_unused(data_args, ["validation_split_name"], needed, "--eval_strategy is no")
     elif not getattr(data_args, "validation_split_name", None):
         raise ValueError(
             f"--eval_strategy {args.eval_strategy.value} evaluates during training, and the test split must not "
@@ -197,22 +186,16 @@ def parse_arguments(
 
 
 def refuse_unused(arguments: Any, names: Collection[str], used_with: str, given: str) -> None:
-    """Refuse options that have no effect next to the others; call it where they have none.
+    """Refuse options that have no effect next to the others.
 
     Args:
-        arguments: The dataclass that holds the options. Names that it lacks are skipped.
-        names: The options without an effect.
+        arguments: The dataclass that holds the options.
+        names: The options without an effect. Names that `arguments` lacks are skipped.
         used_with: What they are used with, for the message.
         given: What was given instead, for the message.
 
     Raises:
         ValueError: One of the options does not have its default value.
-
-    Examples:
-        >>> arguments = DataArguments("songs", max_eval_samples=5)
-        >>> refuse_unused(arguments, ["max_eval_samples"], "--eval_split_name", "there is none")
-        Traceback (most recent call last):
-        ValueError: --max_eval_samples is used only with --eval_split_name, and there is none. Remove one of them.
     """
     for known in fields(arguments):
         default = known.default if known.default_factory is MISSING else known.default_factory()

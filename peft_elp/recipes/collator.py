@@ -31,11 +31,10 @@ class Collator:
         ValueError: A recording is longer than the fixed length.
 
     Examples:
-        >>> import numpy as np
         >>> from transformers import Wav2Vec2FeatureExtractor
         >>> collate = Collator(Wav2Vec2FeatureExtractor(return_attention_mask=True), crop_s=0.5)
-        >>> waveforms = [np.zeros(16_000, np.float32), np.zeros(4_000, np.float32)]
-        >>> batch = collate([{"audio": waveform, "labels": 1} for waveform in waveforms])
+        >>> rows = [{"audio": np.zeros(length, np.float32), "labels": 1} for length in (16_000, 4_000)]
+        >>> batch = collate(rows)
         >>> batch["input_values"].shape, batch["labels"]
         (torch.Size([2, 8000]), tensor([1, 1]))
     """

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedModel
+from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.utils import logging
 
 from peft_elp import find_encoder, speed_up_frozen
@@ -12,7 +12,7 @@ from .arguments import ModelArguments
 
 
 def load_config(model_name_or_path: str, **settings: Any) -> Any:
-    """The configuration of an encoder, without LayerDrop.
+    """Load the configuration of an encoder, without LayerDrop.
 
     An L-adapter reads every layer, so no layer may be skipped; the other methods are trained the same way, so that
     they can be compared.
@@ -20,14 +20,6 @@ def load_config(model_name_or_path: str, **settings: Any) -> Any:
     Args:
         model_name_or_path: A Hub id or folder.
         settings: Values that replace those of the configuration, such as `id2label`.
-
-    Examples:
-        >>> from tempfile import mkdtemp
-        >>> from transformers import WavLMConfig
-        >>> folder = mkdtemp()
-        >>> WavLMConfig(layerdrop=0.1).save_pretrained(folder)
-        >>> load_config(folder, num_labels=3).layerdrop
-        0.0
     """
     config: Any = AutoConfig.from_pretrained(model_name_or_path, **settings)
     for part in (config, getattr(config, "encoder", None)):
@@ -38,22 +30,13 @@ def load_config(model_name_or_path: str, **settings: Any) -> Any:
 
 
 def load_feature_extractor(model_args: ModelArguments) -> Any:
-    """The feature extractor of an encoder, which pads to the shorter window where `--chunk_length` sets one.
-
-    Examples:
-        >>> from tempfile import mkdtemp
-        >>> from transformers import WhisperFeatureExtractor
-        >>> folder = mkdtemp()
-        >>> _ = WhisperFeatureExtractor().save_pretrained(folder)
-        >>> load_feature_extractor(ModelArguments(model_name_or_path=folder, chunk_length=2)).n_samples
-        32000
-    """
+    """Load the feature extractor of an encoder, which pads to the shorter window where `--chunk_length` sets one."""
     settings = {} if model_args.chunk_length is None else {"chunk_length": model_args.chunk_length}
     return AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path, **settings)
 
 
 def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
-    """A pretrained encoder with the head of a task; prints which modules are new, instead of a report by tensor.
+    """Load a pretrained encoder with the head of a task; prints which modules are new, instead of a report by tensor.
 
     A head of another size than in the checkpoint is made new.
 
@@ -77,19 +60,14 @@ def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
         )
     finally:
         logging.set_verbosity(verbosity)
-    resized = [key[0] for key in report["mismatched_keys"]]
-    _refuse_new_encoder(model, model_args.model_name_or_path, [*report["missing_keys"], *resized])
-    if new := sorted({key.split(".")[0] for key in [*report["missing_keys"], *resized]}):
-        print(f"New in {type(model).__name__}: {', '.join(new)}")  # noqa: T201
-    return speed_up_frozen(model)  # whatever the method, so that their times can be compared
-
-
-def _refuse_new_encoder(model: PreTrainedModel, name: str, keys: list[str]) -> None:
-    """Refuse a checkpoint that leaves tensors inside the encoder layers as they were initialised."""
+    new = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
     layers = find_encoder(model).layer_path(0).removesuffix("0")
-    inside = [key for key in keys if key.startswith(layers)]
-    if inside:
+    if inside := [key for key in new if key.startswith(layers)]:
         raise ValueError(
-            f"{name} has no weights that fit {len(inside)} tensors of the encoder layers of {type(model).__name__}, "
-            f"such as {inside[0]}. Check that the checkpoint and its config.json belong together."
+            f"{model_args.model_name_or_path} has no weights that fit {len(inside)} tensors of the encoder layers of "
+            f"{type(model).__name__}, such as {inside[0]}. Check that the checkpoint and its config.json belong "
+            "together."
         )
+    if modules := sorted({key.split(".")[0] for key in new}):
+        print(f"New in {type(model).__name__}: {', '.join(modules)}")  # noqa: T201
+    return speed_up_frozen(model)  # whatever the method, so that their times can be compared

@@ -7,7 +7,7 @@ from transformers import pipeline
 
 from peft_elp.speech.audio import decode
 
-from .methods import unwrap
+from .methods import get_base_model
 
 
 def transcribe_long(
@@ -26,9 +26,9 @@ def transcribe_long(
     Raises:
         ValueError: The pieces are too short to overlap.
     """
-    base, rate_hz = unwrap(model).eval(), feature_extractor.sampling_rate
+    base, rate_hz = get_base_model(model).eval(), feature_extractor.sampling_rate
     if chunk_s * rate_hz / 6 < getattr(base.config, "inputs_to_logits_ratio", 1):
-        raise ValueError(f"--chunk_length_in_seconds {chunk_s:g} is too short to overlap. Use 5 or more.")
+        raise ValueError(f"--chunk_length_in_seconds must be long enough to overlap, got {chunk_s:g}. Use 5 or more.")
     recognise: Any = pipeline(
         "automatic-speech-recognition",
         model=base,

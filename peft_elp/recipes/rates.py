@@ -22,12 +22,12 @@ LORA_RATE = 5e-4  # Our choice: no rate was published for these tasks.
 
 
 def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str) -> dict[str, float]:
-    """The rate of each part that is trained: the given one, or else the published one.
+    """Return the rate of each part that is trained: the given one, or else the published one.
 
     Args:
         model: The model, as `adapt` returns it.
-        model_args: `ModelArguments` with the rates that were given.
-        args: `RecipeTrainingArguments`; its `learning_rate` replaces all published rates.
+        model_args: The model arguments, with the rates that were given.
+        args: The training arguments; their `learning_rate` replaces all published rates.
         task: "asr", "asv", "er" or "ic", as in `peft_elp.published_rates`.
 
     Returns:
@@ -37,21 +37,12 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
     Raises:
         ValueError: A rate was given for a part that is not trained.
     """
-    given = {
-        "head": model_args.head_learning_rate,
-        "E": model_args.e_learning_rate,
-        "L": model_args.l_learning_rate,
-        "layer weights": model_args.layer_weights_learning_rate,
-        "P": model_args.p_learning_rate,
-        "layer norms": model_args.layer_norms_learning_rate,
-        "encoder": model_args.encoder_learning_rate,
-    }
-    chosen = {part: rate for part, rate in given.items() if rate is not None}
+    parts = ("head", "E", "L", "layer weights", "P", "layer norms", "encoder")
+    given = {part: getattr(model_args, f"{part.lower().replace(' ', '_')}_learning_rate") for part in parts}
+    chosen: dict[str, float] = {part: rate for part, rate in given.items() if rate is not None}
     if has_elp(model):
         trained = [part for part, count in count_parameters(model).items() if count]
-        config = model.peft_config["default"]
-        after_both = config.adapters == "E" and len(config.e_after) == 2
-        published = published_rates("conventional" if after_both else SETTINGS.get(config.adapters, "e+l+p"), task)
+        published = published_rates(_setting(model), task)
         if "L" in trained:
             trained.append("layer weights")
         if "L" in chosen:
@@ -65,7 +56,7 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
             published = {"encoder": LORA_RATE, "head": published_rates("e+l", task)["head"]}
     if untrained := [part for part in chosen if part not in trained]:
         raise ValueError(
-            f"A learning rate is given for {untrained[0]!r}, and --method {model_args.method} trains "
+            f"A learning rate is given for {untrained[0]!r}, but --method {model_args.method} trains "
             f"{', '.join(trained)}. Remove the option."
         )
     if args.learning_rate is not None:
@@ -77,6 +68,13 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
 
 
 def schedule_factors(model: Any, task: str) -> Sequence[float]:
-    """The published factors of all learning rates, one for each stretch of the training."""
-    setting = SETTINGS.get(model.peft_config["default"].adapters, "e+l") if has_elp(model) else "e+l"
-    return published_factors(setting, task)
+    """Return the published factors of all learning rates, one for each stretch of the training."""
+    return published_factors(_setting(model) if has_elp(model) else "e+l", task)
+
+
+def _setting(model: Any) -> str:
+    """Return the published setting that is closest to an adapter."""
+    config = model.peft_config["default"]
+    if config.adapters == "E" and len(config.e_after) == 2:
+        return "conventional"
+    return SETTINGS.get(config.adapters, "e+l+p")

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 from transformers import Trainer
 
 from peft_elp.saved.card import describe
-from peft_elp.speech.plots import plot_layer_weights, plot_pseudo_features
+from peft_elp.speech.plots import plot_layer_weights
 
 from .arguments import ModelArguments
 from .methods import count_trained, has_elp
@@ -19,14 +19,7 @@ CARD_METRICS = ("wer", "cer", "eer", "min_dcf", "unweighted_accuracy", "weighted
 
 
 def write_rows(trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a `.csv` file into the output folder, once where there are several processes.
-
-    Args:
-        trainer: The trainer, whose output folder is used.
-        name: Name of the file.
-        columns: The header.
-        rows: One sequence of values per line.
-    """
+    """Write a `.csv` file with a header into the output folder of a trainer, once for all processes."""
     if trainer.is_world_process_zero():
         with Path(trainer.args.output_dir or ".", name).open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([columns, *rows])
@@ -55,32 +48,13 @@ def save_results(
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if has_elp(model) and trainer.is_world_process_zero():
-        adapters = model.peft_config["default"].adapters
-        if "L" in adapters:
+        if "L" in model.peft_config["default"].adapters:
             plot_layer_weights({task: model}).savefig(folder / "layer_weights.png")
-        if "P" in adapters:
-            plot_pseudo_features({task: model}).savefig(folder / "pseudo_feature_norms.png")
         trainer.processing_class.save_pretrained(folder)  # before the card, which looks for it
-        _describe(trainer, metrics, data_args, task, protocol)
-    trainer.save_model()
-    trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    return metrics
-
-
-def _describe(trainer: Any, metrics: dict[str, Any], data_args: Any, task: str, protocol: str) -> None:
-    """Tell the adapter what its card says about data, metrics and training."""
-    args = trainer.args
-    is_local = Path(data_args.dataset_name).exists()
-    name = Path(data_args.dataset_name).name if is_local else data_args.dataset_name
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    describe(
-        trainer.model,
-        # The trainer's id includes the name of the user.
-        repo_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
-        datasets=[] if is_local else [name],
-        metrics=[
+        is_local = Path(data_args.dataset_name).exists()
+        name = Path(data_args.dataset_name).name if is_local else data_args.dataset_name
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        results = [
             EvalResult(
                 task_type="automatic-speech-recognition" if task == "asr" else "audio-classification",
                 dataset_type=name,
@@ -91,7 +65,18 @@ def _describe(trainer: Any, metrics: dict[str, Any], data_args: Any, task: str, 
             )
             for metric in CARD_METRICS
             if f"eval_{metric}" in metrics
-        ],
-        protocol=f"{protocol} Trained for {metrics['train_steps']} steps of {batch_size} utterances.",
-        seed=args.seed,
-    )
+        ]
+        describe(
+            model,
+            # The trainer's id includes the name of the user.
+            repo_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
+            datasets=[] if is_local else [name],
+            metrics=results,
+            protocol=f"{protocol} Trained for {metrics['train_steps']} steps of {batch_size} utterances.",
+            seed=args.seed,
+        )
+    trainer.save_model()
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return metrics

@@ -45,14 +45,14 @@ def set_language(model: Any, tokenizer: Any, language: str | None, task: str) ->
         raise ValueError(f"{model.name_or_path} knows many languages. Name one with --language, such as en.")
     if not is_multilingual:
         if language is not None:
-            raise ValueError(f"{model.name_or_path} takes no --language: it knows a single one. Remove the option.")
+            raise ValueError(f"{model.name_or_path} knows a single language. Remove --language.")
         return
     tokenizer.set_prefix_tokens(language=language, task=task)
     model.generation_config.language, model.generation_config.task = language, task
 
 
 def make_labels(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The token numbers of each text as the decoder is to write them, from the first token after the start to the end.
+    """Return the tokens of each text as the decoder must write them, from the first one after the start to the end.
 
     Args:
         model: The model. It puts the start token before the labels itself.
@@ -62,25 +62,23 @@ def make_labels(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[i
     Raises:
         ValueError: A text has more tokens than the decoder has positions.
     """
-    start, end = (_special_token(model, name) for name in ("decoder_start_token_id", "eos_token_id"))
+    start, end = (
+        getattr(model.config, name, None) if (token := getattr(model.generation_config, name, None)) is None else token
+        for name in ("decoder_start_token_id", "eos_token_id")
+    )
     most = getattr(model.config, "max_target_positions", None)
     labels = []
     for text, numbers in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
         numbers = numbers[1:] if numbers and numbers[0] == start else numbers
         numbers = numbers if numbers and numbers[-1] == end else [*numbers, end]
         if most is not None and len(numbers) > most:
-            raise ValueError(f"A text has {len(numbers)} tokens, and the decoder has {most} positions: {text[:80]!r}.")
+            raise ValueError(f"A text has {len(numbers)} tokens, but the decoder has {most} positions: {text[:80]!r}.")
         labels.append(numbers)
     return labels
 
 
-def _special_token(model: Any, name: str) -> int | None:
-    value = getattr(model.generation_config, name, None)
-    return getattr(model.config, name, None) if value is None else value
-
-
 def make_normalizer(tokenizer: Any, language: str | None = None) -> Callable[[str], str]:
-    """Whisper's normaliser of text, for word error rates that can be compared.
+    """Make Whisper's normaliser of text, for word error rates that can be compared.
 
     It removes case, punctuation and fillers such as "um"; in English it also writes out contractions and unifies
     numbers, and spellings where the tokenizer brings a list of them.

@@ -11,7 +11,7 @@ from peft_elp.speech.data import check_audio, read_dataset
 def read_split(
     data_args: Any, split: str | None, config: Any, seed: int, max_samples: int | None = None, **bounds: Any
 ) -> Dataset:
-    """Read one split, and decode every recording once to check it; see `peft_elp.speech.data`.
+    """Read one split, and decode every recording once to check it.
 
     Args:
         data_args: The data arguments, which name the data set.
@@ -27,29 +27,16 @@ def read_split(
     dataset = read_dataset(
         data_args.dataset_name, split, data_args.dataset_config_name, audio_column_name=data_args.audio_column_name
     )
-    dataset = limit_rows(dataset, max_samples, seed)
-    limits = {name: getattr(data_args, name) for name in ("min_duration_in_seconds", "max_duration_in_seconds")}
-    return check_audio(dataset, config, on_bad_audio=data_args.on_bad_audio, **{**limits, **bounds})
+    return check_audio(limit_rows(dataset, max_samples, seed), config, **data_args.durations() | bounds)
 
 
 def limit_rows(dataset: Dataset, max_samples: int | None, seed: int) -> Dataset:
-    """At most `max_samples` rows, drawn at random with `seed`; all rows for None.
-
-    Examples:
-        >>> len(limit_rows(Dataset.from_dict({"text": ["a", "b", "c"]}), max_samples=2, seed=0))
-        2
-    """
+    """Draw at most `max_samples` rows at random with `seed`; None keeps all rows."""
     if max_samples is None or max_samples >= len(dataset):
         return dataset
     return dataset.shuffle(seed=seed).select(range(max_samples))
 
 
 def training_columns(dataset: Dataset, labels: Sequence[Any]) -> Dataset:
-    """The columns that a trainer reads: `audio`, `duration_s`, and `labels` as numbers.
-
-    Examples:
-        >>> dataset = Dataset.from_dict({"audio": ["a.wav"], "duration_s": [1.0], "word": ["yes"]})
-        >>> training_columns(dataset, labels=[4])[0]
-        {'audio': 'a.wav', 'duration_s': 1.0, 'labels': 4}
-    """
+    """Select the columns that a trainer reads: `audio`, `duration_s`, and `labels` as numbers."""
     return dataset.select_columns(["audio", "duration_s"]).add_column("labels", list(labels))  # pyright: ignore

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
-from peft_elp import FeatureCache
-from peft_elp.feature_cache import CACHED, CachedRows
+from peft_elp import FeatureCache, check_gradients
+from peft_elp.feature_cache import CACHED
 from peft_elp.optim import create_optimizer, get_epochwise_schedule
 from peft_elp.speech.speakers import is_padding_invariant
 
@@ -22,7 +22,7 @@ class RecipeTrainer(Trainer):
     """A `Trainer` with a learning rate for each part, whose predictions keep the order of the rows.
 
     Where the encoder or the head reads the padding of a batch, recordings are evaluated one at a time, as
-    `SpeechAdapter` does.
+    `SpeechAdapter` does. The first training step checks that every trained parameter of an adapter gets a gradient.
 
     Args:
         args: Arguments of `Trainer`.
@@ -33,6 +33,7 @@ class RecipeTrainer(Trainer):
 
     Raises:
         ValueError: Several devices in one process would share a padded batch that the encoder must not see.
+        RuntimeError: In training: parameters of an adapter got no gradient.
     """
 
     def __init__(
@@ -40,42 +41,51 @@ class RecipeTrainer(Trainer):
     ) -> None:
         self.rates, self.factors = rates, factors
         super().__init__(*args, **kwargs)
+        self.eval_collator = self.data_collator
         # Trainer concludes from the models' **kwargs that they divide the loss by the size of the whole step. They do
         # not, and the gradients of accumulated batches would be too large.
         self.model_accepts_loss_kwargs = False
+        # DeepSpeed and FSDP keep gradients elsewhere.
+        self.unchecked = hasattr(self.model, "peft_config") and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         assert self.model is not None
         if not is_padding_invariant(self.model, self.processing_class):
             if self.args.n_gpu > 1:
                 raise ValueError(
-                    f"This encoder or head reads the padding of a batch, which {self.args.n_gpu} devices in one "
-                    "process share. Start one process per device with `accelerate launch`, or use one device."
+                    f"This encoder or head reads the padding of a batch, and {self.args.n_gpu} devices in one process "
+                    "share batches. Start one process per device with `accelerate launch`, or use one device."
                 )
             print("Evaluated one recording at a time: the encoder or head reads the padding of a batch.")  # noqa: T201
             self.args.per_device_eval_batch_size = 1
 
-    def fit(self) -> None:
+    def train_and_save(self) -> None:
         """Train, and save the result before it is evaluated."""
-        fitted = self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-        self.save_metrics("train", fitted.metrics)
+        trained = self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        self.save_metrics("train", trained.metrics)
         self.save_model()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.unchecked:
+            assert self.model is not None
+            check_gradients(self.model)
+            self.unchecked = False
+        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None:
             model: Any = self.model
-            weight_decay = self.args.weight_decay
             optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # --optim
             options.pop("lr")
             if has_elp(model):
-                self.optimizer = create_optimizer(
-                    model, optimizer_cls, rates=self.rates, weight_decay=weight_decay, **options
-                )
+                options |= {"rates": self.rates, "weight_decay": self.args.weight_decay}
+                self.optimizer = create_optimizer(model, optimizer_cls, **options)
             else:
                 decayed = set(self.get_decay_parameter_names(model))
                 groups = [
-                    {"params": held, "lr": self.rates[part], "weight_decay": weight_decay * decay}
+                    {"params": held, "lr": self.rates[part], "weight_decay": self.args.weight_decay * decay}
                     for part, named in trained_parameters(model).items()
-                    for decay in (1, 0)
-                    if (held := [p for name, p in named.items() if (name in decayed) == bool(decay)])
+                    for decay in (True, False)
+                    if (held := [p for name, p in named.items() if (name in decayed) == decay])
                 ]
                 self.optimizer = optimizer_cls(groups, **options)
         return self.optimizer
@@ -89,9 +99,18 @@ class RecipeTrainer(Trainer):
         if not has_elp(self.model):  # ELPConfig writes a card of its own.
             super().create_model_card(*args, **kwargs)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         # Trainer would group the rows of evaluation by length, as it does in training.
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        loader = DataLoader(
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            self.args.eval_batch_size,
+            collate_fn=self.eval_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    get_test_dataloader = get_eval_dataloader
 
 
 def make_trainer(
@@ -115,7 +134,10 @@ def make_trainer(
         options: Further arguments of the trainer, such as `train_dataset`.
 
     Returns:
-        The trainer; call `fit()` next.
+        The trainer; call `train_and_save()` next.
+
+    Raises:
+        ValueError: The settings do not fit the model or each other.
     """
     adapted = adapt(model, model_args)
     rates = learning_rates(adapted, model_args, args, task)
@@ -123,11 +145,14 @@ def make_trainer(
     collate: Any = Collator(feature_extractor, adapted)
     if model_args.cache_features is not None:
         if options.get("crop_s") is not None:
-            raise ValueError(
-                "--cache_features keeps the features of whole recordings, and --crop_length_in_seconds trains on "
-                "random pieces. Remove one of them."
-            )
-        options["train_dataset"], collate = _cached(adapted, model_args, options["train_dataset"], collate)
+            raise ValueError("--cache_features needs whole recordings. Remove it, or --crop_length_in_seconds.")
+        if getattr(adapted.config, "apply_spec_augment", False):
+            print("SpecAugment is off: cached features are not masked.")  # noqa: T201
+            adapted.config.apply_spec_augment = False
+        cache = FeatureCache(adapted, model_args.cache_features, getattr(torch, model_args.cache_dtype))
+        whole = collate
+        options["train_dataset"] = cache.read(options["train_dataset"], whole)
+        collate = lambda rows: cache.collate(rows) if CACHED in rows[0] else whole(rows)  # noqa: E731
     return trainer_cls(
         adapted,
         args,
@@ -137,14 +162,3 @@ def make_trainer(
         factors=schedule_factors(adapted, task) if model_args.published_schedule else None,
         **options,
     )
-
-
-def _cached(model: Any, model_args: ModelArguments, dataset: Any, collate: Collator) -> tuple[CachedRows, Any]:
-    """The training data with cached features, and what collates them as well as the recordings of other splits."""
-    if getattr(model.config, "apply_spec_augment", False):
-        print("SpecAugment is off: cached features are not masked.")  # noqa: T201
-        model.config.apply_spec_augment = False
-    assert model_args.cache_features is not None
-    cache = FeatureCache(model, model_args.cache_features, getattr(torch, model_args.cache_dtype))
-    rows = cache.read(dataset, collate)
-    return rows, lambda rows: cache.collate(rows) if CACHED in rows[0] else collate(rows)

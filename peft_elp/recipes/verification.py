@@ -1,5 +1,6 @@
 """Speaker verification: the pairs of recordings that are compared, and the trainer of the embeddings."""
 
+import math
 import warnings
 from collections import Counter
 from itertools import combinations
@@ -14,7 +15,7 @@ from peft_elp.speech.data import Trial, check_audio, from_rows, read_column, rea
 from peft_elp.speech.speakers import speaker_embeddings
 
 from .collator import Collator
-from .methods import unwrap
+from .methods import get_base_model
 from .trainer import RecipeTrainer
 
 MAX_PAIRS = 1_000_000
@@ -44,26 +45,18 @@ class SpeakerTrainer(RecipeTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.loss, self.margin, self.scale, self.crop_s = loss, margin, scale, crop_s
-        self.has_x_vector = hasattr(unwrap(self.model), "objective")
+        self.loss, self.margin, self.scale = loss, margin, scale
+        self.has_x_vector = hasattr(get_base_model(self.model), "objective")
         if loss == "amsoftmax" and not self.has_x_vector:
-            unwrap(self.model).classifier.bias.requires_grad_(False)  # Angles have no bias.
-
-    def get_train_dataloader(self) -> Any:
-        if self.crop_s is None:
-            return super().get_train_dataloader()
-        whole = self.data_collator
-        self.data_collator = Collator(self.processing_class, self.model, self.crop_s)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = whole
+            get_base_model(self.model).classifier.bias.requires_grad_(False)  # Angles have no bias.
+        if crop_s is not None:
+            self.data_collator = Collator(self.processing_class, self.model, crop_s)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels = inputs.pop("labels")
-        embeddings, head = speaker_embeddings(model, **inputs), unwrap(self.model)
+        embeddings, head = speaker_embeddings(model, **inputs), get_base_model(self.model)
         if self.has_x_vector:
             features, weight, bias = head.classifier(embeddings), head.objective.weight.T, None
         else:
@@ -80,16 +73,11 @@ class SpeakerTrainer(RecipeTrainer):
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            return None, speaker_embeddings(model, **self._prepare_inputs(inputs)), None
+            return None, speaker_embeddings(model, **inputs), None
 
 
 def recording_names(dataset: Dataset) -> list[str]:
-    """The file of each recording, or the number of its row where the data set holds recordings instead of files.
-
-    Examples:
-        >>> recording_names(Dataset.from_dict({"audio": [{"path": None, "bytes": b"RIFF"}]}))
-        ['row 0']
-    """
+    """Return the file of each recording, or the number of its row where the data set holds recordings, not files."""
     return [
         str(Path(audio["path"]).resolve()) if audio["bytes"] is None else f"row {row}"
         for row, audio in enumerate(dataset["audio"])
@@ -97,7 +85,7 @@ def recording_names(dataset: Dataset) -> list[str]:
 
 
 def pair_up(dataset: Dataset, speaker_column: str) -> list[Trial]:
-    """All pairs of the recordings of a data set.
+    """Return all pairs of the recordings of a data set as trials.
 
     Args:
         dataset: Recordings.
@@ -105,17 +93,11 @@ def pair_up(dataset: Dataset, speaker_column: str) -> list[Trial]:
 
     Raises:
         ValueError: A recording occurs twice, there are too many pairs, or all pairs are of one kind.
-
-    Examples:
-        >>> sounds = [{"path": None, "bytes": b"RIFF"}] * 3
-        >>> dataset = Dataset.from_dict({"audio": sounds, "speaker_id": ["anna", "anna", "ben"]})
-        >>> [trial.label for trial in pair_up(dataset, "speaker_id")]
-        [1, 0, 0]
     """
     speakers, names = read_column(dataset, speaker_column), recording_names(dataset)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{len(twice)} test recordings occur more than once, such as {twice[0]}.")
-    if len(names) * (len(names) - 1) // 2 > MAX_PAIRS:
+    if math.comb(len(names), 2) > MAX_PAIRS:
         raise ValueError(f"{len(names)} test utterances make over {MAX_PAIRS:,} pairs. Give a list with --trials.")
     pairs = combinations(zip(speakers, names, strict=True), 2)
     trials = [Trial(int(x == y), file_a, file_b) for (x, file_a), (y, file_b) in pairs]
@@ -128,12 +110,12 @@ def pair_up(dataset: Dataset, speaker_column: str) -> list[Trial]:
 
 
 def read_pairs(data_args: Any, train: Dataset, test: Dataset, config: Any) -> tuple[list[Trial], Dataset]:
-    """The trials of a list, and the recordings that they compare.
+    """Read a list of trials; return it with the recordings that it compares.
 
     Args:
         data_args: Data arguments with `trials` and `trials_folder`; see `peft_elp.speech.data.read_trials`.
-        train: The training split, none of whose recordings may be in a trial.
-        test: The test split, whose speakers are known. Trials with other recordings are a warning.
+        train: The training split. None of its recordings may be in a trial.
+        test: The test split, whose speakers are known. Trials with other recordings give a warning.
         config: Configuration of the encoder.
 
     Raises:
@@ -147,8 +129,7 @@ def read_pairs(data_args: Any, train: Dataset, test: Dataset, config: Any) -> tu
     if others := sorted({*files} - {*recording_names(test)}):
         warnings.warn(
             f"{len(others)} of the {len(files)} recordings of {data_args.trials} are not in the test split, such as "
-            f"{others[0]}: their speakers may be in training, which cannot be checked.",
+            f"{others[0]}. Their speakers may be in training, which cannot be checked.",
             stacklevel=2,
         )
-    limits = {name: getattr(data_args, name) for name in ("min_duration_in_seconds", "max_duration_in_seconds")}
-    return trials, check_audio(from_rows([{"audio": file} for file in files]), config, **limits)
+    return trials, check_audio(from_rows([{"audio": file} for file in files]), config, **data_args.durations())

@@ -1,8 +1,7 @@
-"""Synthesise words in many voices with espeak-ng: `python examples/synthesize.py "hello there" hello.wav`.
+"""Synthesise words in many voices with espeak-ng: `python examples/synthetic/synthesize.py "hello" hello.wav`.
 
 The library and its voices come with the PyPI package `espeakng-loader`. A voice is an accent of English with a
-speaker, such as "en-us+f3".
-The same calls in the same order give the same samples.
+speaker, such as "en-us+f3". The same calls in the same order give the same samples.
 """
 
 import ctypes
@@ -88,7 +87,7 @@ class Synthesizer:
     def say(
         self, text: str, voice: str, pitch: int = 50, words_per_minute: int = 160, pitch_range: int = 50
     ) -> Speech:
-        """The waveform of a text and its phonemes.
+        """Speak a text; return the waveform and the phonemes.
 
         Args:
             text: The text.
@@ -119,7 +118,7 @@ class Synthesizer:
 
 @cache
 def synthesizer() -> Synthesizer:
-    """The one synthesizer of the process."""
+    """Return the one synthesizer of the process."""
     return Synthesizer()
 
 

@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from synthesize import Speech, synthesizer
 from transformers import (
     ProgressCallback,
     Trainer,
-    TrainingArguments,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForAudioFrameClassification,
     set_seed,
 )
 
-from peft_elp.recipes import Collator
+from peft_elp.recipes import Collator, RecipeTrainingArguments, num_frames
+
+from .synthesize import Speech, synthesizer
 
 FRAME_S = 0.02  # as in wav2vec 2.0
 # Each voice is an accent of English and a speaker. No speaker is in both lists.
@@ -60,11 +60,7 @@ write yard year yellow young zero
 
 
 def vary(words: Sequence[str], voices: Sequence[str], voices_per_word: int, takes: int) -> list[dict[str, Any]]:
-    """Each word in some of the voices, at a pitch and speaking rate that change from take to take.
-
-    Returns:
-        The arguments of `Synthesizer.say`.
-    """
+    """Return arguments of `Synthesizer.say`: each word in some voices, at a changing pitch and rate."""
     rng = random.Random(0)
     return [
         {"text": word, "voice": voice, "pitch": rng.randint(30, 70), "words_per_minute": rng.randint(130, 200)}
@@ -82,7 +78,7 @@ class ProgressWithLoss(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.2f}")
 
 
-def fit(
+def train_model(
     model: Any,
     feature_extractor: Any,
     clips: Any,
@@ -96,22 +92,17 @@ def fit(
 
     A clip has `audio` and `labels`: one label, or one for each frame.
     """
-    settings = TrainingArguments(
+    settings = RecipeTrainingArguments(
         output_dir=str(output_dir),
         learning_rate=learning_rate,
         max_steps=steps,
-        warmup_steps=steps // 10,
         per_device_train_batch_size=batch_size,
-        weight_decay=0.01,
         per_device_eval_batch_size=32,
+        weight_decay=0.01,
         seed=seed,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=10,
         disable_tqdm=False,
         save_strategy="no",
-        report_to="none",
     )
     trainer = Trainer(model, settings, Collator(feature_extractor), clips, compute_loss_func=cross_entropy)
     trainer.remove_callback(ProgressCallback)
@@ -133,7 +124,7 @@ def pretrain(
     words_per_clip: int = 1,
     pre_norm: bool = True,
 ) -> tuple[Any, Any]:
-    """Train a small wav2vec 2.0 to name the phoneme in each frame; returns it with its feature extractor.
+    """Train a small wav2vec 2.0 to name the phoneme in each frame; return it with its feature extractor.
 
     Args:
         output_dir: Folder for `Trainer`.
@@ -176,22 +167,21 @@ def pretrain(
     set_seed(seed)
     model = Wav2Vec2ForAudioFrameClassification(config)
     feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
-    labels = [
-        phoneme_labels(speech, phonemes, int(model.wav2vec2._get_feat_extract_output_lengths(len(speech.waveform))))
-        for speech in spoken
+    clips = [
+        {"audio": one.waveform, "labels": phoneme_labels(one, phonemes, num_frames(model, len(one.waveform)))}
+        for one in spoken
     ]
     size = sum(parameter.numel() for parameter in model.wav2vec2.parameters())
     print(f"A small wav2vec 2.0: {config.num_hidden_layers} layers, {size:,} parameters, random so far. Before it is")
     print(f"frozen, it learns to name the phonemes in {len(words)} other words ({len(spoken)} synthesised clips).")
     start = time.perf_counter()
-    clips = [{"audio": speech.waveform, "labels": label} for speech, label in zip(spoken, labels, strict=True)]
-    fit(model, feature_extractor, clips, output_dir, learning_rate=1e-3, steps=steps, batch_size=32, seed=seed)
+    train_model(model, feature_extractor, clips, output_dir, learning_rate=1e-3, steps=steps, batch_size=32, seed=seed)
     print(f"Pre-trained for {time.perf_counter() - start:.0f} s.")
     return model.wav2vec2, feature_extractor
 
 
 def phoneme_labels(speech: Speech, phonemes: list[str], num_frames: int) -> np.ndarray:
-    """The number of the phoneme in each frame."""
+    """Return the number of the phoneme in each frame."""
     starts = [start_s for start_s, _ in speech.phonemes]
     sounding = np.searchsorted(starts, (np.arange(num_frames) + 0.5) * FRAME_S, side="right") - 1
     return np.array([phonemes.index(speech.phonemes[index][1] if index >= 0 else "") for index in sounding])

@@ -1,51 +1,43 @@
 """The corpora of the ELP paper, read from the folders in which they are published.
 
-Each reader takes the folder that you downloaded and returns a data set with the columns it names. The entries of
-`audio` are for `peft_elp.speech.audio.decode`, every other column is text. Nothing is decoded yet: check the recordings next,
+Each reader takes the folder that you downloaded and returns a data set with the columns it names. Entries of `audio`
+are for `peft_elp.speech.audio.decode`, every other column is text. Nothing is decoded yet: check the recordings next,
 with `peft_elp.speech.data.check_audio`. If a folder lacks what a reader looks for, a `ValueError` says what that is.
-"""
 
-from __future__ import annotations
+    from corpora import voxceleb1
+    from peft_elp.speech.data import write_table
+
+    for split in ("train", "test"):
+        write_table(voxceleb1("VoxCeleb1", split), f"voices/{split}.csv")
+"""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .speech.data import from_rows, read_table
+from datasets import Dataset
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+from peft_elp.speech.data import from_rows, read_table
 
-FOUR_EMOTIONS = MappingProxyType({"ang": "ang", "hap": "hap", "exc": "hap", "neu": "neu", "sad": "sad"})
+FOUR_EMOTIONS = {"ang": "ang", "hap": "hap", "exc": "hap", "neu": "neu", "sad": "sad"}
 
 
 def librispeech(root: str | Path, split: str) -> Dataset:
-    """LibriSpeech, [openslr.org/12](https://www.openslr.org/12), for speech recognition.
+    """Read LibriSpeech, [openslr.org/12](https://www.openslr.org/12), for speech recognition.
 
     Layout: `<root>/<split>/<speaker>/<chapter>/<utterance>.flac` beside `<speaker>-<chapter>.trans.txt`, which has a
-    line for each utterance: its name and its text. `root` is the folder `LibriSpeech` of the archives.
-
-    Args:
-        root: The folder that holds the splits.
-        split: A split such as "train-clean-100", "dev-clean" or "test-other".
+    line for each utterance: its name and its text. `root` is the folder `LibriSpeech` of the archives, and a split is
+    "train-clean-100", "dev-clean" or "test-other", for example.
 
     Returns:
         Columns audio, text (upper case), speaker, chapter, utterance.
-
-    Raises:
-        ValueError: There are no transcriptions, or a recording has none.
-
-    Examples:
-        >>> librispeech("LibriSpeech", "dev-clean").column_names  # doctest: +SKIP
-        ['audio', 'text', 'speaker', 'chapter', 'utterance']
     """
-    return _transcribed([Path(root, split)])
+    return transcribed([Path(root, split)])
 
 
 def librilight(root: str | Path, split: str = "10h") -> Dataset:
-    """Libri-light's limited-resource training sets, [Kahn et al. 2020](https://arxiv.org/abs/1912.07875).
+    """Read Libri-light's limited-resource training sets, [Kahn et al. 2020](https://arxiv.org/abs/1912.07875).
 
     Layout: `<root>/1h/{0..5}/{clean,other}/...` and `<root>/9h/{clean,other}/...`, and so on as in LibriSpeech. `root`
     is the folder `librispeech_finetuning` of the
@@ -57,26 +49,19 @@ def librilight(root: str | Path, split: str = "10h") -> Dataset:
         split: "10h" is `1h` and `9h` together, "1h" its six parts of 10 minutes, "10min" the first of them.
 
     Returns:
-        Columns audio, text (upper case), speaker, chapter, utterance.
-
-    Raises:
-        ValueError: There is no such split, a part of it is missing, or a recording has no transcription.
-
-    Examples:
-        >>> len(librilight("librispeech_finetuning", "10min"))  # doctest: +SKIP
-        80
+        Columns as of `librispeech`.
     """
     parts = {"10h": ("1h", "9h"), "1h": ("1h",), "10min": ("1h/0",)}
     if split not in parts:
-        raise ValueError(f"Libri-light's limited sets have the splits {', '.join(parts)}, got {split!r}.")
-    return _transcribed([Path(root, part) for part in parts[split]])
+        raise ValueError(f"split must be one of {', '.join(parts)}, got {split!r}.")
+    return transcribed([Path(root, part) for part in parts[split]])
 
 
 def voxceleb1(root: str | Path, split: str, protocol: str = "verification") -> Dataset:
-    """VoxCeleb1, [robots.ox.ac.uk/~vgg/data/voxceleb](https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html).
+    """Read VoxCeleb1, [robots.ox.ac.uk/~vgg/data/voxceleb](https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html).
 
-    Layout: `<root>/wav/<speaker>/<video>/<segment>.wav`, with vox1_dev_wav and vox1_test_wav unpacked into the
-    one folder `wav`, and the lists `<root>/veri_test.txt` or `<root>/iden_split.txt`. The trials are read by
+    Layout: `<root>/wav/<speaker>/<video>/<segment>.wav`, with vox1_dev_wav and vox1_test_wav unpacked into the one
+    folder `wav`, and the lists `<root>/veri_test.txt` or `<root>/iden_split.txt`. Read the trials with
     `peft_elp.speech.data.read_trials(f"{root}/veri_test.txt", f"{root}/wav")`.
 
     Args:
@@ -87,37 +72,31 @@ def voxceleb1(root: str | Path, split: str, protocol: str = "verification") -> D
 
     Returns:
         Columns audio, speaker, video.
-
-    Raises:
-        ValueError: The list or the recordings are missing, or there is no such split or protocol.
-
-    Examples:
-        >>> voxceleb1("VoxCeleb1", "test").column_names  # doctest: +SKIP
-        ['audio', 'speaker', 'video']
     """
     splits = {"verification": ("train", "test"), "identification": ("train", "validation", "test")}
     if split not in splits.get(protocol, ()):
         raise ValueError(f"VoxCeleb1 has no split {split!r} for {protocol!r}. Its protocols and splits are {splits}.")
     wav = Path(root, "wav")
     listed = Path(root, "veri_test.txt" if protocol == "verification" else "iden_split.txt")
-    lines = [line.split() for line in _there([listed] if listed.is_file() else [], listed)[0].read_text().splitlines()]
+    there([listed] if listed.is_file() else [], listed)
+    lines = [line.split() for line in listed.read_text().splitlines() if line.strip()]
     if protocol == "identification":
         number = str(splits[protocol].index(split) + 1)
-        files = [wav / line[1] for line in lines if line and line[0] == number]
+        files = [wav / file for kind, file in lines if kind == number]
     else:
-        test_speakers = {file.split("/")[0] for _, *pair in filter(None, lines) for file in pair}
+        test_speakers = {file.split("/")[0] for _, *pair in lines for file in pair}
         files = [path for path in wav.glob("*/*/*.wav") if (path.parts[-3] in test_speakers) == (split == "test")]
     rows = [{"audio": path, "speaker": path.parts[-3], "video": path.parts[-2]} for path in sorted(files)]
-    return from_rows(_there(rows, wav / f"<speaker>/<video>/<segment>.wav of the split {split!r}"))
+    return from_rows(there(rows, wav / f"<speaker>/<video>/<segment>.wav of the split {split!r}"))
 
 
 def iemocap(root: str | Path, labels: Mapping[str, str] = FOUR_EMOTIONS) -> Dataset:
-    """IEMOCAP, [sail.usc.edu/iemocap](https://sail.usc.edu/iemocap/), for emotion recognition.
+    """Read IEMOCAP, [sail.usc.edu/iemocap](https://sail.usc.edu/iemocap/), for emotion recognition.
 
     Layout: `<root>/Session{1..5}/sentences/wav/<dialog>/<utterance>.wav`, with the label that most raters chose in
     `<root>/Session{1..5}/dialog/EmoEvaluation/<dialog>.txt`: lines `[start - end]`, utterance, label and `[valence,
-    activation, dominance]`, separated by tabs. There is no split: `peft_elp.speech.data.leave_one_group_out` makes folds by
-    session or by speaker.
+    activation, dominance]`, separated by tabs. There is no split: make folds by session or by speaker with
+    `peft_elp.speech.data.leave_one_group_out`.
 
     Args:
         root: The folder that holds the sessions, `IEMOCAP_full_release`.
@@ -127,18 +106,11 @@ def iemocap(root: str | Path, labels: Mapping[str, str] = FOUR_EMOTIONS) -> Data
 
     Returns:
         Columns audio, label, session ("Session1"), speaker ("Ses01F"), utterance.
-
-    Raises:
-        ValueError: There are no label files, a line is broken, or a class has no utterance.
-
-    Examples:
-        >>> sorted(set(iemocap("IEMOCAP_full_release")["label"]))  # doctest: +SKIP
-        ['ang', 'hap', 'neu', 'sad']
     """
     rows, heard = [], set()
     # The release also has hidden copies of these files, which macOS made.
     files = sorted(path for path in Path(root).glob("Session*/dialog/EmoEvaluation/*.txt") if path.name[0] != ".")
-    for file in _there(files, Path(root, "Session1/dialog/EmoEvaluation/<dialog>.txt")):
+    for file in there(files, Path(root, "Session1/dialog/EmoEvaluation/<dialog>.txt")):
         for line in file.read_text(encoding="utf-8").splitlines():
             if not line.startswith("["):
                 continue  # the header, or the choice of a single rater
@@ -160,35 +132,26 @@ def iemocap(root: str | Path, labels: Mapping[str, str] = FOUR_EMOTIONS) -> Data
 
 
 def fluent_speech_commands(root: str | Path, split: str) -> Dataset:
-    """Fluent Speech Commands, [Lugosch et al. 2019](https://arxiv.org/abs/1904.03670), for intent classification.
+    """Read Fluent Speech Commands, [Lugosch et al. 2019](https://arxiv.org/abs/1904.03670), for intent classification.
 
     Layout: `<root>/data/{train,valid,test}_data.csv` with columns path, speakerId, transcription, action, object and
-    location; a path, `wavs/speakers/<speaker>/<recording>.wav`, counts from `root`.
-
-    Args:
-        root: The folder that holds `data` and `wavs`.
-        split: "train", "validation" (or "valid") or "test".
+    location; a path, `wavs/speakers/<speaker>/<recording>.wav`, counts from `root`. The splits are "train",
+    "validation" (or "valid") and "test".
 
     Returns:
         Columns audio, text, speaker, action, object, location, and label. The label is the intent: action, object and
         location joined, such as "activate, lights, kitchen".
-
-    Raises:
-        ValueError: There is no table of that split, or it lacks a column.
-
-    Examples:
-        >>> fluent_speech_commands("fluent_speech_commands_dataset", "test")[0]["label"]  # doctest: +SKIP
-        'activate, lights, kitchen'
     """
     table = Path(root, "data", f"{'valid' if split == 'validation' else split}_data.csv")
-    rows = read_table(_there([table] if table.is_file() else [], table)[0])
-    names = {"path": "audio", "transcription": "text", "speakerId": "speaker"}
+    there([table] if table.is_file() else [], table)
+    rows = read_table(table)
     slots = ("action", "object", "location")
-    if absent := {*names, *slots} - set(rows[0] if rows else ()):
+    if absent := {"path", "transcription", "speakerId", *slots} - set(rows[0] if rows else ()):
         raise ValueError(f"{table} has no column {', '.join(sorted(absent))}.")
     return from_rows(
         [
-            {**{new: row[old] for old, new in names.items()}, **{slot: row[slot] for slot in slots}}
+            {"audio": row["path"], "text": row["transcription"], "speaker": row["speakerId"]}
+            | {slot: row[slot] for slot in slots}
             | {"label": ", ".join(row[slot] for slot in slots)}
             for row in rows
         ],
@@ -196,12 +159,12 @@ def fluent_speech_commands(root: str | Path, split: str) -> Dataset:
     )
 
 
-def _transcribed(folders: list[Path]) -> Dataset:
-    """The utterances that LibriSpeech's `*.trans.txt` files list in the folders."""
+def transcribed(folders: list[Path]) -> Dataset:
+    """Read the utterances that LibriSpeech's `*.trans.txt` files list in the folders."""
     rows = []
     for folder in folders:
         recordings = set(folder.rglob("*.flac"))
-        for file in _there(sorted(folder.rglob("*.trans.txt")), folder / "<speaker>/<chapter>/<...>.trans.txt"):
+        for file in there(sorted(folder.rglob("*.trans.txt")), folder / "<speaker>/<chapter>/<...>.trans.txt"):
             for line in file.read_text(encoding="utf-8").splitlines():
                 utterance, _, text = line.partition(" ")
                 if not text.strip():
@@ -216,7 +179,8 @@ def _transcribed(folders: list[Path]) -> Dataset:
     return from_rows(rows)
 
 
-def _there(found: list[Any], looked_for: Path) -> list[Any]:
+def there(found: list[Any], looked_for: Path) -> list[Any]:
+    """Return what was found, or raise an error if that is nothing."""
     if not found:
         raise ValueError(f"There is no {looked_for}. Pass the root folder that the reader's docstring describes.")
     return found
