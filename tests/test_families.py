@@ -35,8 +35,7 @@ CANNOT_MIX = {
 }
 # What does not hold yet; each is mended by a refusal or by the right answer.
 OPEN = {
-    ("averaged", "voxtral-bare"),
-    *(("shared", name) for name in ("granite_speech_plus", "nemotron3_5_transcribe", "nemotron3_diarization-chunks")),
+    *(("shared", name) for name in ("nemotron3_5_transcribe", "nemotron3_diarization-chunks")),  # refused
 }
 # Their convolutions let padding in, with or without adapters: pseudo features of different number move each other.
 SENSITIVE = {"data2vec-audio", "seamless_m4t_v2", "wav2vec2-conformer", "wav2vec2-conformer-frames"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_elp.adapters import LAdapter
 
 from .context import CallVariable
-from .outputs import another
+from .outputs import another, hidden_states_of
 
 
 @dataclass
@@ -30,8 +30,8 @@ class SharedPass:
             computed in an earlier call. The layers do not run then.
         ends: For each task, what replaces the encoder's output, once the layers have run.
         output: The output of the stack, if the sums of taps replace it. The stack is not called again then.
-        layer_outputs: The output of each layer apart from its hidden states, by the number of the layer. It is kept
-            for a stack that goes on after its layers, which is called again without them.
+        layer_outputs: The output of each layer, by the number of the layer, for a stack that goes on after its layers:
+            it is called again without them.
         entered: The modules that the call of each task has reached.
     """
 
@@ -58,13 +58,13 @@ class SharedPass:
         self.entered.append((self.task, module))
 
     def keep(self, layer: int, output: Any) -> None:
-        """Keep the output of a layer, apart from its hidden states."""
-        self.layer_outputs[layer] = None if isinstance(output, Tensor) else another(output, None)
+        """Keep the output of a layer. The stack may read it, or write into it, in each of its calls."""
+        self.layer_outputs[layer] = another(output, hidden_states_of(output).clone())
 
-    def replay(self, layer: int, x: Tensor) -> Any:
-        """Return the output that `keep` has kept, with hidden states `x`, which nothing reads."""
+    def replay(self, layer: int) -> Any:
+        """Return the output that `keep` has kept."""
         output = self.layer_outputs[layer]
-        return x if output is None else another(output, x)
+        return another(output, hidden_states_of(output).clone())
 
 
 # The argument of a model that holds cached features: for each tapped layer, under its number as a string, the hidden

@@ -131,7 +131,7 @@ class TappedLayer(ELPLayer):
             return self.base_layer(*args, **kwargs)
         args, kwargs = call.before_layer(args, kwargs)
         if call.shared is not None and call.shared.ends:
-            output = call.shared.replay(self.index, args[0] if args else kwargs["hidden_states"])
+            output = call.shared.replay(self.index)
         else:
             if self.index > call.last_run:
                 output = call.skipped(args[0] if args else kwargs["hidden_states"])

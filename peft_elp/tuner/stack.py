@@ -55,6 +55,7 @@ class ELPStack(ELPLayer):
         self.own_frames: set[str] = set()  # Adapters whose head averages over a recording's own frames.
         self.windows: dict[str, int] = {}  # Seconds by adapter name, if an adapter has a shorter window.
         self.patches = Patches()
+        self.loading_checks: list[Any] = []  # Of adapters that Transformers loads.
         self.layout = Patches()
         self.window = Window(base_layer, family.window)
         self.elp_l = nn.ModuleDict()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,13 +37,16 @@ def prepare_for_transformers(model: nn.Module, stack: ELPStack, config: ELPConfi
     kind: Any = type(model)
     config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     tensor = re.compile(rf"\.(elp_[a-z]+|modules_to_save)\.{re.escape(adapter_name)}\.")
-    names = dict(model.named_parameters())
-    own = frozenset(name for name in names if tensor.search(f".{name}"))
-    for parameter in names.values():
+    parameters = dict(model.named_parameters())
+    own = frozenset(name for name in parameters if tensor.search(f".{name}"))
+    for waiting in stack.loading_checks:
+        waiting.look(parameters)  # Before the marks are set anew.
+    for parameter in parameters.values():
         if not parameter.is_inference():
             # PyTorch counts the writes into a tensor in this private attribute. Inference tensors lack it.
             vars(parameter)[VERSION] = parameter._version
-    check = LoadingCheck(own, frozenset(names.keys() - own), config.inference_mode)
+    check = LoadingCheck(own, frozenset(parameters.keys() - own), set(own) if config.inference_mode else set())
+    stack.loading_checks.append(check)
     stack.patches.handles.append(model.register_forward_pre_hook(check))
     if _has_no_embeddings(model):
         # Saving asks for the embeddings where the vocabulary has changed, and most speech models raise.
@@ -70,15 +74,25 @@ class LoadingCheck:
 
     Args:
         own: The names of the adapter's parameters.
-        others: The names of all other parameters.
-        expected: Whether the adapter is for inference, so that its tensors have to be loaded.
+        others: The names of all other parameters that the model had when the adapter was placed.
+        missing: Those of the adapter's parameters that have not been loaded yet and have to be.
+        foreign: Those of the others that were overwritten.
         done: Whether the check was passed.
     """
 
     own: frozenset[str]
     others: frozenset[str]
-    expected: bool
+    missing: set[str]
+    foreign: set[str] = field(default_factory=set)
     done: bool = False
+
+    def look(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note what was written since the parameters were marked."""
+        held = {name: vars(parameters[name]) for name in parameters}
+        self.missing = {name for name in self.missing if held.get(name, {}).get(VERSION) == parameters[name]._version}
+        # Transformers puts a new, marked parameter where it loads a tensor.
+        replaced = [name for name in self.others if name in held and VERSION not in held[name]]
+        self.foreign |= {name for name in replaced if was_loaded(parameters[name])}
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Check the parameters at the first call.
@@ -88,27 +102,25 @@ class LoadingCheck:
         """
         if self.done or torch.compiler.is_compiling():
             return
-        parameters = {name: p for name, p in model.named_parameters() if name in self.own or name in self.others}
+        parameters = dict(model.named_parameters())
         if not parameters:  # A replica of DataParallel has none.
             return
-        own = {name: parameters[name] for name in self.own if name in parameters}
-        missing = [name for name, p in own.items() if self.expected and vars(p).get(VERSION) == p._version]
-        if missing:
+        self.missing = {name for name in self.missing if name in parameters}
+        self.look(parameters)
+        if self.missing:
             raise RuntimeError(
-                f"{len(missing)} tensors of an adapter that was added for inference were never loaded: "
-                f"{shortened(map(canonical, sorted(missing)), shown=2)}. Before 5.20, Transformers (here "
+                f"{len(self.missing)} tensors of an adapter that was added for inference were never loaded: "
+                f"{shortened(map(canonical, sorted(self.missing)), shown=2)}. Before 5.20, Transformers (here "
                 f"{transformers.__version__}) loads no adapter with a head; else the folder is incomplete. Load it "
                 "with PEFT, which says what is wrong: PeftModel.from_pretrained(base_model, folder)."
             )
+        own = {name: p for name, p in parameters.items() if name in self.own}
         broken = [name for name, p in own.items() if p.numel() and not p.is_meta and not p.isfinite().all()]
-        # Transformers puts a new, marked parameter where it loads a tensor.
-        others = {name: parameters[name] for name in self.others if name in parameters}
-        foreign = [name for name, p in others.items() if VERSION not in vars(p) and was_loaded(p)]
-        if broken or foreign:
+        if broken or self.foreign:
             what = "hold values that are not finite" if broken else "are not the adapter's and were overwritten"
             raise RuntimeError(
-                f"{len(broken or foreign)} tensors {what} when an adapter was loaded: "
-                f"{shortened(map(canonical, sorted(broken or foreign)), shown=2)}. Load the base model again. "
+                f"{len(broken or self.foreign)} tensors {what} when an adapter was loaded: "
+                f"{shortened(map(canonical, sorted(broken or self.foreign)), shown=2)}. Load the base model again. "
                 "PeftModel.from_pretrained(base_model, folder) refuses such a folder before it changes the model."
             )
         self.done = True
