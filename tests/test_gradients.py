@@ -38,7 +38,7 @@ def test_a_head_that_reads_past_the_l_adapter_is_told_so(alone):
         base.add_adapter(ELPConfig(**READER))
     encoder = base if alone else get_peft_model(base, ELPConfig(**READER))
     with pytest.raises(
-        RuntimeError, match=r"9 trained parameters got no .*elp_l.*does not depend on the encoder's last_hidden_state"
+        RuntimeError, match=r"15 trained parameters got no .*elp_l.*does not depend on the encoder's last_hidden_state"
     ) as error:
         check_gradients(after_a_step(Own(encoder, 1)))
     assert len(str(error.value)) < 450
