@@ -64,6 +64,13 @@ def test_l_adapter_is_its_formula(activation, input_norm):
     torch.testing.assert_close(adapter(layers), expected)
 
 
+def test_an_l_adapter_without_a_matrix_sums_the_normalised_layers():
+    adapter, layers = shaken(LAdapter(hidden_size=6, num_taps=2, tap_size=0)), hidden_states(2) * 3 + 1
+    layer_weights = adapter.layer_weights.exp() / adapter.layer_weights.exp().sum()
+    torch.testing.assert_close(adapter(layers), torch.einsum("lbtd,l->btd", normed(layers), layer_weights))
+    assert [name for name, _ in adapter.named_parameters()] == ["layer_weights"]
+
+
 def test_a_tap_alone_has_no_layer_weight():
     tap, x = l_adapter().taps[0], hidden_states()
     torch.testing.assert_close(tap(x), tap(x, torch.tensor(0.5)) * 2)
@@ -232,7 +239,7 @@ def test_pseudo_features_join_each_utterance_and_leave_again(position, dtype):
     [
         (lambda: EAdapter(8, bottleneck_size=0), "^bottleneck_size must be at least 1, got 0.$"),
         (lambda: LAdapter(8, num_taps=0), "^num_taps must be at least 1, got 0.$"),
-        (lambda: LAdapter(8, num_taps=2, tap_size=-1), "^tap_size must be at least 1, got -1.$"),
+        (lambda: LAdapter(8, num_taps=2, tap_size=-1), "^tap_size must be at least 0, got -1.$"),
         (lambda: LAdapter(8, num_taps=2, output="sum"), "^output must be one of 'taps', .*, got 'sum'.$"),
         (lambda: PAdapter(8, length=0), "^length must be at least 1, got 0.$"),
         (lambda: PAdapter(8, position="middle"), "^position must be one of 'append', 'prepend', got 'middle'.$"),

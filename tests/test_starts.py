@@ -15,6 +15,7 @@ from transformers import AutoModelForAudioClassification, AutoModelForCTC
 from peft_elp import ELPConfig
 from peft_elp.adapters import EAdapter, PAdapter
 
+load = AutoModelForCTC.from_pretrained
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -34,7 +35,7 @@ def checkpoint(tmp_path):
 
 
 def test_a_head_from_the_checkpoint_keeps_its_first_layer(checkpoint):
-    base = AutoModelForCTC.from_pretrained(checkpoint).eval()
+    base = load(checkpoint).eval()
     waveform, mask = waveforms()
     with torch.no_grad():
         before = base(waveform, attention_mask=mask).logits
@@ -44,33 +45,29 @@ def test_a_head_from_the_checkpoint_keeps_its_first_layer(checkpoint):
         torch.testing.assert_close(model(waveform, attention_mask=mask).logits, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_it_does_so_in_another_dtype(checkpoint, dtype):
-    assert l_output(AutoModelForCTC.from_pretrained(checkpoint, dtype=dtype)) == "residual"
-    assert l_output(AutoModelForCTC.from_pretrained(checkpoint).to(dtype)) == "residual"
+BASES = {
+    "in float16": lambda checkpoint: load(checkpoint, dtype=torch.float16),
+    "cast to float64": lambda checkpoint: load(checkpoint).to(torch.float64),
+    "copied, so that nothing tells what was loaded": lambda checkpoint: copy.deepcopy(load(checkpoint)),
+}
 
 
-def test_it_does_so_in_a_copy_in_which_nothing_tells_what_was_loaded(checkpoint):
-    assert l_output(copy.deepcopy(AutoModelForCTC.from_pretrained(checkpoint))) == "residual"
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_it_does_so_in_a_model(base, checkpoint):
+    assert l_output(base(checkpoint)) == "residual"
 
 
 def test_it_does_so_for_a_second_adapter(checkpoint):
-    model = get_peft_model(AutoModelForCTC.from_pretrained(checkpoint), ELPConfig(adapters="E", **ELP))
+    model = get_peft_model(load(checkpoint), ELPConfig(adapters="E", **ELP))
     model.add_adapter("second", ELPConfig(adapters="L", **ELP))
     assert model.peft_config["second"].l_output == "residual"
 
 
-def test_a_head_that_the_checkpoint_lacks_is_re_made_for_the_taps(checkpoint):
-    assert l_output(AutoModelForAudioClassification.from_pretrained(checkpoint)) == "head"
-    assert l_output(AutoModelForCTC.from_pretrained(checkpoint, vocab_size=5, ignore_mismatched_sizes=True)) == "head"
-
-
-def test_a_head_that_the_adapter_brings_is_re_made_for_the_taps(checkpoint):
-    assert l_output(AutoModelForCTC.from_pretrained(checkpoint), head_config={"vocab_size": 5}) == "head"
-
-
-def test_a_head_from_the_checkpoint_is_re_made_where_that_is_asked_for(checkpoint):
-    assert l_output(AutoModelForCTC.from_pretrained(checkpoint), l_output="head") == "head"
+def test_a_head_that_is_new_or_meant_to_be_is_replaced(checkpoint):
+    assert l_output(AutoModelForAudioClassification.from_pretrained(checkpoint)) == "head"  # not in the checkpoint
+    assert l_output(load(checkpoint, vocab_size=5, ignore_mismatched_sizes=True)) == "head"
+    assert l_output(load(checkpoint), head_config={"vocab_size": 5}) == "head"  # the adapter brings it
+    assert l_output(load(checkpoint), l_output="head") == "head"
 
 
 @pytest.mark.parametrize("stable", [False, True])
