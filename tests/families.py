@@ -96,8 +96,21 @@ WHOLE = {
     "sew-odd": Family("SEWForCTC", WAVE | {"squeeze_factor": 3}, wave(), options={"p_length": 3}),
     "sew-d": Family("SEWDForCTC", WAVE | {"squeeze_factor": 2}, wave(), options={"p_length": 4}),
     "whisper": Family("WhisperForConditionalGeneration", WHISPER, decoded(MEL)),
-    "whisper-classification": Family(
-        "WhisperForAudioClassification", WHISPER | {"num_labels": 3, "classifier_proj_size": 12}, MEL
+    "whisper-classification": Family(  # its mask tells which frames the head averages over
+        "WhisperForAudioClassification",
+        WHISPER | {"num_labels": 3, "classifier_proj_size": 12},
+        MEL | {"attention_mask": (torch.arange(40) < torch.tensor([40, 24])[:, None]).long()},
+    ),
+    "omniasr": Family(
+        "OmniASRForCTC",
+        {
+            "vocab_size": 9,
+            "audio_config": WIDTH
+            | {name: value for name, value in CONVOLUTIONS.items() if name.startswith(("conv_", "num_conv"))}
+            | {"hidden_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0},
+        },
+        {"input_values": SPEECH["input_values"][:, None], "padding_mask": SPEECH["attention_mask"]},
+        since="5.24",
     ),
     "speech_to_text": Family(
         "Speech2TextForConditionalGeneration",

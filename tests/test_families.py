@@ -196,6 +196,8 @@ def test_an_utterance_alone_is_as_in_a_padded_batch_where_the_backbone_has_it_so
     family = FAMILIES[name]
     if position == "prepend" and ("P" not in family.adapters or find_encoder(family.plain()).family.front_end_inside):
         pytest.skip("refused")
+    if find_encoder(family.plain()).family.window:
+        pytest.skip("a fixed window: see test_own_frames.py")
     padded = family.inputs["attention_mask"]
     length = int(padded[1].sum())
     cut = {k: v[1:2, :length] if v.shape[1:2] == padded.shape[1:] else v[1:2] for k, v in family.inputs.items()}
@@ -383,9 +385,8 @@ def test_every_row_of_the_table_is_tested():
     )
 
 
-def test_the_pinned_transformers_has_every_family():
+def test_the_pinned_or_the_newest_transformers_has_every_family():
     constraints = (Path(__file__).parent.parent / "constraints.txt").read_text()
-    pinned = max(
-        Version(version) for version in re.findall(r"^transformers==([\d.]+)", constraints, flags=re.MULTILINE)
-    )
-    assert [name for name, family in FAMILIES.items() if Version(family.since) > pinned] == []
+    pinned = re.findall(r"^transformers==([\d.]+)", constraints, flags=re.MULTILINE)
+    newest = max(map(Version, [*pinned, "5.24"]))  # `make test-newest` installs 5.24 or a later one.
+    assert [name for name, family in FAMILIES.items() if Version(family.since) > newest] == []
