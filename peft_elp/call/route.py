@@ -42,10 +42,6 @@ class Route:
     def check(self, x: Tensor, axes: int) -> int:
         """Compare the size of a batch with the number of names.
 
-        Args:
-            x: The batch.
-            axes: The least number of axes that a batch has at this point.
-
         Returns:
             How often each utterance is repeated in the batch.
 
@@ -64,11 +60,6 @@ class Route:
 
     def indices(self, name: str, x: Tensor, axes: int = 3) -> Tensor:
         """Return the indices of the utterances that use an adapter.
-
-        Args:
-            name: The adapter's name.
-            x: The batch.
-            axes: The least number of axes that a batch has at this point.
 
         Raises:
             ValueError: The size of the batch is not the number of names.

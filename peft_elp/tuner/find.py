@@ -86,10 +86,6 @@ def find_encoder(model: nn.Module, target: str | None = None) -> Encoder:
 def encoder_of(model: nn.Module, stack: nn.Module) -> Encoder:
     """Return the encoder with a given stack, however many encoders of the same class the model contains.
 
-    Args:
-        model: The whole model.
-        stack: The encoder stack, with or without ELP's wrapper.
-
     Raises:
         ValueError: The stack is not a part of the model, or not an encoder stack that ELP knows.
     """

@@ -70,11 +70,6 @@ def remade_modules(model: nn.Module, paths: Iterable[str], settings: dict[str, A
 
     They are taken from a second model of the same class, no tensor of which is allocated.
 
-    Args:
-        model: The model.
-        paths: The paths of the modules to look at.
-        settings: The settings of the adapter's head.
-
     Returns:
         The new modules by path.
     """

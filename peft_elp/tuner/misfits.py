@@ -16,11 +16,6 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # an ada
 def find_misfits(expected: Mapping[str, Tensor], given: Mapping[str, SavedTensor], shapes: bool = True) -> str:
     """Say how saved tensors differ from those of an adapter.
 
-    Args:
-        expected: The tensors of the adapter, maybe without values.
-        given: The saved tensors, by the same kind of names.
-        shapes: Whether to compare shapes.
-
     Returns:
         The differences in words; empty if there are none.
     """

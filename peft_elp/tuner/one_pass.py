@@ -66,9 +66,6 @@ def run_tasks(tasks: Mapping[str, Task]) -> dict[str, Any]:
     The convolutions over the waveform run once. The tasks that leave the encoder layers alone share one pass through
     them; each other task has its own.
 
-    Args:
-        tasks: The tasks by name.
-
     Returns:
         The output of each task.
 
@@ -137,10 +134,6 @@ def refuse_reports(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
 def refuse_idle_labels(names: Iterable[str], labels: Mapping[str, Any] | None) -> None:
     """Refuse labels of tasks that are not run.
-
-    Args:
-        names: The tasks that are run.
-        labels: Labels by task.
 
     Raises:
         ValueError: There are labels of another task.

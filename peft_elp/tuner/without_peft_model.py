@@ -23,14 +23,7 @@ VERSION = "_elp_version"  # Attribute of a parameter: how often it had been writ
 
 
 def prepare_for_transformers(model: nn.Module, stack: ELPStack, config: ELPConfig, adapter_name: str) -> None:
-    """Prepare a model with a new adapter for Transformers' own methods.
-
-    Args:
-        model: The model.
-        stack: The tuner layer around its encoder stack.
-        config: The configuration of the adapter.
-        adapter_name: Its name.
-    """
+    """Prepare a model with a new adapter for Transformers' own methods."""
     for module in model.modules():
         if isinstance(module, Wrapper):
             module.keep_names()
