@@ -131,7 +131,6 @@ def test_trainer_in_two_processes_saves_the_adapter_of_one(found, folder, tmp_pa
             torch.testing.assert_close(saved[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_deepspeed_gives_the_same_losses_and_the_same_file(tmp_path):
     started("torch.distributed.run --standalone --nproc_per_node 2", "zero.py", tmp_path)

@@ -5,24 +5,18 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from backbones import ELP, build, result, shaken, waveforms
-from peft import PeftModel, get_peft_model
+from backbones import adapted as with_adapter
+from backbones import answer, build, result, waveforms
+from peft import PeftModel
 from torch import nn
 
-from peft_elp import ELPConfig
 from peft_elp.tuner.stack import ELPStack
 
 ADAPTERS = ("E", "L", "P", "ELP")
 
 
 def adapted(base, adapters):
-    return shaken(get_peft_model(base, ELPConfig(**ELP, adapters=adapters))).eval()
-
-
-def logits(model):
-    waveform, mask = waveforms()
-    with torch.no_grad():
-        return result(model(waveform, attention_mask=mask))
+    return with_adapter(base, adapters=adapters)
 
 
 def replica(model):
@@ -94,8 +88,8 @@ def test_a_base_whose_weights_are_kept_elsewhere_takes_adapters(where, adapters,
     placed = adapted(base(), adapters)
     assert not any(p.is_meta for p in placed.parameters() if p.requires_grad)
     for model in (placed, PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()):
-        assert torch.equal(logits(model), logits(trained))
-        assert torch.equal(logits(model.unload()), logits(build("hubert", "ForSequenceClassification")))
+        assert torch.equal(answer(model), answer(trained))
+        assert torch.equal(answer(model.unload()), answer(build("hubert", "ForSequenceClassification")))
 
 
 def of_torch(model):
@@ -120,6 +114,6 @@ def test_a_model_that_is_quantised_for_the_cpu_answers_as_before(adapters, quant
     assert (
         sum(isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter for module in small.modules()) == 0
     )
-    scale = logits(model).abs().max()
-    torch.testing.assert_close(logits(small) / scale, logits(model) / scale, rtol=0, atol=0.05)
-    assert not torch.equal(logits(small), logits(model))
+    scale = answer(model).abs().max()
+    torch.testing.assert_close(answer(small) / scale, answer(model) / scale, rtol=0, atol=0.05)
+    assert not torch.equal(answer(small), answer(model))

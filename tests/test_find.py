@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-import torch
-from backbones import ELP, build, waveforms
+from backbones import ELP, build
 from peft import get_peft_model
 from torch import nn
 
@@ -46,14 +45,3 @@ def test_a_stack_tells_which_of_two_encoders_of_one_class_is_meant():
         assert all(type(layer).__name__ == "WavLMEncoderLayer" for layer in found.layers)
     with pytest.raises(ValueError, match="WavLMEncoder is not an encoder stack of this Twins"):
         encoder_of(Twins(), plain)
-
-
-def test_tasks_share_a_pass_through_the_encoder_that_target_chose():
-    model: Any = get_peft_model(Twins(), ELPConfig(target="right.encoder", **L)).eval()
-    model.add_adapter("other", ELPConfig(target="right.encoder", **L))
-    waveform, _ = waveforms((900,))
-    with torch.no_grad():
-        together = model.base_model.forward_all(["default", "other"], waveform)
-        for name, output in together.items():
-            model.set_adapter(name)
-            torch.testing.assert_close(output, model(waveform))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers as t
-from backbones import ELP, build, shaken
-from families import CONVOLUTIONS, FAMILIES, STILL, WHISPER
+from backbones import ELP, build, shaken, trained, with_adapters
+from families import FAMILIES, OF_WHISPER, SPEECH_T5, WHISPER
 from family import Around, features, wave
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
@@ -26,14 +26,7 @@ SMALL_TEXT = {
 def audio_language_model():
     torch.manual_seed(0)
     config = t.Qwen2AudioConfig(
-        audio_config={
-            "d_model": 16,
-            "encoder_layers": 2,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 24,
-            "num_mel_bins": 8,
-            "max_source_positions": 20,
-        },
+        audio_config=OF_WHISPER | {"encoder_layers": 2, "num_mel_bins": 8, "max_source_positions": 20},
         text_config=SMALL_TEXT | {"model_type": "qwen2"},
         audio_token_index=39,
     )
@@ -96,7 +89,7 @@ def test_the_speech_tower_of_an_encoder_decoder_is_adapted_and_the_decoder_left_
 def test_a_bare_model_has_no_head_and_its_decoder_or_language_model_stays_frozen(make):
     model = get_peft_model(make(), ELPConfig(**ELP))
     assert model.peft_config["default"].modules_to_save == []
-    assert all(".elp_" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert all(".elp_" in name for name in trained(model))
 
 
 @pytest.mark.parametrize(
@@ -111,32 +104,26 @@ def test_a_bare_model_has_no_head_and_its_decoder_or_language_model_stays_frozen
 def test_a_head_of_more_than_a_third_of_the_model_is_remarked(make, head):
     with pytest.warns(UserWarning, match=r"trains and saves [\d,]+ of the [\d,]+ parameters of \w+ .\d+%. beside"):
         model = get_peft_model(make(), ELPConfig(modules_to_save=head, **ELP))
-    assert any("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert any("modules_to_save" in name for name in trained(model))
 
 
 @pytest.mark.skipif(not FAMILIES["qwen3_asr"].available, reason="new in Transformers 5.13")
 def test_the_head_on_an_audio_language_model_is_trained_without_the_language_model():
-    audio = {
-        "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8,
-        "output_dim": 16, "downsample_hidden_size": 4,
-    }  # fmt: skip
+    audio = OF_WHISPER | {"num_mel_bins": 8, "output_dim": 16, "downsample_hidden_size": 4}
     config = t.Qwen3ASRConfig(audio_config=audio, text_config=SMALL_TEXT, num_labels=3)
     model = get_peft_model(t.Qwen3ASRForTokenClassification(config), ELPConfig(adapters="EL", e_dim=8, l_dim=10))
     assert model.peft_config["default"].modules_to_save == ["score"]
 
 
-SPEECH_T5 = {
-    "hidden_size": 16, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_layers": 1,
-    "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 12, "speech_decoder_prenet_units": 8,
-    "speech_decoder_postnet_units": 8, "speech_decoder_postnet_layers": 2, "num_mel_bins": 8,
+SPEAKING = SPEECH_T5 | {
+    "speech_decoder_prenet_units": 8, "speech_decoder_postnet_units": 8, "speech_decoder_postnet_layers": 2,
+    "num_mel_bins": 8,
 }  # fmt: skip
 
 
 def test_a_speech_to_speech_model_keeps_its_decoder_and_hears_speaker_embeddings():
     torch.manual_seed(0)
-    still = {key: value for key, value in STILL.items() if key != "layerdrop"}
-    options = SPEECH_T5 | CONVOLUTIONS | still | {"encoder_layerdrop": 0.0, "positional_dropout": 0.0}
-    base = t.SpeechT5ForSpeechToSpeech(t.SpeechT5Config(**options, speaker_embedding_dim=6)).eval()
+    base = t.SpeechT5ForSpeechToSpeech(t.SpeechT5Config(**SPEAKING, speaker_embedding_dim=6)).eval()
     inputs = wave() | {"decoder_input_values": torch.randn(2, 4, 8)}
     voices = torch.zeros(2, 6), torch.randn(2, 6)
 
@@ -167,9 +154,8 @@ class TwoTowers(nn.Module):
 @pytest.mark.parametrize("target", ["right.encoder", "HubertEncoder"])
 def test_one_of_two_towers_is_named(target):
     model = get_peft_model(TwoTowers(), ELPConfig(target=target, modules_to_save=[], **ELP))
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained
-    assert all(".right.encoder." in name for name in trained)
+    assert trained(model)
+    assert all(".right.encoder." in name for name in trained(model))
     with pytest.raises(ValueError, match=r"several speech encoders: .*ELPConfig\(target="):
         get_peft_model(TwoTowers(), ELPConfig(**ELP))
 
@@ -178,11 +164,9 @@ def test_each_of_two_towers_gets_an_adapter_of_its_own():
     base = TwoTowers()
     base.left.feature_extractor._requires_grad = False
     modules = [(name, type(module)) for name, module in base.named_modules()]
-    model = get_peft_model(base, ELPConfig(target="left.encoder", **ELP))
-    assert model.peft_config["default"].modules_to_save == []
-    model.add_adapter("other", ELPConfig(target="right.encoder", **ELP))
-    model.set_adapter("other")
-    assert all(".right." in name for name, p in model.named_parameters() if p.requires_grad)
+    model = with_adapters(base, left={"target": "left.encoder"}, right={"target": "right.encoder"})
+    assert model.peft_config["left"].modules_to_save == []
+    assert all(".right." in name for name in trained(model))
     unloaded = model.unload()
     assert [(name, type(module)) for name, module in unloaded.named_modules()] == modules
     assert not unloaded.left.feature_extractor._requires_grad
@@ -318,9 +302,7 @@ def test_a_description_that_does_not_fit_is_named(monkeypatch):
     ("make", "message"),
     [
         (
-            lambda: t.SpeechT5ForTextToSpeech(
-                t.SpeechT5Config(**SPEECH_T5)
-            ),
+            lambda: t.SpeechT5ForTextToSpeech(t.SpeechT5Config(**SPEAKING)),
             "this SpeechT5 reads text",
         ),
         (lambda: t.WhisperForCausalLM(t.WhisperConfig(**WHISPER)), "it is the decoder of Whisper without the encoder"),

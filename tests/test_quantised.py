@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from backbones import ELP, build, result, shaken, waveforms
+from backbones import ELP, build, result, shaken, trained, waveforms
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForAudioClassification, BitsAndBytesConfig
@@ -30,15 +30,7 @@ class Int8Linear(nn.Module):
 
 
 def by_hand(model, dtype):
-    def convert(parent):
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child, dtype))
-            else:
-                convert(child)
-
-    convert(model.base_model)
-    return model
+    return each_linear(model, lambda linear: Int8Linear(linear, dtype))
 
 
 def torchao_int8(model, dtype):
@@ -49,38 +41,42 @@ def torchao_int8(model, dtype):
     return model
 
 
-def _bitsandbytes(model, make):
-    bnb = pytest.importorskip("bitsandbytes")
+def each_linear(model, make):
+    """The model with something else in place of each linear layer of its encoder."""
 
     def convert(parent):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
-                setattr(parent, name, make(bnb, child))
+                setattr(parent, name, make(child))
             else:
                 convert(child)
 
     convert(model.base_model)
-    return model.to("cpu")  # where bitsandbytes quantises
+    return model
 
 
 def bitsandbytes_8bit(model, dtype):
-    def make(bnb, linear):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def make(linear):
         new = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
         new.weight = bnb.nn.Int8Params(linear.weight.detach(), requires_grad=False, has_fp16_weights=False)
         new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return new
 
-    return _bitsandbytes(model, make)
+    return each_linear(model, make).to("cpu")  # where bitsandbytes quantises
 
 
 def bitsandbytes_4bit(model, dtype):
-    def make(bnb, linear):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def make(linear):
         new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=dtype, quant_type="nf4")
         new.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
         new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return new
 
-    return _bitsandbytes(model, make)
+    return each_linear(model, make).to("cpu")
 
 
 WAYS = [by_hand, torchao_int8, bitsandbytes_8bit, bitsandbytes_4bit]
@@ -130,7 +126,7 @@ quiet = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("way", WAYS)
 def test_adapters_on_a_quantised_backbone_are_float32_train_and_are_saved(way, head, dtype, tmp_path):
     model = get_peft_model(quantised(way, dtype, head), ELPConfig(**ELP))
-    own = {name for name, p in model.named_parameters() if p.requires_grad}
+    own = trained(model)
     assert own
     assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if ".elp_" in name)
     shaken(model)
@@ -154,7 +150,7 @@ def test_a_backbone_prepared_for_quantised_training_takes_adapters(way):
     base.is_loaded_in_8bit = True  # as Transformers marks it
     base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(base, ELPConfig(**ELP))
-    assert step(model, torch.float32) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert step(model, torch.float32) == trained(model)
 
 
 @quiet
@@ -172,7 +168,7 @@ def test_what_transformers_quantises_while_loading_takes_adapters(bits, tmp_path
         return prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
 
     model = get_peft_model(load(), ELPConfig(**ELP))
-    own = {name for name, p in model.named_parameters() if p.requires_grad}
+    own = trained(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert step(model, torch.float32) == own
     model.save_pretrained(tmp_path / "adapter")
@@ -200,7 +196,7 @@ def test_adapters_train_on_a_backbone_that_lora_was_merged_into(tmp_path):
     twin = copy.deepcopy(merged)
     torch.testing.assert_close(answer(merged), expected, atol=1e-4, rtol=1e-4)
     model = shaken(get_peft_model(merged, ELPConfig(**ELP)))
-    own = {name for name, p in model.named_parameters() if p.requires_grad}
+    own = trained(model)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert step(model, torch.float32) == own
     with model.disable_adapter():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from backbones import shaken
+from backbones import with_adapters
 from families import FAMILIES, cases
 from peft import PeftModel, get_peft_model
 from transformers import WhisperConfig, WhisperForAudioClassification, WhisperForConditionalGeneration
 
 from peft_elp import ELPConfig, MultiTaskModel, find_encoder, shorten_window
-from peft_elp.backbones import BACKBONES, has_fixed_window
+from peft_elp.backbones import has_fixed_window
 
 SIZES = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8}
 SIZES |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_source_positions": 150}
@@ -97,19 +97,12 @@ def test_adapters_with_different_windows_are_not_active_together():
         model.base_model.set_adapter(["default", "other"])
 
 
-READER = {"adapters": "L", "l_dim": 6, "train_layer_norms": False}
+READER = {"adapters": "L", "train_layer_norms": False}
 WINDOWS = {"short": 1, "brief": 1, "middle": 2, "whole": None}
 
 
 def readers(names=tuple(WINDOWS)):
-    model = None
-    for name in names:
-        config = ELPConfig(**READER, chunk_length=WINDOWS[name])
-        if model is None:
-            model = get_peft_model(whisper(), config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-    return shaken(model).eval()
+    return with_adapters(whisper(), **{name: READER | {"chunk_length": WINDOWS[name]} for name in names})
 
 
 def pass_for_all(model, names, x):
@@ -192,8 +185,3 @@ def test_a_window_is_not_cut_where_text_is_generated():
         with pytest.raises(ValueError, match="would break the text"):
             cut()
     assert model.config.max_source_positions == 150
-
-
-def test_every_window_in_the_table_is_tested():
-    stacks = {family.stack for family in FAMILIES.values()}
-    assert stacks >= {name for name, row in BACKBONES.items() if row.window}

@@ -20,7 +20,6 @@ pytest.register_assert_rewrite("steps")
 
 from methods import METHODS, MODELS  # noqa: E402
 
-QUICK = ("wav2vec2-ctc", "whisper-generation")
 MARK = "does_not_hold(method, reason, models=None): the test does not hold for the method, on these models or on all"
 
 
@@ -35,8 +34,6 @@ def pytest_collection_modifyitems(items):
         if chosen is None or not {"method", "model"} <= chosen.params.keys():
             continue
         method, model = chosen.params["method"], chosen.params["model"]
-        if method != "ELP" or model not in QUICK:
-            item.add_marker(pytest.mark.slow)  # together they take a minute
         if method == "LN-Tuning":  # it asks for the widths of a layer norm; PEFT knows the widths of linear layers
             item.add_marker(pytest.mark.filterwarnings("ignore:Unsupported layer type .*LayerNorm:UserWarning"))
         for mark in item.iter_markers("does_not_hold"):

@@ -68,7 +68,9 @@ def test_text_is_generated(method, model):
     peft_model.generate(inputs["input_features"], max_new_tokens=2)
 
 
-def half(method, model, dtype, autocast):
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_runs_in_half_precision_with_adapters_in_it_or_not(method, model, dtype, autocast):
     torch.manual_seed(3)
     peft_model = get_peft_model(model.make().to(dtype), method.config(model), autocast_adapter_dtype=autocast).eval()
     inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in model.inputs().items()}
@@ -76,22 +78,6 @@ def half(method, model, dtype, autocast):
         output = result(peft_model(**inputs))
     assert output.dtype == dtype
     assert torch.isfinite(output).all()
-
-
-def test_runs_in_float16(method, model):
-    half(method, model, torch.float16, True)
-
-
-def test_runs_in_bfloat16(method, model):
-    half(method, model, torch.bfloat16, True)
-
-
-def test_runs_in_float16_with_adapters_in_it(method, model):
-    half(method, model, torch.float16, False)
-
-
-def test_runs_in_bfloat16_with_adapters_in_it(method, model):
-    half(method, model, torch.bfloat16, False)
 
 
 def test_moves_to_another_dtype(method, model):

@@ -1,7 +1,5 @@
 """What trains, and the ways to train it."""
 
-import warnings
-
 import pytest
 import torch
 import transformers
@@ -42,7 +40,11 @@ def test_trained_adapter_answers_alike_when_loaded(method, model, tmp_path):
     same(answer(PeftModel.from_pretrained(model.make(), tmp_path), model), answer(peft_model.eval(), model))
 
 
-def checkpointed(method, model, reentrant):
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")  # frozen convolutions
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(method, model, reentrant):
+    if reentrant and isinstance(model.make(), transformers.WavLMPreTrainedModel):
+        pytest.skip("WavLM itself never returns under re-entrant checkpointing")
     peft_model = adapted(method, model).train()
     gradients = []
     for checkpointing in (False, True):
@@ -55,19 +57,6 @@ def checkpointed(method, model, reentrant):
     assert gradients[0].keys() == gradients[1].keys() == trainable(peft_model)
     for name, gradient in gradients[0].items():
         same(gradients[1][name], gradient, atol=1e-4, rtol=1e-3)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(method, model):
-    checkpointed(method, model, reentrant=False)
-
-
-def test_reentrant_checkpointing_gives_the_same_gradients(method, model):
-    if isinstance(model.make(), transformers.WavLMPreTrainedModel):
-        pytest.skip("WavLM itself never returns under re-entrant checkpointing")
-    with warnings.catch_warnings():
-        # Of the frozen convolutions, which Transformers checkpoints too.
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True", UserWarning)
-        checkpointed(method, model, reentrant=True)
 
 
 def test_model_prepared_for_quantised_training_trains(method, model):
