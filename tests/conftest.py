@@ -4,6 +4,7 @@ import functools
 import os
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ WHEN = {
 QUICK = {name for name in FAMILIES if name.startswith("wavlm")} | {
     "hubert", "qwen2_audio", "sew", "wav2vec2", "wav2vec2-stable", "whisper", "whisper-classification",
 }  # fmt: skip
+
+
+def pytest_report_header():
+    return "versions: " + ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "accelerate")
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks

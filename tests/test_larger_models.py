@@ -10,8 +10,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from peft_elp import Backbone, ELPConfig, register_backbone
-from peft_elp.backbones import BACKBONES
+from peft_elp import Backbone, ELPConfig, backbones, register_backbone
 
 SMALL_TEXT = {
     "hidden_size": 16,
@@ -164,8 +163,8 @@ def test_each_of_two_towers_gets_an_adapter_of_its_own():
     base = TwoTowers()
     base.left.feature_extractor._requires_grad = False
     modules = [(name, type(module)) for name, module in base.named_modules()]
-    model = with_adapters(base, left={"target": "left.encoder"}, right={"target": "right.encoder"})
-    assert model.peft_config["left"].modules_to_save == []
+    model = with_adapters(base, one={"target": "left.encoder"}, two={"target": "right.encoder"})
+    assert model.peft_config["one"].modules_to_save == []
     assert all(".right." in name for name in trained(model))
     unloaded = model.unload()
     assert [(name, type(module)) for name, module in unloaded.named_modules()] == modules
@@ -248,23 +247,9 @@ class Own(nn.Module):
         return self.head(self.encoder(x))
 
 
-def test_an_unknown_encoder_is_described_and_adapted():
-    with pytest.raises(ValueError, match="no speech encoder that ELP can adapt") as refused:
-        get_peft_model(Own(), ELPConfig())
-    guess = str(refused.value).splitlines()[-1].strip()
-    assert "register_backbone('OwnEncoder'" in guess
-    eval(guess, {"peft_elp": __import__("peft_elp")})  # what the error shows is what works
-    try:
-        row = BACKBONES["OwnEncoder"]
-        assert (row.layers, row.feed_forward, row.norms) == ("blocks", ("mlp",), ("norm1", "norm2"))
-        with pytest.raises(ValueError, match="OwnEncoder is described already"):
-            register_backbone("OwnEncoder", Backbone(layers="other"))
-        model = get_peft_model(Own(), ELPConfig(modules_to_save=["head"], **ELP)).train()
-        model(torch.randn(2, 5, 8)).sum().backward()
-        assert model(torch.randn(2, 5, 8)).shape == (2, 5, 2)
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    finally:
-        del BACKBONES["OwnEncoder"]
+@pytest.fixture(autouse=True)
+def described(monkeypatch):
+    monkeypatch.setattr(backbones, "_REGISTERED", {})
 
 
 class HearsFeatures(OwnEncoder):
@@ -272,25 +257,47 @@ class HearsFeatures(OwnEncoder):
         return super().forward(input_features)
 
 
-def test_the_guess_at_a_description_says_where_the_front_end_is():
-    for stack, inside in ((OwnEncoder, False), (HearsFeatures, True)):
-        model = Own()
-        model.encoder = stack()
-        with pytest.raises(ValueError, match=f"register_backbone.'{stack.__name__}'") as refused:
-            get_peft_model(model, ELPConfig())
-        assert ("front_end_inside=True" in str(refused.value)) == inside
+class WhisperEncoder(OwnEncoder):
+    """Called like a class of Transformers, which has a row."""
 
 
-def test_a_description_that_does_not_fit_is_named(monkeypatch):
-    monkeypatch.setitem(BACKBONES, "OwnEncoder", Backbone(layers="layers", norms=("norm1",)))
-    with pytest.raises(ValueError, match=r"description of OwnEncoder does not fit.*layers='layers'"):
-        get_peft_model(Own(), ELPConfig())
-    row = Backbone(layers="blocks", feed_forward=("ffn",), norms=("norm1",), layerdrop=None, feature_encoder=None)
-    monkeypatch.setitem(BACKBONES, "OwnEncoder", row)
+@pytest.mark.parametrize("stack", [OwnEncoder, HearsFeatures, WhisperEncoder])
+def test_an_unknown_encoder_is_described_and_adapted(stack):
+    own = Own()
+    own.encoder = stack()
+    with pytest.raises(ValueError, match="no speech encoder that ELP can adapt") as refused:
+        get_peft_model(own, ELPConfig())
+    guess = str(refused.value).splitlines()[-1].strip()
+    # What the error shows is what works.
+    eval(guess, {"peft_elp": __import__("peft_elp"), "stack": own.encoder})
+    row = backbones.family(stack)
+    assert row is not None
+    assert (row.layers, row.feed_forward, row.norms) == ("blocks", ("mlp",), ("norm1", "norm2"))
+    assert row.front_end_inside == (stack is HearsFeatures)
+    with pytest.raises(ValueError, match=f"{stack.__name__} has been described differently before"):
+        register_backbone(stack, Backbone(layers="other"))
+    if stack is HearsFeatures:
+        return
+    model = get_peft_model(own, ELPConfig(modules_to_save=["head"], **ELP)).train()
+    model(torch.randn(2, 5, 8)).sum().backward()
+    assert model(torch.randn(2, 5, 8)).shape == (2, 5, 2)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Backbone(layers="layers", norms=("norm1",)), r"description of OwnEncoder does not fit.*layers='layers'"),
+        (
+            Backbone(layers="blocks", feed_forward=("ffn",), norms=("norm1",), layerdrop=None, feature_encoder=None),
+            r"described as having ffn, and a Block .* has not. It has norm1, norm2, attn",
+        ),
+    ],
+)
+def test_a_description_that_does_not_fit_is_named(row, message):
+    register_backbone(OwnEncoder, row)
     model = Own()
-    with pytest.raises(
-        ValueError, match=r"described as having ffn, and a Block .* has not. It has norm1, norm2, attn"
-    ):
+    with pytest.raises(ValueError, match=message):
         get_peft_model(model, ELPConfig())
     assert type(model.encoder) is OwnEncoder
 
@@ -329,8 +336,8 @@ def test_models_without_an_encoder_of_speech_are_refused_with_the_reason(make, m
 
 
 def test_a_codec_that_lets_no_gradient_through_is_refused():
-    class XcodecModel(Around):  # the class of Transformers, which holds a HuBERT
-        pass
+    class XcodecModel(Around):
+        __module__ = "transformers.models.xcodec.modeling_xcodec"  # whose class holds a HuBERT, too
 
     with pytest.raises(ValueError, match="cannot adapt XcodecModel: it runs its encoder of speech without gradients"):
         get_peft_model(XcodecModel(build("hubert", "Model")), ELPConfig())

@@ -115,9 +115,8 @@ def test_generation_mixes_adapters(beams):
 
 def test_generation_from_recordings_longer_than_the_window_is_refused():
     model: Any = with_adapters(FAMILIES["whisper"].model(), one={"adapters": "ELP"}, two={"adapters": "E"})
-    model.get_base_model().generation_config.update(
-        no_timestamps_token_id=9, is_multilingual=False, max_initial_timestamp_index=3
-    )
+    config = model.get_base_model().generation_config
+    config.no_timestamps_token_id, config.is_multilingual, config.max_initial_timestamp_index = 9, False, 3
     long = {"input_features": torch.randn(3, 8, 140), "attention_mask": (torch.arange(140) < 100).expand(3, -1).long()}
     long["attention_mask"][0, 60:] = 0
     with pytest.raises(ValueError, match="Nor can generation from recordings longer than the window"):

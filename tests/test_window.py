@@ -165,7 +165,7 @@ def test_the_backbone_in_a_mixed_batch_takes_the_whole_window():
 def test_models_that_share_a_pass_take_one_window():
     first, second = readers(("whole", "short")), readers(("whole", "short"))
     tasks = MultiTaskModel({"one": first, "two": second}).eval()
-    first.set_adapter("short")
+    first.set_adapter("whole")
     with pytest.raises(ValueError, match="windows of different lengths"):
         tasks(features(1))
 
