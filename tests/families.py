@@ -78,85 +78,55 @@ WAVES = {
 
 # Whole models -------------------------------------------------------------------------------------------------------
 
+# fmt: off
 WHOLE = {
     "wav2vec2-conformer": Family("Wav2Vec2ConformerForCTC", WAVE, wave()),
-    "wav2vec2-conformer-rotary": Family(
-        "Wav2Vec2ConformerForSequenceClassification", WAVE | {"position_embeddings_type": "rotary"}, wave()
-    ),
+    "wav2vec2-conformer-rotary": Family("Wav2Vec2ConformerForSequenceClassification",
+        WAVE | {"position_embeddings_type": "rotary"}, wave()),
     "wav2vec2-conformer-frames": Family("Wav2Vec2ConformerForAudioFrameClassification", WAVE, wave()),
-    "wav2vec2-bert": Family(
-        "Wav2Vec2BertForCTC", WIDTH | STILL | {"vocab_size": 9, "feature_projection_input_dim": 10}, FRAMES
-    ),
+    "wav2vec2-bert": Family("Wav2Vec2BertForCTC",
+        WIDTH | STILL | {"vocab_size": 9, "feature_projection_input_dim": 10}, FRAMES),
     "seamless_m4t": Family("models.seamless_m4t.modeling_seamless_m4t.SeamlessM4TSpeechEncoder", SEAMLESS, FRAMES),
-    "seamless_m4t_v2": Family(
-        "models.seamless_m4t_v2.modeling_seamless_m4t_v2.SeamlessM4Tv2SpeechEncoder", SEAMLESS, FRAMES
-    ),
+    "seamless_m4t_v2": Family("models.seamless_m4t_v2.modeling_seamless_m4t_v2.SeamlessM4Tv2SpeechEncoder",
+        SEAMLESS, FRAMES),
     "speecht5": Family("SpeechT5ForSpeechToText", SPEECH_T5, decoded(wave())),
     "sew": Family("SEWForCTC", WAVE | {"squeeze_factor": 2}, wave(), options={"p_length": 4}),
     "sew-odd": Family("SEWForCTC", WAVE | {"squeeze_factor": 3}, wave(), options={"p_length": 3}),
     "sew-d": Family("SEWDForCTC", WAVE | {"squeeze_factor": 2}, wave(), options={"p_length": 4}),
     "whisper": Family("WhisperForConditionalGeneration", WHISPER, decoded(MEL)),
-    "whisper-classification": Family(  # its mask tells which frames the head averages over
-        "WhisperForAudioClassification",
+    # Its mask tells which frames the head averages over.
+    "whisper-classification": Family("WhisperForAudioClassification",
         WHISPER | {"num_labels": 3, "classifier_proj_size": 12},
-        MEL | {"attention_mask": (torch.arange(40) < torch.tensor([40, 24])[:, None]).long()},
-    ),
-    "omniasr": Family(
-        "OmniASRForCTC",
-        {
-            "vocab_size": 9,
-            "audio_config": WIDTH
-            | {name: value for name, value in CONVOLUTIONS.items() if name.startswith(("conv_", "num_conv"))}
-            | {"hidden_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0},
-        },
-        {"input_values": SPEECH["input_values"][:, None], "padding_mask": SPEECH["attention_mask"]},
-        since="5.24",
-    ),
-    "speech_to_text": Family(
-        "Speech2TextForConditionalGeneration",
-        WHISPER | {"input_feat_per_channel": 8, "conv_channels": 16},
-        decoded(features(8, 40, True, (40, 23))),
-    ),
-    "audio-spectrogram-transformer": Family(
-        "ASTForAudioClassification",
-        WIDTH
-        | {"patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 16, "num_mel_bins": 8}
-        | {"num_labels": 3},
-        {"input_values": features(8, 16, True)["input_features"]},
-        since="5.9",  # before, its layers were in an encoder of their own
-    ),
-    "parakeet": Family("ParakeetForCTC", CTC_OF_SUBSAMPLED, MEL_MASKED, since="5.18"),  # before, padding gave NaN
+        MEL | {"attention_mask": (torch.arange(40) < torch.tensor([40, 24])[:, None]).long()}),
+    "omniasr": Family("OmniASRForCTC",
+        {"vocab_size": 9, "audio_config": WIDTH | {"hidden_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0}
+        | {name: value for name, value in CONVOLUTIONS.items() if name.startswith(("conv_", "num_conv"))}},
+        {"input_values": SPEECH["input_values"][:, None], "padding_mask": SPEECH["attention_mask"]}, since="5.24"),
+    "speech_to_text": Family("Speech2TextForConditionalGeneration",
+        WHISPER | {"input_feat_per_channel": 8, "conv_channels": 16}, decoded(features(8, 40, True, (40, 23)))),
+    # In older versions its layers were in an encoder of their own.
+    "audio-spectrogram-transformer": Family("ASTForAudioClassification",
+        WIDTH | {"patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 16, "num_mel_bins": 8}
+        | {"num_labels": 3}, {"input_values": features(8, 16, True)["input_features"]}, since="5.9"),
+    # In older versions padding gave NaN.
+    "parakeet": Family("ParakeetForCTC", CTC_OF_SUBSAMPLED, MEL_MASKED, since="5.18"),
     "lasr": Family("LasrForCTC", CTC_OF_SUBSAMPLED, MEL_MASKED),
-    "moonshine": Family(
-        "MoonshineForConditionalGeneration",
+    "moonshine": Family("MoonshineForConditionalGeneration",
         {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 30, "attention_dropout": 0.0}
-        | {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")}
-        | {"encoder_num_hidden_layers": 3, "decoder_num_hidden_layers": 2},
-        decoded(wave((9000, 7000))),
-    ),
+        | {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")} | {"encoder_num_hidden_layers": 3,
+        "decoder_num_hidden_layers": 2}, decoded(wave((9000, 7000)))),
     "voxtral-bare": Family("VoxtralEncoder", TOWER, MEL),
-    "nemotron3_diarization": Family(
-        "Nemotron3DiarizationModel", DIARIZATION, features(8, 24, True, (24, 15)), since="5.18"
-    ),
+    "nemotron3_diarization": Family("Nemotron3DiarizationModel",
+        DIARIZATION, features(8, 24, True, (24, 15)), since="5.18"),
     # The stack is called once for each chunk, with the frames of a speaker cache before it.
-    "nemotron3_diarization-chunks": Family(
-        "Nemotron3DiarizationForAudioFrameClassification",
-        DIARIZATION,
-        features(8, 60, True, (60, 37)),
-        since="5.18",
-        options={"modules_to_save": ["classifier"]},
-    ),
+    "nemotron3_diarization-chunks": Family("Nemotron3DiarizationForAudioFrameClassification",
+        DIARIZATION, features(8, 60, True, (60, 37)), since="5.18", options={"modules_to_save": ["classifier"]}),
     # Its diarizer is passed over: what follows compares the output with a threshold, which lets no gradient through.
-    "nemotron3_5_transcribe": Family(
-        "Nemotron3_5TranscribeAudioModel",
-        {
-            "asr_config": NEMOTRON,
-            "diarization_config": DIARIZATION | {"model_type": "nemotron3_diarization", "chunk_left_context": 2},
-        },
-        batch(8, (24, 16), "input_features", "input_features_mask"),
-        since="5.22",
-    ),
+    "nemotron3_5_transcribe": Family("Nemotron3_5TranscribeAudioModel",
+        {"asr_config": NEMOTRON, "diarization_config": DIARIZATION | {"model_type": "nemotron3_diarization",
+        "chunk_left_context": 2}}, batch(8, (24, 16), "input_features", "input_features_mask"), since="5.22"),
 }
+# fmt: on
 
 # The towers of audio language models and of streaming recognisers ---------------------------------------------------
 
@@ -165,136 +135,70 @@ def tower(model_class: str, sizes: dict[str, Any], inputs: dict[str, torch.Tenso
     return Family(model_class, sizes, inputs, around=facts.pop("around", Around), **facts)
 
 
+# fmt: off
 TOWERS = {
     "qwen2_audio": tower("Qwen2AudioEncoder", OF_WHISPER | {"num_mel_bins": 8, "max_source_positions": 20}, MEL),
     "voxtral": tower("VoxtralEncoder", TOWER, MEL),
     "moss_transcribe_diarize": tower("MossTranscribeDiarizeAudioModel", TOWER, MEL, since="5.20"),
-    "dots3_note": tower(
-        "Dots3NoteAudioModel",
+    "dots3_note": tower("Dots3NoteAudioModel",
         WIDTH | {"feature_size": 16, "downsample_hidden_size": 8, "adapter_input_size": 16, "adapter_out_dim": 12},
-        features(16, 64, False) | {"chunk_sample_lengths": torch.tensor([64 * 160, 40 * 160])},
-        since="5.23",
-    ),
-    "audioflamingo3": tower(
-        "AudioFlamingo3Encoder",
-        TOWER,
-        MEL | {"input_features_mask": (torch.arange(40) < torch.tensor([40, 24])[:, None]).long()},
-    ),
+        features(16, 64, False) | {"chunk_sample_lengths": torch.tensor([64 * 160, 40 * 160])}, since="5.23"),
+    "audioflamingo3": tower("AudioFlamingo3Encoder",
+        TOWER, MEL | {"input_features_mask": (torch.arange(40) < torch.tensor([40, 24])[:, None]).long()}),
     "glmasr": tower("GlmAsrEncoder", WIDTH | {"num_mel_bins": 8, "max_position_embeddings": 20}, MEL),
-    "pe_audio": tower(
-        "PeAudioEncoder",
-        WIDTH
-        | {"head_dim": 8}
-        | {"dac_config": {"downsampling_ratios": [2, 4], "encoder_hidden_size": 4, "codebook_dim": 6}},
-        {"input_values": wave((160, 96))["input_values"][:, None], "padding_mask": wave((160, 96))["attention_mask"]},
-    ),
-    "moonshine_streaming": tower(
-        "models.moonshine_streaming.modeling_moonshine_streaming.MoonshineStreamingEncoder",
-        WIDTH | {"num_key_value_heads": 2, "sliding_windows": ((4, 2), (4, 0), (4, 2))},
-        wave((3200, 2000)),
-        since="5.2",
-        adapters="EL",
-    ),
-    "voxtral_realtime": tower(
-        "VoxtralRealtimeEncoder",
-        WIDTH | {"num_mel_bins": 8, "head_dim": 8, "sliding_window": 6, "max_position_embeddings": 40},
-        MEL,
-        since="5.2",
-        adapters="EL",
-    ),
-    "nemotron_asr_streaming": tower(
-        "NemotronAsrStreamingEncoder",
-        {name: value for name, value in SUBSAMPLED.items() if name != "dropout_positions"}
-        | {"sliding_window": 5, "default_num_lookahead_tokens": 1},
-        features(16, 96, True, (96, 60)),
-        since="5.13",
-        adapters="EL",
-    ),
-    "qwen2_5_omni": tower(
-        "models.qwen2_5_omni.modeling_qwen2_5_omni.Qwen2_5OmniAudioEncoder",
+    "pe_audio": tower("PeAudioEncoder",
+        WIDTH | {"head_dim": 8} | {"dac_config": {"downsampling_ratios": [2, 4], "encoder_hidden_size": 4,
+        "codebook_dim": 6}},
+        {"input_values": wave((160, 96))["input_values"][:, None], "padding_mask": wave((160, 96))["attention_mask"]}),
+    "moonshine_streaming": tower("models.moonshine_streaming.modeling_moonshine_streaming.MoonshineStreamingEncoder",
+        WIDTH | {"num_key_value_heads": 2, "sliding_windows": ((4, 2), (4, 0), (4, 2))}, wave((3200, 2000)),
+        since="5.2", adapters="EL"),
+    "voxtral_realtime": tower("VoxtralRealtimeEncoder",
+        WIDTH | {"num_mel_bins": 8, "head_dim": 8, "sliding_window": 6, "max_position_embeddings": 40}, MEL,
+        since="5.2", adapters="EL"),
+    "nemotron_asr_streaming": tower("NemotronAsrStreamingEncoder",
+        {name: value for name, value in SUBSAMPLED.items() if name != "dropout_positions"} | {"sliding_window": 5,
+        "default_num_lookahead_tokens": 1}, features(16, 96, True, (96, 60)), since="5.13", adapters="EL"),
+    "qwen2_5_omni": tower("models.qwen2_5_omni.modeling_qwen2_5_omni.Qwen2_5OmniAudioEncoder",
         OF_WHISPER | {"num_mel_bins": 8, "max_source_positions": 20, "n_window": 10, "output_dim": 12},
-        packed(8, (40, 26)),
-        since="5.9",
-        adapters="EL",
-    ),
-    "qwen3_omni_moe": tower(
-        "models.qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeAudioEncoder",
-        OMNI,
-        packed(8, (200, 130)),
-        since="5.13",
-        adapters="EL",
-    ),
-    "qwen3_asr": tower(
-        "Qwen3ASREncoder",
-        OMNI,
-        batch(8, (200, 130), "input_features", "input_features_mask", time_first=False),
-        since="5.13",
-        adapters="EL",
-    ),
-    "granite_speech": tower(
-        "GraniteSpeechCTCEncoder",
-        GRANITE,
-        {"hidden_states": features(10, 20, True)["input_features"]},
-        adapters="EL",
-        checkpointing=False,
-    ),
-    "granite_speech_plus": tower(
-        "GraniteSpeechPlusCTCEncoder",
-        GRANITE | {"cat_hidden_layers": [1]},
-        {"hidden_states": features(10, 20, True)["input_features"]},
-        since="5.8",
-        adapters="EL",
-        checkpointing=False,
-    ),
-    "granite_speech5": tower(
-        "GraniteSpeech5Encoder",
-        WIDTH
-        | {"vocab_size": 9, "num_mel_bins": 4, "max_position_embeddings": 8, "context_size": 8, "conv_kernel_size": 3}
-        | {"subsample_layers": [0]},
-        features(16, 40, True, (40, 24)),
-        since="5.16",
-        adapters="E",
-    ),
-    "fun_asr_nano": tower(
-        "FunAsrNanoEncoder",
-        WIDTH
-        | {"num_mel_bins": 8, "num_stacked_frames": 3, "num_timestamp_prediction_layers": 1, "fsmn_kernel_size": 3}
-        | {"max_position_embeddings": 40, "hidden_dropout": 0.0, "attention_dropout": 0.0},
-        batch(24, (20, 12), "input_features", "input_features_mask"),
-        since="5.17",
-        adapters="EL",
-    ),
-    "phi4_multimodal": tower(
-        "Phi4MultimodalAudioModel",
+        packed(8, (40, 26)), since="5.9", adapters="EL"),
+    "qwen3_omni_moe": tower("models.qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeAudioEncoder",
+        OMNI, packed(8, (200, 130)), since="5.13", adapters="EL"),
+    "qwen3_asr": tower("Qwen3ASREncoder",
+        OMNI, batch(8, (200, 130), "input_features", "input_features_mask", time_first=False), since="5.13",
+        adapters="EL"),
+    "granite_speech": tower("GraniteSpeechCTCEncoder",
+        GRANITE, {"hidden_states": features(10, 20, True)["input_features"]}, adapters="EL", checkpointing=False),
+    "granite_speech_plus": tower("GraniteSpeechPlusCTCEncoder",
+        GRANITE | {"cat_hidden_layers": [1]}, {"hidden_states": features(10, 20, True)["input_features"]}, since="5.8",
+        adapters="EL", checkpointing=False),
+    "granite_speech5": tower("GraniteSpeech5Encoder",
+        WIDTH | {"vocab_size": 9, "num_mel_bins": 4, "max_position_embeddings": 8, "context_size": 8,
+        "conv_kernel_size": 3} | {"subsample_layers": [0]}, features(16, 40, True, (40, 24)), since="5.16",
+        adapters="E"),
+    "fun_asr_nano": tower("FunAsrNanoEncoder",
+        WIDTH | {"num_mel_bins": 8, "num_stacked_frames": 3, "num_timestamp_prediction_layers": 1,
+        "fsmn_kernel_size": 3} | {"max_position_embeddings": 40, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+        batch(24, (20, 12), "input_features", "input_features_mask"), since="5.17", adapters="EL"),
+    "phi4_multimodal": tower("Phi4MultimodalAudioModel",
         {"hidden_size": 16, "intermediate_size": 24, "num_blocks": 3, "num_attention_heads": 2, "input_size": 8}
         | {"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "time_reduction": 2}
-        | {"bias_max_distance": 10, "nemo_conv_channels": 4},
-        batch(8, (40, 25), "hidden_states", "mask"),
-        around=AroundTensor,
-        adapters="EL",
-    ),
-    "gemma3n": tower(
-        "Gemma3nAudioEncoder",
+        | {"bias_max_distance": 10, "nemo_conv_channels": 4}, batch(8, (40, 25), "hidden_states", "mask"),
+        around=AroundTensor, adapters="EL"),
+    # Its mask is true where there is padding.
+    "gemma3n": tower("Gemma3nAudioEncoder",
         {"hidden_size": 16, "input_feat_size": 16, "conf_num_hidden_layers": 3, "conf_num_attention_heads": 2}
         | {"conf_attention_chunk_size": 4, "conf_attention_context_left": 5, "conf_conv_kernel_size": 3}
         | {"sscp_conv_channel_size": (8, 4)},
-        {  # its mask is true where there is padding
-            "audio_mel": MEL_MASKED["input_features"],
-            "audio_mel_mask": MEL_MASKED["attention_mask"] == 0,
-        },
-        adapters="EL",
-        checkpointing=False,
-    ),
-    "gemma4": tower(
-        "Gemma4AudioModel",
+        {"audio_mel": MEL_MASKED["input_features"], "audio_mel_mask": MEL_MASKED["attention_mask"] == 0},
+        adapters="EL", checkpointing=False),
+    # Older versions offered sdpa, which gave another result than eager attention.
+    "gemma4": tower("Gemma4AudioModel",
         {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "subsampling_conv_channels": [16, 4]}
         | {"conv_kernel_size": 3, "attention_chunk_size": 4, "attention_context_left": 5, "output_proj_dims": 12},
-        features(16, 40, True, (40, 24)),
-        since="5.20",  # before, it offered sdpa, which gave another result than eager attention
-        adapters="EL",
-        checkpointing=False,
-    ),
+        features(16, 40, True, (40, 24)), since="5.20", adapters="EL", checkpointing=False),
 }
+# fmt: on
 
 FAMILIES: dict[str, Family] = WAVES | WHOLE | TOWERS
 
