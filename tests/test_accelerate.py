@@ -13,7 +13,6 @@ import accelerated
 import pytest
 import torch
 from accelerate import Accelerator
-from backbones import waveforms
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -65,58 +64,31 @@ def assert_same_training(found, expected):
     assert len(losses) == accelerated.STEPS
     assert losses[0] != pytest.approx(losses[-1], abs=1e-4)
     assert found[0] == pytest.approx(losses, abs=1e-5)
-    assert found[1].keys() == adapter.keys()
-    for name, tensor in adapter.items():
-        torch.testing.assert_close(found[1][name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    assert_same_tensors(found[1], adapter)
 
 
-@pytest.mark.parametrize("adapters", accelerated.SETS)
-def test_two_processes_train_as_one_with_any_set_of_adapters(adapters, found):
-    expected = accelerated.trained(Accelerator(cpu=True), accelerated.adapted(adapters))
-    for process in of(found, f"set {adapters}"):
-        assert_same_training(process, expected)
+def assert_same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing_in_two_processes(use_reentrant, found):
-    expected = accelerated.trained(Accelerator(cpu=True), accelerated.adapted("EL", "wav2vec2"))
-    for process in of(found, f"checkpointing {use_reentrant}"):
-        assert_same_training(process, expected)
+# What one process has to train, by the name of what two processes did.
+ALONE = {f"set {letters}": (letters,) for letters in accelerated.SETS}
+ALONE |= {f"checkpointing {reentrant}": ("EL", "wav2vec2") for reentrant in (False, True)}
+ALONE |= {f"layerdrop {letters}": (letters, "wav2vec2") for letters in ("E", "EP")}
+if not torch.__version__.startswith("2.6"):  # which shards on no CPU
+    ALONE |= {f"sharded {family}": ("ELP", family) for family in ("wavlm", "wav2vec2")}
 
 
-@pytest.mark.parametrize("adapters", ["E", "EP"])
-def test_layerdrop_is_off_while_processes_train_layers_together_and_said_once(adapters, found):
-    expected = accelerated.trained(Accelerator(cpu=True), accelerated.adapted(adapters, "wav2vec2", layerdrop=0.0))
-    for losses, adapter, said in of(found, f"layerdrop {adapters}"):
-        assert_same_training((losses, adapter), expected)
-        assert len(said) == 1
-        assert said[0].startswith("LayerDrop (config.layerdrop=0.5) is off while adapters inside the encoder layers")
-
-
-def test_layerdrop_stays_where_nothing_in_the_layers_is_trained(found):
-    without, _ = accelerated.trained(Accelerator(cpu=True), accelerated.adapted("P", "wav2vec2", layerdrop=0.0))
-    (losses, first, said), (_, second, _) = of(found, "layerdrop P")
-    assert not said
-    assert losses != pytest.approx(without, abs=1e-4)
-    for name, tensor in first.items():
-        assert torch.equal(second[name], tensor), name
-
-
-def test_layerdrop_stays_in_one_process():
-    model = accelerated.adapted("E", "wav2vec2", layerdrop=0.5)
-    model(waveforms()[0])
-    assert model.get_base_model().config.layerdrop == 0.5
-
-
-@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="PyTorch 2.6 shards on no CPU")
-@pytest.mark.parametrize("family", ["wavlm", "wav2vec2"])
-def test_sharded_training_gives_the_same_losses_and_the_same_file(family, found, folder):
-    expected = accelerated.trained(Accelerator(cpu=True), accelerated.adapted("ELP", family))
-    processes = of(found, f"sharded {family}")
-    adapter = load_file(folder / f"sharded-{family}" / "adapter_model.safetensors")
-    for losses, units in processes:
-        assert units == 3  # encoder layers
-        assert_same_training((losses, adapter), expected)
+@pytest.mark.parametrize("name", ALONE)
+def test_two_processes_train_as_one(name, found, folder):
+    expected = accelerated.trained(Accelerator(cpu=True), accelerated.adapted(*ALONE[name]))
+    for losses, *rest in of(found, name):
+        if name.startswith("sharded"):
+            assert rest == [3]  # encoder layers
+            rest = [load_file(folder / name.replace(" ", "-") / "adapter_model.safetensors")]
+        assert_same_training((losses, rest[0]), expected)
 
 
 def test_trainer_in_two_processes_saves_the_adapter_of_one(found, folder, tmp_path):
@@ -125,10 +97,7 @@ def test_trainer_in_two_processes_saves_the_adapter_of_one(found, folder, tmp_pa
         assert losses == pytest.approx(expected, abs=1e-4)  # Trainer rounds what it logs
     for part in ("checkpoint-2", "."):
         adapter = load_file(tmp_path / part / "adapter_model.safetensors")
-        saved = load_file(folder / "trainer" / part / "adapter_model.safetensors")
-        assert saved.keys() == adapter.keys()
-        for name, tensor in adapter.items():
-            torch.testing.assert_close(saved[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        assert_same_tensors(load_file(folder / "trainer" / part / "adapter_model.safetensors"), adapter)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
