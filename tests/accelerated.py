@@ -6,7 +6,6 @@ functions in one process, on batches as large as those of all processes together
 
 import sys
 import traceback
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,11 +72,7 @@ def checkpointed(accelerator, use_reentrant):
 
 
 def with_layerdrop(accelerator, adapters):
-    """As `trained`, with what was warned of."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        losses, adapter = trained(accelerator, adapted(adapters, "wav2vec2", layerdrop=0.5))
-    return losses, adapter, [str(warning.message) for warning in said if "LayerDrop" in str(warning.message)]
+    return trained(accelerator, adapted(adapters, "wav2vec2", layerdrop=0.5))
 
 
 def sharded(accelerator, family, layer, folder):
@@ -139,7 +134,7 @@ def main(folder):
         check(f"set {adapters}", lambda adapters: trained(accelerator, adapted(adapters)), adapters)
     for use_reentrant in (False, True):
         check(f"checkpointing {use_reentrant}", checkpointed, accelerator, use_reentrant)
-    for adapters in ("E", "EP", "P"):
+    for adapters in ("E", "EP"):
         check(f"layerdrop {adapters}", with_layerdrop, accelerator, adapters)
     for family, layer in (("wavlm", "WavLMEncoderLayer"), ("wav2vec2", "Wav2Vec2EncoderLayer")):
         check(f"sharded {family}", sharded, accelerator, family, layer, folder / f"sharded-{family}")

@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),  # LASR's own
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning"),
-    pytest.mark.filterwarnings("ignore:LayerDrop .* is off while:UserWarning"),
 ]
 
 

@@ -132,20 +132,6 @@ def test_tasks_train_together_in_one_pass():
             torch.testing.assert_close(found[parameter], gradient, msg=parameter)
 
 
-@pytest.mark.filterwarnings("ignore:LayerDrop .* is off while an L-adapter is active:UserWarning")
-def test_no_layer_is_skipped_in_a_shared_pass():
-    model = adapted("ForSequenceClassification", "wav2vec2", {"layerdrop": 0.9}, active={"adapters": "E"}, **READERS)
-    model.train().set_adapter("active")
-    model.set_requires_grad(list(READERS))
-    config, layers = model.get_base_model().config, layer_calls(model)
-    assert config.layerdrop == 0.9
-    labels = {name: torch.tensor([0, 1, 2]) for name in READERS}
-    for _ in range(5):
-        sum(out.loss for out in model.forward_all(list(READERS), waveforms()[0], labels=labels).values()).backward()
-    assert len(layers) == 5
-    assert config.layerdrop == 0.9
-
-
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [

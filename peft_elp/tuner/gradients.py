@@ -7,14 +7,12 @@ from torch import nn
 from peft_elp.wording import shortened
 
 from .paths import canonical
-from .stack import ELPStack
 
 
 def check_gradients(model: nn.Module) -> None:
     """Check that the last backward pass reached every parameter that is trained.
 
-    Call it once, after the first `loss.backward()`. Parameters in layers that LayerDrop may skip are left out, and so
-    are parameters that a process holds no part of.
+    Call it once, after the first `loss.backward()`. Parameters that a process holds no part of are left out.
 
     Args:
         model: A model, with or without adapters.
@@ -29,13 +27,10 @@ def check_gradients(model: nn.Module) -> None:
         Traceback (most recent call last):
         RuntimeError: 1 trained parameters got no gradient (0.bias): nothing that the loss depends on comes after them.
     """
-    stacks = [module for module in model.modules() if isinstance(module, ELPStack)]
-    dropping = [stack.encoder_layers for stack in stacks if stack.layer_drop.probability > 0]
-    skipped = {id(parameter) for layers in dropping for parameter in layers.parameters()}
     unreached = [
         canonical(name)
         for name, p in model.named_parameters()
-        if p.requires_grad and p.grad is None and p.numel() and id(p) not in skipped
+        if p.requires_grad and p.grad is None and p.numel()
     ]
     if not unreached:
         return

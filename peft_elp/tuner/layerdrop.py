@@ -1,4 +1,4 @@
-"""LayerDrop, which skips encoder layers in training, is off while adapters need every layer."""
+"""LayerDrop, which skips encoder layers in training, is off while adapters are active."""
 
 from __future__ import annotations
 
@@ -21,12 +21,6 @@ class LayerDrop:
         self.stack = stack
         self.attribute = attribute
         self.before: float | None = None  # The backbone's own probability, while LayerDrop is off.
-
-    @property
-    def probability(self) -> float:
-        """The probability that the encoder skips a layer now."""
-        holder, name = self._place()
-        return float(getattr(holder, name)) if name else 0.0
 
     def turn_off(self) -> None:
         """Let no layer be skipped until `restore`."""

@@ -303,13 +303,7 @@ class ELPModel(BaseTuner):
         """Call the model with the settings of an adapter's head, on which its loss depends."""
         model: Any = self.model if stack.disable_adapters else stack.task_head.seen_by(adapter_name, self.model)
         with asking(self.model, args, kwargs):
-            try:
-                if self.training:
-                    stack.layer_drop.turn_off()
-                output = model(*args, **kwargs)
-            finally:
-                if self.training:
-                    stack.follow_adapters()
+            output = model(*args, **kwargs)
         stack.task_head.keep_problem_type(adapter_name, getattr(model, "config", None))
         return output
 

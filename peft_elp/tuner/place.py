@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from operator import attrgetter
 from typing import Any
 
@@ -43,12 +42,6 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
     if config.pool_own_frames:
         stack.own_frames.add(adapter_name)
     if "L" in config.adapters:
-        if stack.layer_drop.probability > 0:
-            warnings.warn(
-                f"LayerDrop ({stack.family.layerdrop}={stack.layer_drop.probability}) is off while an L-adapter is "
-                "active: a layer that is skipped has no output to read. unload() restores it.",
-                stacklevel=2,
-            )
         stack.tapped_layers[adapter_name] = config.l_layers or []
     heads = [model.get_submodule(path) for path in config.modules_to_save or ()]
     stack.task_head.join(model, adapter_name, config.head_config, heads)

@@ -25,7 +25,7 @@ from peft_elp.call.stack_call import StackCall, TapReader, current_call
 from .checkpointing import is_checkpointing, is_checkpointing_reentrant
 from .head_config import TaskHead
 from .layerdrop import LayerDrop
-from .layers import ELPLayer, ELPNorm, ELPSublayer, TappedLayer
+from .layers import ELPLayer, TappedLayer
 from .layout import lay_out_time_first, transposing_parts
 from .patches import Patches
 from .window import Window, common_window, window_text
@@ -111,19 +111,22 @@ class ELPStack(ELPLayer):
     def follow_adapters(self) -> None:
         """Let the head, LayerDrop, the window and the layout of hidden states follow the active adapters."""
         self.task_head.follow(self.active_adapters, not self.disable_adapters)
-        if self.running(self.elp_l):
-            self.layer_drop.turn_off()  # A skipped layer has no tap.
+        active = [] if self.disable_adapters else self.active_adapters
+        self.window.follow(self.windows.get(name) for name in active)
+        if active:
+            # In a skipped layer a tap has nothing to read, and an E-adapter gets no gradient, which
+            # DistributedDataParallel waits for.
+            self.layer_drop.turn_off()
         else:
             self.layer_drop.restore()
         # PyTorch rounds differently in another layout, and disabled adapters must leave no trace.
-        if self.disable_adapters or not self.active_adapters:
+        if not active:
             self.layout.undo()
         elif not self.layout.handles:
             self.layout.handles = [
                 part.register_forward_pre_hook(lay_out_time_first, with_kwargs=True)
                 for part in transposing_parts(self.encoder_layers, self.family)
             ]
-        self.window.follow([] if self.disable_adapters else [self.windows.get(name) for name in self.active_adapters])
 
     def check_depth(self) -> None:
         """Refuse an encoder whose layers have been cut after its adapters were placed.
@@ -152,27 +155,6 @@ class ELPStack(ELPLayer):
                 f"{[*route.adapters]}."
             )
 
-    def _runs_in_layers(self) -> bool:
-        """Whether an active adapter has parameters inside the encoder layers."""
-        inside = [module for module in self.modules() if isinstance(module, (ELPSublayer, ELPNorm))]
-        return any(self.running(getattr(layer, name)) for layer in inside for name in layer.adapter_layer_names)
-
-    def _keep_processes_in_step(self) -> None:
-        """Turn LayerDrop off if several processes train the layers: each waits for the gradients of all of them.
-
-        This is not done in `set_adapter`, since processes may be joined after the adapters are placed.
-        """
-        if not (self.training and self.layer_drop.before is None and self.layer_drop.probability > 0):
-            return
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and self._runs_in_layers():
-            warnings.warn(
-                f"LayerDrop ({self.family.layerdrop}={self.layer_drop.probability}) is off while adapters inside the "
-                "encoder layers are trained by several processes: in a skipped layer they have no gradient, and "
-                "DistributedDataParallel waits for one. unload() restores it.",
-                stacklevel=3,
-            )
-            self.layer_drop.turn_off()
-
     def train(self, mode: bool = True) -> ELPStack:
         """Set the training mode. The batch norms of the frozen encoder stay in evaluation mode."""
         super().train(mode)
@@ -190,7 +172,6 @@ class ELPStack(ELPLayer):
         if current is not None and current.cached is not None:
             current.enter("encoder")
             return self._over_own_frames(self._from_cache(current.cached), None, args, kwargs)
-        self._keep_processes_in_step()
         route = None if self.disable_adapters else current_route.get()
         if route is not None and self.windows:
             self._check_window(route)
