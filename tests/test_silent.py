@@ -254,6 +254,17 @@ def test_a_class_is_not_known_by_its_name_alone():
         register_backbone("WhisperEncoder", Backbone())
 
 
+def test_a_base_on_disk_is_refused_with_a_sentence(tmp_path):
+    get_peft_model(build(), ELPConfig(**ELP)).save_pretrained(tmp_path / "adapter")
+    build().save_pretrained(tmp_path / "base")
+    parts = ("feature_extractor", "feature_projection", "masked_spec_embed")
+    places = {"lm_head": "cpu", "wavlm.encoder": "disk"} | {f"wavlm.{part}": "cpu" for part in parts}
+    options = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+    base = transformers.WavLMForCTC.from_pretrained(tmp_path / "base", **options)
+    with pytest.raises(ValueError, match="are on disk.*device_map"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter", offload_folder=str(tmp_path / "again"))
+
+
 # Transformers' own door ---------------------------------------------------------------------------------------------
 
 

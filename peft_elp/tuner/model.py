@@ -133,6 +133,12 @@ class ELPModel(BaseTuner):
             )
         saved = config.tensors_to_load()
         if saved is not None:
+            devices: dict[str, Any] = getattr(model, "hf_device_map", {})
+            if "disk" in devices.values():
+                raise ValueError(
+                    f"Parts of {type(model).__name__} are on disk, where PEFT cannot load an adapter beside them. Load "
+                    "the base with a device_map of devices and \"cpu\"."
+                )
             refuse_misfits(model, adapter_name, plan.tensors(), saved)
         if plan.config == config:
             plan.config = config  # The caller's own object, as from_pretrained(..., config=config) promises.
