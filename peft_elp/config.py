@@ -320,7 +320,7 @@ def _head_config(value: Any) -> dict[str, Any]:
         _one_of("problem_type in head_config", settings["problem_type"], PROBLEM_TYPES)
     for name, setting in settings.items():
         if name not in ("id2label", "label2id", "problem_type"):
-            for size in setting if isinstance(setting, list) else [setting]:
+            for size in setting if isinstance(setting, list) and name.startswith("tdnn_") else [setting]:
                 _whole(f"{name} in head_config", size, 1, MOST_OUTPUTS)
     return {name: settings[name] for name in HEAD_SETTINGS if name in settings}
 
