@@ -19,8 +19,8 @@ gate: .venv/ready-dev
 
 # What all else is built on, with the lowest PEFT and Transformers that pyproject.toml allows, and with what
 # `pip install` gives today.
-CORE := adapters config depth families feature_cache forward golden gradients leaving life_cycle loading many_adapters \
-	mixed_batches registry seams transformers_door window
+CORE := adapters config depth families feature_cache forward golden gradients life_cycle loading many_adapters \
+	mixed_batches no_trace registry seams transformers_door window
 
 test-lowest: .venv-lowest/ready
 	.venv-lowest/bin/python -m pytest -n auto $(QUICK) $(CORE:%=tests/test_%.py) tests/conformance

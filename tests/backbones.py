@@ -19,6 +19,13 @@ FAMILIES = {
     "data2vec-audio": "Data2VecAudio",
 }
 HEADS = ("Model", "ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector")
+AUTO = {
+    "Model": transformers.AutoModel,
+    "ForCTC": transformers.AutoModelForCTC,
+    "ForSequenceClassification": transformers.AutoModelForAudioClassification,
+    "ForAudioFrameClassification": transformers.AutoModelForAudioFrameClassification,
+    "ForXVector": transformers.AutoModelForAudioXVector,
+}
 # Data2VecAudio has no do_stable_layer_norm: its encoder is of one kind.
 NORMS = [
     (family, stable) for family in FAMILIES for stable in (False, True) if not (family == "data2vec-audio" and stable)

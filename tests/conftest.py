@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from backbones import ELP, answer, build, shaken
+from backbones import AUTO, ELP, answer, build, shaken
 from families import FAMILIES
 from peft import get_peft_model
 
@@ -56,15 +55,6 @@ def pytest_collection_modifyitems(items):
             found = ["gate"]
         for when in found[:1]:
             item.add_marker(when)
-
-
-AUTO = {
-    "Model": transformers.AutoModel,
-    "ForCTC": transformers.AutoModelForCTC,
-    "ForSequenceClassification": transformers.AutoModelForAudioClassification,
-    "ForAudioFrameClassification": transformers.AutoModelForAudioFrameClassification,
-    "ForXVector": transformers.AutoModelForAudioXVector,
-}
 
 
 @dataclass(frozen=True)

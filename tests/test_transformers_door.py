@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from backbones import ELP, HEADS, adapted, build, result, shaken, waveforms
-from conftest import AUTO
+from backbones import AUTO, ELP, HEADS, adapted, build, result, shaken, waveforms
 from families import SPEECH
 from packaging.version import Version
 from peft import AutoPeftModel, PeftModel, get_peft_model
