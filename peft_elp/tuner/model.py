@@ -136,8 +136,8 @@ class ELPModel(BaseTuner):
             devices: dict[str, Any] = getattr(model, "hf_device_map", {})
             if "disk" in devices.values():
                 raise ValueError(
-                    f"Parts of {type(model).__name__} are on disk, where PEFT cannot load an adapter beside them. Load "
-                    "the base with a device_map of devices and \"cpu\"."
+                    f"Parts of {type(model).__name__} are on disk, and PEFT cannot load an adapter beside them. Load the "
+                    "base with a device_map without 'disk'."
                 )
             refuse_misfits(model, adapter_name, plan.tensors(), saved)
         if plan.config == config:
