@@ -44,6 +44,7 @@ class Backbone:
             norm, as post-norm layers and conformers do.
         transposing: In a layer, the modules that transpose hidden states to `(frames, batch, hidden)`. Frozen layers
             are faster if the memory is laid out so beforehand.
+        feels_padding: Whether frames depend on the padded frames behind them, which convolutions over time read.
         no_l: Why this family takes no L-adapter. Empty if it does.
         no_p: Why this family takes no P-adapter. Empty if it does.
 
@@ -72,6 +73,7 @@ class Backbone:
     tap_in_place: bool = False
     pre_norm: bool = False
     transposing: tuple[str, ...] = ()
+    feels_padding: bool = False
     no_l: str = ""
     no_p: str = ""
 
@@ -146,10 +148,10 @@ BACKBONES: dict[str, Backbone] = {
     "UniSpeechEncoderStableLayerNorm": _WAV2VEC2_STABLE,
     "UniSpeechSatEncoder": _WAV2VEC2,
     "UniSpeechSatEncoderStableLayerNorm": _WAV2VEC2_STABLE,
-    "Data2VecAudioEncoder": _WAV2VEC2,
+    "Data2VecAudioEncoder": replace(_WAV2VEC2, feels_padding=True),
     "WavLMEncoder": _WAVLM,
     "WavLMEncoderStableLayerNorm": replace(_WAVLM, pre_norm=True),
-    "Wav2Vec2ConformerEncoder": _CONFORMER,
+    "Wav2Vec2ConformerEncoder": replace(_CONFORMER, feels_padding=True),
     "Wav2Vec2BertEncoder": replace(_CONFORMER, feature_encoder=None),
     "SeamlessM4TConformerEncoder": _SEAMLESS,
     "SeamlessM4Tv2ConformerEncoder": replace(_SEAMLESS, attention_chunk="config.speech_encoder_chunk_size"),
@@ -159,7 +161,7 @@ BACKBONES: dict[str, Backbone] = {
         feature_encoder="prenet.feature_encoder",
         inside="SpeechT5EncoderWithSpeechPrenet",
     ),
-    "SEWEncoder": replace(_WAV2VEC2, taps_end="last layer", squeeze="config.squeeze_factor"),
+    "SEWEncoder": replace(_WAV2VEC2, taps_end="last layer", squeeze="config.squeeze_factor", feels_padding=True),
     "SEWDEncoder": replace(
         _WAV2VEC2,
         layers="encoder.layer",
@@ -170,6 +172,7 @@ BACKBONES: dict[str, Backbone] = {
         layerdrop=None,
         taps_end="last layer",
         squeeze="config.squeeze_factor",
+        feels_padding=True,
     ),
     "WhisperEncoder": _WHISPER,
     "Speech2TextEncoder": _FC,

@@ -8,15 +8,16 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_elp.backbones import has_fixed_window
+from peft_elp.backbones import family, has_fixed_window
 from peft_elp.heads import head_row
 
 
 def is_padding_invariant(model: nn.Module, feature_extractor: Any) -> bool:
-    """Whether a model's output for a recording is independent of longer recordings in the same batch.
+    """Tell whether a model's output for a recording is independent of longer recordings in the same batch.
 
-    It is False for convolutions that are normalised over time, for heads that count padded frames (x-vectors), and
-    without an attention mask. In these cases, batch recordings of one length, or process them one by one.
+    Where it is False, batch recordings of one length, or process them one by one: without an attention mask, for
+    feature encoders that are normalised over time, for encoders whose convolutions read padded frames (data2vec-audio,
+    wav2vec2-conformer, SEW, SEW-D, and all with `add_adapter`), and for x-vector heads, which count padded frames.
 
     Args:
         model: A model of Transformers with its head, or a model with adapters around one.
@@ -33,15 +34,17 @@ def is_padding_invariant(model: nn.Module, feature_extractor: Any) -> bool:
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return (
-        getattr(base.config, "feat_extract_norm", None) != "group"
-        and not _has_embedding(type(base))
+        ("input_features" in feature_extractor.model_input_names or feature_extractor.return_attention_mask)
         and (has_fixed_window(base) or hasattr(base, "_get_feature_vector_attention_mask"))
-        and ("input_features" in feature_extractor.model_input_names or feature_extractor.return_attention_mask)
+        and getattr(base.config, "feat_extract_norm", None) != "group"
+        and not getattr(base.config, "add_adapter", False)
+        and not any(row and row.feels_padding for row in map(family, map(type, base.modules())))
+        and not _has_embedding(type(base))
     )
 
 
 def speaker_embeddings(model: nn.Module, **inputs: Any) -> Tensor:
-    """One embedding of the speaker for each utterance.
+    """Return one embedding of the speaker for each utterance.
 
     An x-vector model returns its embeddings. For a sequence classification model, this is the input of the
     classifier: the output of the projector, averaged over the valid frames. The embeddings carry gradients, so they
