@@ -125,20 +125,19 @@ class ELPModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         check_adapter_name(model, adapter_name)
+        saved, devices = config.tensors_to_load(), getattr(model, "hf_device_map", {})
+        if saved is not None and "disk" in devices.values():
+            raise ValueError(
+                f"Parts of {type(model).__name__} are on disk, and PEFT cannot load an adapter beside them. Load the base "
+                "with a device_map without 'disk'."
+            )
         plan = make_plan(model, config)
         if not (self._in_peft_model or plan.encoder.stack_path):
             raise ValueError(
                 f"{type(model).__name__} is an encoder stack itself. Its caller would go on without the wrapper "
                 "that the adapters need around it. Use get_peft_model(model, config)."
             )
-        saved = config.tensors_to_load()
         if saved is not None:
-            devices: dict[str, Any] = getattr(model, "hf_device_map", {})
-            if "disk" in devices.values():
-                raise ValueError(
-                    f"Parts of {type(model).__name__} are on disk, and PEFT cannot load an adapter beside them. Load the "
-                    "base with a device_map without 'disk'."
-                )
             refuse_misfits(model, adapter_name, plan.tensors(), saved)
         if plan.config == config:
             plan.config = config  # The caller's own object, as from_pretrained(..., config=config) promises.
