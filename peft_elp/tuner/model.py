@@ -128,8 +128,8 @@ class ELPModel(BaseTuner):
         saved, devices = config.tensors_to_load(), getattr(model, "hf_device_map", {})
         if saved is not None and "disk" in devices.values():
             raise ValueError(
-                f"Parts of {type(model).__name__} are on disk, and PEFT cannot load an adapter beside them. Load the base "
-                "with a device_map without 'disk'."
+                f"Parts of {type(model).__name__} are on disk, and PEFT cannot load an adapter beside them. Load the "
+                "base with a device_map without 'disk'."
             )
         plan = make_plan(model, config)
         if not (self._in_peft_model or plan.encoder.stack_path):
