@@ -3,12 +3,6 @@
 Each reader takes the folder that you downloaded and returns a data set with the columns it names. Entries of `audio`
 are for `peft_elp.speech.audio.decode`, every other column is text. Nothing is decoded yet: check the recordings next,
 with `peft_elp.speech.data.check_audio`. If a folder lacks what a reader looks for, a `ValueError` says what that is.
-
-    from corpora import voxceleb1
-    from peft_elp.speech.data import write_table
-
-    for split in ("train", "test"):
-        write_table(voxceleb1("VoxCeleb1", split), f"voices/{split}.csv")
 """
 
 import re

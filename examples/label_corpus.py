@@ -42,12 +42,7 @@ class Arguments:
 
 
 class Labeller:
-    """What one process does: load the adapters once, then answer for batches of files.
-
-    Args:
-        adapters: The adapters.
-        device: Where they run.
-    """
+    """What one process does: load the adapters once, then answer for batches of files."""
 
     def __init__(self, adapters: Sequence[str], device: str) -> None:
         loaded = [SpeechAdapter.from_pretrained(name, device=device) for name in adapters]
@@ -70,15 +65,10 @@ class Labeller:
         made = first.feature_extractor(waveform, sampling_rate=first.sampling_rate, return_tensors="pt")
         parameter = next(self.tasks.parameters())
         for name, outputs in self.tasks(**made.to(parameter.device, dtype=parameter.dtype)).items():
-            answer[name] = self.in_words(self.adapters[name], outputs.logits[0].argmax(dim=-1))
+            adapter, best = self.adapters[name], outputs.logits[0].argmax(dim=-1)
+            config: Any = adapter.model.get_base_model().config
+            answer[name] = adapter.tokenizer.decode(best) if adapter.tokenizer else config.id2label[int(best)]
         return answer
-
-    def in_words(self, adapter: SpeechAdapter, best: torch.Tensor) -> str:
-        """Return the name of the best label, or the text of the best tokens."""
-        if adapter.tokenizer is not None:
-            return adapter.tokenizer.decode(best)
-        config: Any = adapter.model.get_base_model().config
-        return config.id2label[int(best)]
 
 
 def answered(output: str) -> dict[str, str]:

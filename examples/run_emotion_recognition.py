@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, recall_score
+from sklearn.metrics import accuracy_score, recall_score
 from sklearn.model_selection import KFold
 from transformers import AutoModelForAudioClassification, set_seed
 
 from peft_elp import recipes
 from peft_elp.recipes import option
 from peft_elp.speech.data import check_disjoint, label_names, leave_one_group_out, read_column
+from peft_elp.speech.plots import plot_confusion
 
 Fold = tuple[str, Dataset, Dataset]
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError("Folds make several adapters: --push_to_hub and --resume_from_checkpoint need one split.")
     leaks = "" if data_args.reference_split is None else "Utterances were shuffled: test speakers are in training."
     config = recipes.load_config(model_args.model_name_or_path)
-    feature_extractor = recipes.load_feature_extractor(model_args)
+    feature_extractor = recipes.load_feature_extractor(model_args, data_args)
 
     # Data: all folds are read before the first one is trained.
     folds = []
@@ -130,8 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         table = [(audio["path"], *row) for audio, *row in zip(test["audio"], right, answered, strict=True)]
         recipes.write_rows(trainer, "predictions.csv", ["file", column, "predicted"], table)
         metrics = {f"eval_{name}": value for name, value in accuracies(right, answered).items()}
-        protocol = f"Measured on {len(right)} utterances of {fold}. As shares of 1; unweighted is the mean recall."
-        protocol = f"{protocol} {leaks}".strip()
+        protocol = f"{len(right)} utterances of {fold}. As shares of 1; unweighted is the mean recall. {leaks}".strip()
         by_fold[fold] = recipes.save_results(trainer, metrics, model_args, data_args, "er", protocol)
 
     summary: dict[str, Any] = {"eval_folds": ", ".join(by_fold)} | ({"eval_protocol": leaks} if leaks else {})
@@ -142,10 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             summary[f"{name}_sd"] = float(np.std(values, ddof=1))
     last = next(reversed(by_fold.values()))
     summary |= {key: last[key] for key in last if not key.startswith("eval_")}
-    figure = Figure(figsize=(4.8, 4.8), layout="constrained")
-    options = {"xticks_rotation": "vertical", "colorbar": False}
-    ConfusionMatrixDisplay.from_predictions(all_right, all_answered, ax=figure.subplots(), **options)
-    figure.savefig(Path(args.output_dir, "confusion.png"))
+    plot_confusion(all_right, all_answered).savefig(Path(args.output_dir, "confusion.png"))
     for name in ("all_results.json", "eval_results.json"):
         Path(args.output_dir, name).write_text(json.dumps(summary, indent=4) + "\n", encoding="utf-8")
     return summary

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure with a command line, by default that of the process; return the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, IntentArguments)
     config = recipes.load_config(model_args.model_name_or_path)
-    feature_extractor = recipes.load_feature_extractor(model_args)
+    feature_extractor = recipes.load_feature_extractor(model_args, data_args)
 
     # Data
     train = recipes.read_split(data_args, data_args.train_split_name, config, args.seed, data_args.max_train_samples)

@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from matplotlib.figure import Figure
-from sklearn.metrics import DetCurveDisplay
 from transformers import AutoModelForAudioClassification, AutoModelForAudioXVector
 
 from peft_elp import recipes
 from peft_elp.recipes import option
 from peft_elp.speech.data import check_disjoint, label_names, read_column
 from peft_elp.speech.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
+from peft_elp.speech.plots import plot_det
 
 MIN_CROP_S = 0.5  # SpecAugment and the context of an x-vector need it.
 
@@ -40,7 +39,10 @@ class VerificationArguments(recipes.DataArguments):
     label_column_name: str = option("speaker_id", "Column with the speaker.")
     head: str = option("mean", "How frames become an embedding.", choices=("mean", "xvector"))
     loss: str = option("amsoftmax", "Loss over the training speakers.", choices=("amsoftmax", "softmax"))
-    margin: float = option(0.2, "Margin of AM-Softmax.")
+    margin: float = option(0.2, "Margin of AM-Softmax. Our choice: the published code has it off, and 0.4.")
+    classifier_proj_size: int | None = option(
+        None, "Width of the embeddings of --head mean; 768 in the published code. Default: that of the encoder."
+    )
     scale: float = option(30.0, "Scale of AM-Softmax.")
     trials: str | None = option(None, "A list of trials; see docs/how-to/data.md. Default: all pairs of test.")
     trials_folder: str | None = option(None, "Folder that the paths in --trials start from. Default: its own folder.")
@@ -59,6 +61,8 @@ class VerificationArguments(recipes.DataArguments):
             recipes.refuse_unused(self, ["max_eval_samples"], "no --trials", f"--trials is {self.trials}")
         if self.loss != "amsoftmax":
             recipes.refuse_unused(self, ["margin", "scale"], "--loss amsoftmax", f"--loss is {self.loss}")
+        if self.head != "mean":
+            recipes.refuse_unused(self, ["classifier_proj_size"], "--head mean", f"--head is {self.head}")
         if self.s_norm_cohort != "train":
             recipes.refuse_unused(self, ["s_norm_top_k"], "--s_norm_cohort train", "the cohort is none")
         if (crop_s := self.crop_length_in_seconds) is not None and crop_s < MIN_CROP_S:
@@ -71,11 +75,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure with a command line, by default that of the process; return the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, VerificationArguments)
     config = recipes.load_config(model_args.model_name_or_path)
-    feature_extractor = recipes.load_feature_extractor(model_args)
+    bounds = {}
+    if data_args.crop_length_in_seconds is not None:  # Then training has no piece over the window of the encoder.
+        bounds["max_duration_in_seconds"] = data_args.max_duration_in_seconds
+    feature_extractor = recipes.load_feature_extractor(model_args, data_args)
 
     # Data
-    column, top_k = data_args.label_column_name, data_args.s_norm_top_k
-    train = recipes.read_split(data_args, data_args.train_split_name, config, args.seed, data_args.max_train_samples)
+    column, top_k, most = data_args.label_column_name, data_args.s_norm_top_k, data_args.max_train_samples
+    train = recipes.read_split(data_args, data_args.train_split_name, config, args.seed, most, **bounds)
     test = recipes.read_split(data_args, data_args.eval_split_name, config, args.seed)
     check_disjoint(train, test, column)
     test = recipes.limit_rows(test, data_args.max_eval_samples, args.seed)
@@ -93,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # Model
     config.update({"id2label": dict(enumerate(speakers)), "label2id": {name: i for i, name in enumerate(speakers)}})
+    if data_args.classifier_proj_size is not None:
+        config.classifier_proj_size = data_args.classifier_proj_size
     auto = AutoModelForAudioXVector if data_args.head == "xvector" else AutoModelForAudioClassification
     model = recipes.load_model(auto, model_args, config)
     if data_args.head == "xvector":
@@ -126,11 +135,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     header = ["label", "file_a", "file_b", *(f"score{kind}" for kind in scores)]
     rows = ([*trial, *(values[row] for values in scores.values())] for row, trial in enumerate(trials))
     recipes.write_rows(trainer, "scores.csv", header, rows)
-    figure = Figure(figsize=(4.8, 4.8), layout="constrained")
-    axes = figure.subplots()
-    for kind, values in scores.items():
-        DetCurveDisplay.from_predictions(truth, values, ax=axes, name="s-norm" if kind else "cosine")
-    figure.savefig(Path(args.output_dir, "det.png"))
+    systems = {"s-norm" if kind else "cosine": (truth, values) for kind, values in scores.items()}
+    plot_det(systems).savefig(Path(args.output_dir, "det.png"))
     protocol = (
         f"Compare voices with it; its classes are the training speakers. {data_args.loss} over {len(speakers)} "
         f"training speakers, none of them in test; embeddings of the head {data_args.head!r}, cosine scores of "

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure with a command line, by default that of the process; return the metrics."""
     model_args, data_args, args = recipes.parse_arguments(argv, RecognitionArguments)
     config = recipes.load_config(model_args.model_name_or_path)
-    feature_extractor = recipes.load_feature_extractor(model_args)
+    feature_extractor = recipes.load_feature_extractor(model_args, data_args)
     rate_hz, chunk_s = feature_extractor.sampling_rate, data_args.chunk_length_in_seconds
 
     # Data

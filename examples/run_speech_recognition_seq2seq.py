@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     name, chunk_s, seed = model_args.model_name_or_path, data_args.chunk_length_in_seconds, args.seed
     config = recipes.load_config(name)
-    feature_extractor, tokenizer = recipes.load_feature_extractor(model_args), AutoTokenizer.from_pretrained(name)
+    feature_extractor = recipes.load_feature_extractor(model_args, data_args)
+    tokenizer = AutoTokenizer.from_pretrained(name)
 
     # Data
     bounds = {} if chunk_s is None else {"max_duration_in_seconds": None}

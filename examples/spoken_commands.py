@@ -76,13 +76,9 @@ def synthesize_commands(args: Arguments) -> str:
 
 def make_backbone(args: Arguments) -> str:
     """Pre-train the small encoder; return its folder."""
-    encoder, feature_extractor = pretrain(
-        args.output_dir, args.pretraining_steps, args.seed, args.num_pretraining_words, args.num_voices
-    )
-    folder = Path(args.output_dir, "backbone")
-    encoder.save_pretrained(folder)
-    feature_extractor.save_pretrained(folder)
-    return str(folder)
+    folder = str(Path(args.output_dir, "backbone"))
+    pretrain(folder, args.pretraining_steps, args.seed, args.num_pretraining_words, args.num_voices)
+    return folder
 
 
 def accuracy(trainer: Trainer, clips: Dataset) -> float:
@@ -100,11 +96,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     print("\n1. The task")
     args.dataset_name = args.dataset_name or synthesize_commands(args)
-    split_names = (args.train_split_name, args.eval_split_name)
-    train, test = (recipes.read_split(args, split, None, args.seed) for split in split_names)
-    commands = label_names(train, test, column=args.label_column_name)
+    names, column = (args.train_split_name, args.eval_split_name), args.label_column_name
+    train, test = (recipes.read_split(args, name, None, args.seed) for name in names)
+    commands = label_names(train, test, column=column)
     train, test = (
-        recipes.training_columns(split, [commands.index(name) for name in read_column(split, args.label_column_name)])
+        recipes.training_columns(split, [commands.index(name) for name in read_column(split, column)])
         for split in (train, test)
     )
     print(f"{args.dataset_name}: {len(train)} training clips, {len(test)} test clips, {len(commands)} commands")
@@ -120,10 +116,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return AutoModelForAudioClassification.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
 
     def train_on_commands(model: Any, learning_rate: float) -> Trainer:
-        steps, batch_size = args.max_steps, args.per_device_train_batch_size
-        return train_model(
-            model, feature_extractor, train, args.output_dir, learning_rate, steps, batch_size, args.seed
-        )
+        sizes = args.max_steps, args.per_device_train_batch_size
+        return train_model(model, feature_extractor, train, args.output_dir, learning_rate, *sizes, args.seed)
 
     print("\n3. The head alone, on the frozen backbone")
     head_only = backbone_with_head()

@@ -184,11 +184,12 @@ def test_a_preset_is_a_configuration_whose_fields_can_be_overridden():
     assert (config.adapters, config.e_dim, config.e_activation, config.l_dim) == ("EL", 64, "relu", 512)
     preset, default = ELPConfig.preset("e+l+p").to_dict(), ELPConfig().to_dict()
     differing = {name for name in default if default[name] != preset[name]}
-    # The defaults are the method itself, but for where it starts, and for the length that the publications leave open.
-    assert differing == {"init_weights", "p_init_std", "p_length"}
-    with pytest.raises(ValueError, match=r"preset is one of 'e\+l', 'conventional', .*got 'E\+L'"):
+    # The defaults are the method itself, but for where it starts, for sizes as shares of the width, and for the length
+    # that the publications leave open.
+    assert differing == {"init_weights", "p_init_std", "p_length", "e_dim", "l_dim"}
+    with pytest.raises(ValueError, match=r"preset must be one of 'e\+l', 'conventional', .*got 'E\+L'"):
         ELPConfig.preset("E+L")
-    with pytest.raises(ValueError, match="e_dim is a whole number"):
+    with pytest.raises(ValueError, match="e_dim must be"):
         ELPConfig.preset("e+l", e_dim=0)
 
 

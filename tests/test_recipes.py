@@ -794,10 +794,46 @@ def test_a_shorter_window_is_used_again_by_the_saved_adapter(module, trained, wi
     adapter = answers_as_measured(module, folder, device="cpu")
     assert adapter.feature_extractor.n_samples == RATE_HZ
     with pytest.raises(ValueError, match="window of 1 s"):
-        adapter.read(np.zeros(RATE_HZ + 1, dtype=np.float32), RATE_HZ)
+        adapter.read(np.full(RATE_HZ + 1, 0.1, np.float32), RATE_HZ)
     folder = adapter.saved.folder
     (folder / "preprocessor_config.json").unlink()  # as a plain save_pretrained leaves the folder
     assert SpeechAdapter.from_pretrained(folder, device="cpu").feature_extractor.n_samples == RATE_HZ
+
+
+@pytest.mark.parametrize("long", ["train", "test"])
+def test_recordings_longer_than_the_window_are_refused_before_the_training(
+    long, trained, whisper, tmp_path, capsys
+):
+    rows = []
+    for number, split in enumerate(["train", "train", "test", "test"]):
+        file = record(tmp_path / f"{number}.wav", 17_000 if split == long else 1_600, seed=number)
+        rows.append({"file_name": file, "split": split, "label": "ab"[number % 2]})
+    with pytest.raises(ValueError, match="2 of 2 recordings cannot be used: 2 too long"):
+        trained(intent, *ELP, "--model_name_or_path", whisper, dataset=write(tmp_path, rows))
+    said = capsys.readouterr().out
+    assert "Recordings over 1 s are refused: the encoder reads a window of 1 s." in said
+    assert "Trained:" not in said
+
+
+@pytest.mark.parametrize(
+    ("extractor", "longest_s"),
+    [
+        (transformers.WhisperFeatureExtractor(chunk_length=2), 2),
+        (transformers.ASTFeatureExtractor(max_length=150, num_mel_bins=40), 1.5),
+        (Wav2Vec2FeatureExtractor(), np.inf),
+    ],
+)
+def test_no_recording_is_cut_unnoticed(extractor, longest_s):
+    collate = recipes.Collator(extractor)
+    assert collate.window_s == longest_s
+    rows = [{"audio": np.ones(3 * RATE_HZ, np.float32)}]
+    if longest_s < 3:
+        with pytest.raises(ValueError, match=rf"3\.0 s is longer than the {longest_s:g} s that the encoder reads"):
+            collate(rows)
+        with pytest.raises(ValueError, match=rf"2\.5 s is longer than the {longest_s:g} s"):
+            recipes.Collator(extractor, crop_s=2.5)(rows)
+    else:
+        assert collate(rows)["input_values"].shape == (1, 3 * RATE_HZ)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])

@@ -89,12 +89,9 @@ def pair_error(embeddings: dict[Any, Any], rows: Sequence[Row]) -> float:
 
 
 def train_once(file: Path, settings: Any, train: Callable[[], Any]) -> Any:
-    """Return the stored result of a training, or train and store the result.
+    """Return the result of a training that is stored with the same settings, or train and store the result.
 
-    Args:
-        file: Where the result is stored.
-        settings: What the training depends on. A result of other settings is not used.
-        train: Returns the result, or None if the training failed, which is tried again the next time.
+    `train` returns the result, or None if the training failed, which is tried again the next time.
     """
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if stored.get("settings") == settings:

@@ -88,17 +88,15 @@ def tables(results: Mapping[Run, dict[str, Any] | None]) -> str:
         rows = []
         for method in dict.fromkeys(method for method, _ in found):
             ended = [result for name, result in found if name == method and result]
-            sizes = [
-                " / ".join(sorted({f"{result[f'trained_parameters_{part}']:,}" for result in ended}))
-                for part in ("encoder", "head")
-            ]
-            errors = []
+            cells = []
+            for part in ("encoder", "head"):
+                sizes = {f"{result[f'trained_parameters_{part}']:,}" for result in ended}
+                cells.append(" / ".join(sorted(sizes)))
             for name in metrics:
-                values = [result[f"eval_{name}"] for result in ended if f"eval_{name}" in result]
-                errors.append(
-                    with_deviation(values, 3) if "dcf" in name else with_deviation([100 * x for x in values])
-                )
-            rows.append([method, *(cell or "-" for cell in (*sizes, *errors)), str(len(ended))])
+                factor, digits = (1, 3) if "dcf" in name else (100, 1)
+                values = [factor * result[f"eval_{name}"] for result in ended if f"eval_{name}" in result]
+                cells.append(with_deviation(values, digits))
+            rows.append([method, *(cell or "-" for cell in cells), str(len(ended))])
         names = [name if "dcf" in name else f"{name}, %" for name in metrics]
         header = ["method", "trained in the encoder", "in the head", *names, "seeds"]
         parts.append(f"### {task}\n\n{table(header, rows)}\n")
@@ -115,9 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         results[task, method, seed] = train_once(folder / "run.json", command, partial(run, command, folder))
         Path(args.output_dir, "table.md").write_text(tables(results), encoding="utf-8")
-    print(f"\n{tables(results)}")
-    if failed := [*results.values()].count(None):
-        print(f"{failed} of {len(results)} runs failed; the same command tries them again.")
+    failed = [*results.values()].count(None)
+    print(f"\n{tables(results)}\n{failed} of {len(results)} runs failed; the same command tries them again.")
     return failed
 
 

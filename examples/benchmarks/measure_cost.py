@@ -43,13 +43,9 @@ from peft_elp.feature_cache import CACHED
 
 # methods: one training step and one inference of each method ---------------------------------------------------------
 
-WIDTHS = {
-    "base": (768, 12, 12, 3072),
-    "large": (1024, 24, 16, 4096),
-    "whisper-tiny": (384, 4, 6, 1536),
-    "tiny": (32, 3, 2, 64),
-    "overhead": (32, 12, 2, 64),
-}
+# Width, layers, attention heads and width of the feed-forward modules.
+WIDTHS = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "whisper-tiny": (384, 4, 6, 1536)}
+WIDTHS |= {"tiny": (32, 3, 2, 64), "overhead": (32, 12, 2, 64)}
 # What every method costs at least that trains something in the first layer.
 FLOOR, CACHED_L = "head only, with a gradient through all layers", f"{L_ONLY}, from cached features"
 HALF_L, LONG_P = "L of the lower half without layer norms", "E+L+P, 16 pseudo features"
@@ -130,7 +126,8 @@ def inputs_of(args: argparse.Namespace) -> dict[str, Tensor]:
     torch.manual_seed(1)
     if args.family == "whisper":
         features = torch.randn(args.batch_size, 80, 2 * round(50 * args.seconds))
-        return {"input_features": features, "labels": torch.zeros(args.batch_size).long()}
+        whole = torch.ones(args.batch_size, features.shape[-1], dtype=torch.long)
+        return {"input_features": features, "attention_mask": whole, "labels": torch.zeros(args.batch_size).long()}
     samples = int(16_000 * args.seconds)
     batch = {"input_values": torch.randn(args.batch_size, samples), "labels": torch.arange(args.batch_size) % 4}
     if args.padded:
@@ -255,18 +252,10 @@ def measure_methods(args: argparse.Namespace) -> None:
         for _ in range(args.repeats):
             for method in methods:
                 method.measure_round()
+    about = {key: value for key, value in vars(args).items() if key not in ("measure", "output", "plot")}
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    about = {
-        "encoder": f"{args.family}, {args.size} size",
-        "batch": f"{args.batch_size} x {args.seconds:g} s{', padded' if args.padded else ''}",
-        "dropout": args.dropout,
-        "weights": args.dtype + (" under bfloat16 autocast" if args.autocast else ""),
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "compiled": args.compile,
-        "machine": cpu if args.device == "cpu" else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    about["machine"] = cpu if args.device == "cpu" else torch.cuda.get_device_name()
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__}
     print("\n".join(f"{key}: {value}" for key, value in about.items()), end="\n\n")
     print(table(costs), flush=True)
     if args.output:
@@ -287,10 +276,16 @@ def table(costs: Sequence[Cost]) -> str:
     """Return the costs as a Markdown table, relative to full fine-tuning and to a head alone where these were run."""
     by_name = {cost.method: cost for cost in costs}
     full, lora, head = by_name.get(FULL), by_name.get(LORA), by_name.get(HEAD)
-    header = ["method", "trained", "kept, MiB", "kept / full", "kept / LoRA", "GFLOP forward + backward"]
-    header += ["step / full", "step / LoRA", "inference / head only"]
-    on_gpu = any(cost.peak_mib is not None for cost in costs)
-    header += ["step, ms", "inference, ms", *(["peak, MiB"] if on_gpu else [])]
+    header = [
+        "method",
+        "trained",
+        "kept, MiB",
+        "kept / full",
+        "kept / LoRA",
+        "GFLOP forward + backward",
+        "step / full",
+    ]
+    header += ["step / full", "step / LoRA", "inference / head only", "step, ms", "inference, ms", "peak, MiB"]
     rows = []
     for cost in costs:
         cells = [cost.method, f"{cost.trained:,}", f"{cost.saved_mib:.1f}"]
@@ -299,7 +294,7 @@ def table(costs: Sequence[Cost]) -> str:
         cells += [ratio(cost.step_s, other.step_s) if other else "" for other in (full, lora)]
         cells += [ratio(cost.inference_s, head.inference_s) if head else ""]
         cells += [f"{1000 * statistics.median(taken):.2f}" for taken in (cost.step_s, cost.inference_s)]
-        rows.append([*cells, *([] if cost.peak_mib is None else [f"{cost.peak_mib:.0f}"])])
+        rows.append([*cells, "" if cost.peak_mib is None else f"{cost.peak_mib:.0f}"])
     return common.table(header, rows)
 
 
@@ -321,8 +316,6 @@ def plot(costs: Sequence[Cost], file: Path) -> None:
 
 
 # adapters: many on one backbone, and several tasks in one pass ------------------------------------------------------
-
-TARGETS, HEAD_MODULES = ["intermediate_dense", "output_dense"], ["projector", "classifier"]
 
 
 def backbone() -> Any:
@@ -383,8 +376,9 @@ def tasks_in_one_pass(args: argparse.Namespace) -> None:
 
 
 def measure_adapters(args: argparse.Namespace) -> None:
+    targets, head = ["intermediate_dense", "output_dense"], ["projector", "classifier"]
     many_adapters("ELP", ELPConfig(), args.adapters)
-    many_adapters("LoRA", LoraConfig(target_modules=TARGETS, modules_to_save=HEAD_MODULES), args.adapters)
+    many_adapters("LoRA", LoraConfig(target_modules=targets, modules_to_save=head), args.adapters)
     tasks_in_one_pass(args)
 
 

@@ -292,8 +292,7 @@ class Grid:
     """The trainings of one encoder, with the command line of `run`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.methods = METHODS | CHOICES
+        self.args, self.methods = args, METHODS | CHOICES
 
     def model_arguments(self, task: Task, method: Method, rate: float, head_rate: float) -> recipes.ModelArguments:
         """Return the arguments of a recipe for one training."""

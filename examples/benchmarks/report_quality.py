@@ -33,14 +33,9 @@ def read_results(file: Path) -> list[Result]:
 def read_costs(file: Path) -> Costs:
     """Read what a step keeps and how long it takes, relative to full fine-tuning."""
     costs = {cost["method"]: cost for cost in json.loads(file.read_text(encoding="utf-8"))["costs"]}
-    full = costs[FULL]
-    return {
-        method: (
-            cost["saved_mib"] / full["saved_mib"],
-            statistics.median(a / b for a, b in zip(cost["step_s"], full["step_s"], strict=True)),
-        )
-        for method, cost in costs.items()
-    }
+    kept, taken = (costs[FULL][key] for key in ("saved_mib", "step_s"))
+    times = {name: [a / b for a, b in zip(cost["step_s"], taken, strict=True)] for name, cost in costs.items()}
+    return {name: (cost["saved_mib"] / kept, statistics.median(times[name])) for name, cost in costs.items()}
 
 
 def of_encoder(results: Sequence[Result], encoder: str) -> Found:
@@ -77,12 +72,12 @@ def compare(one: Sequence[Result], other: Sequence[Result]) -> tuple[float | Non
     The p-value is of a paired t-test; None if all seeds differ by as much, or if there is one.
     """
     first, second = per_seed(one, "test"), per_seed(other, "test")
-    common = sorted({*first} & {*second})
-    if len({round(first[seed] - second[seed], 6) for seed in common}) > 1:
-        p = float(ttest_rel([first[seed] for seed in common], [second[seed] for seed in common]).pvalue)
-    else:
-        p = None
-    return statistics.mean(first[seed] - second[seed] for seed in common) if common else None, p
+    pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+    differences = [x - y for x, y in pairs]
+    p = None
+    if len({round(difference, 6) for difference in differences}) > 1:
+        p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    return statistics.mean(differences) if pairs else None, p
 
 
 def error_table(found: Found, names: Sequence[str], tasks: Sequence[str], costs: Costs) -> str:
@@ -96,11 +91,6 @@ def error_table(found: Found, names: Sequence[str], tasks: Sequence[str], costs:
             trained = " / ".join(f"{count / 1e6:.2f} M" if count else "0" for count in counts)
             rows.append([name, trained, *(ratios if costs else ()), *map(in_cell, held)])
     return table(["method", "trained", *(("kept / full", "step / full") if costs else ()), *tasks], rows)
-
-
-def main_table(found: Found, costs: Costs) -> str:
-    """Return the errors of all methods on all tasks, beside what they cost."""
-    return error_table(found, list(METHODS), tasks_of(found), costs)
 
 
 def choice_table(found: Found, costs: Costs) -> str:
@@ -181,18 +171,15 @@ def draw_quality(found: Found) -> Figure:
 
 def draw_layers(found: Found) -> Figure:
     """Draw the layer weights of the L-adapter of each task, mean over seeds."""
-    shares = {task: [r.shares for r in found.get((task, L_ONLY), []) if r.seed] for task in TASKS}
-    return plot_layer_weights(
-        {
-            task: [(int(layer), statistics.mean(one[layer] for one in held)) for layer in held[0]]
-            for task, held in shares.items()
-            if held
-        }
-    )
+    means = {}
+    for task in TASKS:
+        if held := [result.shares for result in found.get((task, L_ONLY), []) if result.seed]:
+            means[task] = [(int(layer), statistics.mean(shares[layer] for shares in held)) for layer in held[0]]
+    return plot_layer_weights(means)
 
 
 REPORTS = {
-    "methods": main_table,
+    "methods": lambda found, costs: error_table(found, list(METHODS), tasks_of(found), costs),
     "comparisons": comparison_table,
     "further": further_table,
     "rates": rate_table,
@@ -202,11 +189,11 @@ REPORTS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="File with all results.")
-    parser.add_argument("--page", type=Path, required=True, help="Markdown file with marks for the tables.")
-    parser.add_argument("--plots", type=Path, help="Folder for the figures.")
-    text = "What `measure_cost.py methods --output FILE` measured for an encoder."
-    parser.add_argument("--cost", nargs=2, action="append", default=[], metavar=("ENCODER", "FILE"), help=text)
+    option = parser.add_argument
+    option("--json", type=Path, required=True, help="File with all results.")
+    option("--page", type=Path, required=True, help="Markdown file with marks for the tables.")
+    option("--plots", type=Path, help="Folder for the figures.")
+    option("--cost", nargs=2, action="append", default=[], help="Encoder, and output of `measure_cost.py methods`.")
     args = parser.parse_args(argv)
     results, page = read_results(args.json), args.page.read_text(encoding="utf-8")
     costs = {encoder: read_costs(Path(file)) for encoder, file in args.cost}

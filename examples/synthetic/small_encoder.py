@@ -124,10 +124,10 @@ def pretrain(
     words_per_clip: int = 1,
     pre_norm: bool = True,
 ) -> tuple[Any, Any]:
-    """Train a small wav2vec 2.0 to name the phoneme in each frame; return it with its feature extractor.
+    """Train a small wav2vec 2.0 to name the phoneme in each frame; save and return it with its feature extractor.
 
     Args:
-        output_dir: Folder for `Trainer`.
+        output_dir: Folder for both.
         steps: Training steps, of 32 clips each.
         seed: Seed of everything random.
         num_words: Number of `OTHER_WORDS` to use. None: all.
@@ -141,23 +141,15 @@ def pretrain(
     voices = TRAINING_VOICES.split()[:num_voices]
     spoken = [synthesizer().say(**say) for say in vary(texts, voices, voices_per_word=8, takes=1)]
     phonemes = sorted({phoneme for speech in spoken for _, phoneme in speech.phonemes} | {""})
+    sizes: dict[str, Any] = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 768, "num_conv_pos_embeddings": 32, "num_conv_pos_embedding_groups": 8}
+    # A frame is 20 ms as in wav2vec 2.0, but in four wide convolutions instead of seven, to be fast on a CPU.
+    sizes |= {"conv_dim": [128] * 4, "conv_kernel": [64, 8, 4, 4], "conv_stride": [20, 4, 2, 2]}
+    sizes |= {f"{where}_dropout": 0.05 for where in ("hidden", "attention", "activation", "feat_proj")}
     config: Any = Wav2Vec2Config(
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=768,
-        # A frame is 20 ms as in wav2vec 2.0, but in four wide convolutions instead of seven, to be fast on a CPU.
-        conv_dim=[128] * 4,
-        conv_kernel=[64, 8, 4, 4],
-        conv_stride=[20, 4, 2, 2],
-        num_conv_pos_embeddings=32,
-        num_conv_pos_embedding_groups=8,
+        **sizes,
         feat_extract_norm="layer",
         do_stable_layer_norm=pre_norm,
-        hidden_dropout=0.05,
-        attention_dropout=0.05,
-        activation_dropout=0.05,
-        feat_proj_dropout=0.05,
         mask_time_length=3,  # Words are short: the usual span of 10 masked frames would leave little of them.
         mask_time_min_masks=0,
         layerdrop=0.0,  # An L-adapter reads every layer.
@@ -177,6 +169,8 @@ def pretrain(
     start = time.perf_counter()
     train_model(model, feature_extractor, clips, output_dir, learning_rate=1e-3, steps=steps, batch_size=32, seed=seed)
     print(f"Pre-trained for {time.perf_counter() - start:.0f} s.")
+    model.wav2vec2.save_pretrained(output_dir)
+    feature_extractor.save_pretrained(output_dir)
     return model.wav2vec2, feature_extractor
 
 

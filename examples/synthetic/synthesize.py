@@ -52,20 +52,15 @@ class Speech(NamedTuple):
 
 
 class Synthesizer:
-    """Text to speech with espeak-ng. Use `synthesizer()` to get it: the library crashes when it is started twice.
-
-    Raises:
-        OSError: espeak-ng does not start.
-    """
+    """Text to speech with espeak-ng. Use `synthesizer()` to get it: the library crashes when it is started twice."""
 
     def __init__(self) -> None:
         self.data = espeakng_loader.get_data_path()
         if len(self.data) > 120:  # The library truncates long paths; a relative path is often shorter.
             self.data = min(self.data, os.path.relpath(self.data), key=len)
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
-        self.rate_hz = self.library.espeak_Initialize(
-            SYNCHRONOUS_OUTPUT, 0, self.data.encode(), PHONEME_EVENTS | DO_NOT_EXIT
-        )
+        options = PHONEME_EVENTS | DO_NOT_EXIT
+        self.rate_hz = self.library.espeak_Initialize(SYNCHRONOUS_OUTPUT, 0, self.data.encode(), options)
         if self.rate_hz <= 0:
             raise OSError(f"espeak-ng found no voices in {self.data!r}. Install espeakng-loader under a shorter path.")
         self.pieces: list[np.ndarray] = []
@@ -95,9 +90,6 @@ class Synthesizer:
             pitch: 0 to 99; 50 is the voice's own.
             words_per_minute: Speaking rate, 80 to 450.
             pitch_range: 0 to 99; 0 is monotonous, 50 is the voice's own.
-
-        Raises:
-            ValueError: espeak-ng has no such voice, or there is nothing to say.
         """
         # The library ignores a speaker that it does not know.
         known = Path(self.data, "voices", "!v", voice.partition("+")[2]).is_file()

@@ -16,9 +16,12 @@ from .ctc import keep_alignable as keep_alignable
 from .ctc import make_decoder as make_decoder
 from .ctc import make_tokenizer as make_tokenizer
 from .ctc import num_frames as num_frames
+from .loading import limit_rows as limit_rows
 from .loading import load_config as load_config
 from .loading import load_feature_extractor as load_feature_extractor
 from .loading import load_model as load_model
+from .loading import read_split as read_split
+from .loading import training_columns as training_columns
 from .long_recordings import transcribe_long as transcribe_long
 from .methods import adapt as adapt
 from .methods import count_trained as count_trained
@@ -33,9 +36,6 @@ from .seq2seq import Seq2SeqRecipeTrainingArguments as Seq2SeqRecipeTrainingArgu
 from .seq2seq import make_labels as make_labels
 from .seq2seq import make_normalizer as make_normalizer
 from .seq2seq import set_language as set_language
-from .splits import limit_rows as limit_rows
-from .splits import read_split as read_split
-from .splits import training_columns as training_columns
 from .trainer import RecipeTrainer as RecipeTrainer
 from .trainer import make_trainer as make_trainer
 from .verification import SpeakerTrainer as SpeakerTrainer

@@ -21,10 +21,7 @@ LOWER_IS_BETTER = ("loss", "wer", "cer", "eer", "min_dcf")
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """Declare a field of a dataclass that becomes an option of the command line.
 
-    Args:
-        default: The value without the option.
-        help: The text that `--help` prints.
-        metadata: Arguments of argparse, such as `choices`.
+    `metadata` are arguments of argparse, such as `choices`.
 
     Examples:
         >>> @dataclass
@@ -60,12 +57,15 @@ class ModelArguments(ELPArguments):
         None,
         "Cut a fixed window, such as Whisper's 30 s, to this many whole seconds, for classification and verification.",
     )
-    preset: str | None = option(None, "A published setting of ELP-adapters, such as 'e+l'; see ELPConfig.preset.")
+    preset: str | None = option(
+        None,
+        "A published setting, such as 'e+l'; see ELPConfig.preset. For verification and emotions, the published code "
+        "also has --e_activation relu --l_activation relu.",
+    )
     lora_r: int = option(16, "Rank of LoRA.")
     lora_alpha: int = option(32, "Scale of LoRA.")
     lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules that get LoRA. Default: the linear layers of the encoder's feed-forward modules."},
+        default=None, metadata={"help": "Modules that get LoRA. Default: the linear layers of feed-forward modules."}
     )
     head_learning_rate: float | None = option(None, "Rate of the head. Default: the published one.")
     e_learning_rate: float | None = option(None, "Rate of the E-adapters. Default: the published one.")
@@ -96,10 +96,11 @@ class ModelArguments(ELPArguments):
             lora = ["lora_r", "lora_alpha", "lora_target_modules"]
             refuse_unused(self, lora, "--method lora", f"--method is {self.method}")
 
-    def elp_settings(self) -> dict[str, Any]:
-        """Return the settings of `ELPConfig` that were given."""
+    def elp_config(self) -> ELPConfig:
+        """Return the configuration of the ELP-adapters."""
         names = [known.name for known in fields(ELPArguments)]
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return ELPConfig.preset(self.preset, **given) if self.preset else ELPConfig(**given)
 
 
 @dataclass
@@ -133,7 +134,7 @@ class RecipeTrainingArguments(TrainingArguments):
     warmup_steps: float = option(0.1, "Steps over which the rates rise; a value below 1 is a share of all steps.")
     logging_steps: float = option(50, "Steps between two lines of the log.")
     report_to: str = option("none", "Where logs go, such as 'tensorboard'.")  # pyright: ignore
-    # A recipe always trains, reads recordings in its collator, and measures every row: these are not options.
+    # Not options: a recipe always trains, reads recordings in its collator, and measures every row.
     do_train: bool = field(default=True, init=False)
     remove_unused_columns: bool = field(default=False, init=False)
     dataloader_drop_last: bool = field(default=False, init=False)
@@ -158,9 +159,6 @@ def parse_arguments(
             the options.
         data_arguments: `DataArguments` or a subclass with the options of one script.
         training_arguments: `RecipeTrainingArguments` or a subclass.
-
-    Returns:
-        The model arguments, the data arguments and the training arguments.
 
     Raises:
         ValueError: An option is unknown, or has no effect next to the others.
@@ -195,7 +193,7 @@ def refuse_unused(arguments: Any, names: Collection[str], used_with: str, given:
         given: What was given instead, for the message.
 
     Raises:
-        ValueError: One of the options does not have its default value.
+        ValueError: One of them does not have its default value.
     """
     for known in fields(arguments):
         default = known.default if known.default_factory is MISSING else known.default_factory()

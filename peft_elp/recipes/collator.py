@@ -1,6 +1,8 @@
 """Batches of recordings, decoded when they are needed."""
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ class Collator:
 
     Raises:
         AudioError: A recording cannot be read.
-        ValueError: A recording is longer than the fixed length.
+        ValueError: A recording is longer than what the feature extractor keeps.
 
     Examples:
         >>> from transformers import Wav2Vec2FeatureExtractor
@@ -41,7 +43,7 @@ class Collator:
 
     def __init__(self, feature_extractor: Any, model: Any = None, crop_s: float | None = None) -> None:
         self.feature_extractor = feature_extractor
-        self.crop_s = crop_s
+        self.crop_s, self.window_s = crop_s, window_s(feature_extractor)
         self.fixed_window = model is not None and has_fixed_window(model)
         self.dtype = torch.float32 if model is None else model.dtype
 
@@ -53,21 +55,27 @@ class Collator:
         batch = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in batch.items()}
         if "labels" in rows[0]:
             labels = [torch.as_tensor(row["labels"]) for row in rows]
-            batch["labels"] = (
-                pad_sequence(labels, batch_first=True, padding_value=-100) if labels[0].dim() else torch.stack(labels)
-            )
+            pad = partial(pad_sequence, batch_first=True, padding_value=-100)
+            batch["labels"] = pad(labels) if labels[0].dim() else torch.stack(labels)
         return batch
 
     def _read(self, audio: Any) -> np.ndarray:
         rate_hz = self.feature_extractor.sampling_rate
         waveform = audio if isinstance(audio, np.ndarray) else decode(audio, rate_hz)
-        longest = self.feature_extractor.n_samples if self.fixed_window else len(waveform)
-        if self.crop_s is None and len(waveform) > longest:
+        if self.crop_s is not None and len(waveform) > (length := int(self.crop_s * rate_hz)):
+            start = int(torch.randint(len(waveform) - length + 1, ()))
+            waveform = waveform[start : start + length]
+        if len(waveform) > self.window_s * rate_hz:
             raise ValueError(
-                f"A recording of {len(waveform) / rate_hz:.1f} s is longer than the {longest / rate_hz:g} s that the "
-                "encoder takes: the rest would be cut off. Lower --max_duration_in_seconds."
+                f"A recording of {len(waveform) / rate_hz:.1f} s is longer than the {self.window_s:g} s that the "
+                "encoder reads, and would be cut. Lower --max_duration_in_seconds or --crop_length_in_seconds."
             )
-        if self.crop_s is None or len(waveform) <= (length := int(self.crop_s * rate_hz)):
-            return waveform
-        start = int(torch.randint(len(waveform) - length + 1, ()))
-        return waveform[start : start + length]
+        return waveform
+
+
+def window_s(feature_extractor: Any) -> float:
+    """Return the seconds to which a feature extractor cuts every recording; infinity where it cuts none."""
+    if hasattr(feature_extractor, "n_samples"):
+        return feature_extractor.n_samples / feature_extractor.sampling_rate
+    frames = getattr(feature_extractor, "max_length", None)
+    return frames / 100 if isinstance(frames, int) else math.inf  # AST counts frames of 10 ms.

@@ -11,15 +11,11 @@ import numpy as np
 from datasets import Dataset
 from transformers import Wav2Vec2CTCTokenizer
 
-SHOWN = 5  # lines of a list in an error
-
 
 def make_tokenizer(texts: Sequence[str], folder: str | Path) -> Wav2Vec2CTCTokenizer:
-    """Make a tokenizer for the characters of the texts; "|" separates words, and "[PAD]" is the blank of CTC.
+    """Make a tokenizer for the characters of the texts, with a `vocab.json` in the folder.
 
-    Args:
-        texts: The training texts.
-        folder: Folder for `vocab.json`.
+    "|" separates words, and "[PAD]" is the blank of CTC.
 
     Examples:
         >>> from tempfile import mkdtemp
@@ -57,11 +53,7 @@ def check_characters(tokenizer: Any, texts: Sequence[str], test_texts: Sequence[
 
 
 def num_frames(model: Any, num_samples: int) -> int:
-    """Return the number of frames that an encoder of the wav2vec 2.0 kind makes of a recording.
-
-    Raises:
-        ValueError: The model does not tell it.
-    """
+    """Return the number of frames that an encoder of the wav2vec 2.0 kind makes of a recording."""
     count: Any = getattr(model, "_get_feat_extract_output_lengths", None)  # what Transformers' own heads use
     if count is None:
         raise ValueError(f"{type(model).__name__} does not tell its number of frames. Use a relative of wav2vec 2.0.")
@@ -77,7 +69,7 @@ def keep_alignable(
 
     Args:
         dataset: Recordings with `audio` and `duration_s`.
-        labels: The text of each recording as token numbers.
+        labels: The text of each recording as tokens.
         model: A CTC model of the wav2vec 2.0 kind.
         rate_hz: The sampling rate of the encoder.
         on_long_text: "error" refuses longer texts, "skip" leaves them out with a warning.
@@ -93,7 +85,7 @@ def keep_alignable(
         if there < needed:
             too_long[row] = f"{audio['path']}: {needed} frames needed, {there} there"
     if too_long:
-        shown = "".join(f"\n  {line}" for line in [*too_long.values()][:SHOWN])
+        shown = "".join(f"\n  {line}" for line in [*too_long.values()][:5])
         message = f"{len(too_long)} of {len(labels)} texts are too long for the frames of their recordings.{shown}"
         if on_long_text == "error":
             raise ValueError(f"{message}\nCorrect them, or leave them out with --on_long_text skip.")

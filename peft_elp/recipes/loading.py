@@ -1,25 +1,24 @@
-"""The pretrained encoder of a recipe, with the head of the task."""
+"""What a recipe loads: the pretrained encoder with the head of the task, and the splits of the data."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from datasets import Dataset
 from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.utils import logging
 
 from peft_elp import find_encoder, speed_up_frozen
+from peft_elp.speech.data import check_audio, read_dataset
 
 from .arguments import ModelArguments
+from .collator import window_s
 
 
 def load_config(model_name_or_path: str, **settings: Any) -> Any:
     """Load the configuration of an encoder, without LayerDrop.
 
     An L-adapter reads every layer, so no layer may be skipped; the other methods are trained the same way, so that
-    they can be compared.
-
-    Args:
-        model_name_or_path: A Hub id or folder.
-        settings: Values that replace those of the configuration, such as `id2label`.
+    they can be compared. `settings` replace those of the configuration, such as `id2label`.
     """
     config: Any = AutoConfig.from_pretrained(model_name_or_path, **settings)
     for part in (config, getattr(config, "encoder", None)):
@@ -29,10 +28,21 @@ def load_config(model_name_or_path: str, **settings: Any) -> Any:
     return config
 
 
-def load_feature_extractor(model_args: ModelArguments) -> Any:
-    """Load the feature extractor of an encoder, which pads to the shorter window where `--chunk_length` sets one."""
+def load_feature_extractor(model_args: ModelArguments, data_args: Any = None) -> Any:
+    """Load the feature extractor of an encoder, which pads to the shorter window where `--chunk_length` sets one.
+
+    Where it cuts recordings to a window, `max_duration_in_seconds` of the data arguments is lowered to that: longer
+    recordings are then refused before the training.
+    """
     settings = {} if model_args.chunk_length is None else {"chunk_length": model_args.chunk_length}
-    return AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path, **settings)
+    feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path, **settings)
+    if hasattr(feature_extractor, "n_samples"):
+        feature_extractor.return_attention_mask = True  # A head averages over a recording's own frames.
+    longest_s = window_s(feature_extractor)
+    if data_args is not None and longest_s < data_args.max_duration_in_seconds:
+        print(f"Recordings over {longest_s:g} s are refused: the encoder reads a window of {longest_s:g} s.")  # noqa: T201
+        data_args.max_duration_in_seconds = longest_s
+    return feature_extractor
 
 
 def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
@@ -42,7 +52,7 @@ def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
 
     Args:
         auto_class: A class such as `AutoModelForAudioClassification`.
-        model_args: The model arguments, which name the checkpoint and the data type of the weights.
+        model_args: The model arguments.
         config: The configuration, as `load_config` returns it, with the settings of the head.
 
     Raises:
@@ -54,7 +64,7 @@ def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
         model, report = auto_class.from_pretrained(
             model_args.model_name_or_path,
             config=config,
-            dtype="auto" if model_args.dtype == "auto" else getattr(torch, model_args.dtype),
+            dtype=model_args.dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -65,9 +75,42 @@ def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
     if inside := [key for key in new if key.startswith(layers)]:
         raise ValueError(
             f"{model_args.model_name_or_path} has no weights that fit {len(inside)} tensors of the encoder layers of "
-            f"{type(model).__name__}, such as {inside[0]}. Check that the checkpoint and its config.json belong "
-            "together."
+            f"{type(model).__name__}, such as {inside[0]}. Check whether its config.json belongs to its weights."
         )
     if modules := sorted({key.split(".")[0] for key in new}):
         print(f"New in {type(model).__name__}: {', '.join(modules)}")  # noqa: T201
     return speed_up_frozen(model)  # whatever the method, so that their times can be compared
+
+
+def read_split(
+    data_args: Any, split: str | None, config: Any, seed: int, max_samples: int | None = None, **bounds: Any
+) -> Dataset:
+    """Read one split, and decode every recording once to check it.
+
+    Args:
+        data_args: The data arguments, which name the data set.
+        split: Name of the split. None takes all rows of one table.
+        config: Configuration of the encoder, which may need recordings of a minimal length.
+        seed: Seed for `max_samples`.
+        max_samples: Keep this many rows, drawn at random.
+        bounds: `min_duration_in_seconds` and `max_duration_in_seconds`, where they differ from `data_args`.
+
+    Raises:
+        ValueError: The split is missing, or recordings cannot be used.
+    """
+    dataset = read_dataset(
+        data_args.dataset_name, split, data_args.dataset_config_name, audio_column_name=data_args.audio_column_name
+    )
+    return check_audio(limit_rows(dataset, max_samples, seed), config, **data_args.durations() | bounds)
+
+
+def limit_rows(dataset: Dataset, max_samples: int | None, seed: int) -> Dataset:
+    """Draw at most `max_samples` rows at random with `seed`; None keeps all rows."""
+    if max_samples is None or max_samples >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(max_samples))
+
+
+def training_columns(dataset: Dataset, labels: Sequence[Any]) -> Dataset:
+    """Select the columns that a trainer reads: `audio`, `duration_s`, and `labels` as numbers."""
+    return dataset.select_columns(["audio", "duration_s"]).add_column("labels", list(labels))  # pyright: ignore

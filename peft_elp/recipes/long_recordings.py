@@ -10,18 +10,10 @@ from peft_elp.speech.audio import decode
 from .methods import get_base_model
 
 
-def transcribe_long(
-    model: Any, feature_extractor: Any, tokenizer: Any, dataset: Dataset, chunk_s: float, **generation: Any
-) -> list[str]:
+def transcribe_long(model: Any, feature_extractor: Any, tokenizer: Any, dataset: Dataset, chunk_s: float) -> list[str]:
     """Recognise recordings of any length in overlapping pieces, with Transformers' own pipeline.
 
-    Args:
-        model: A model for speech recognition, with or without an adapter.
-        feature_extractor: The feature extractor of the model.
-        tokenizer: The tokenizer of the model.
-        dataset: Recordings with `audio`.
-        chunk_s: Length of a piece in seconds. A sixth of it on each side is context only.
-        generation: Arguments of `generate`, where the model generates text.
+    A piece has `chunk_s` seconds, of which a sixth on each side is context only.
 
     Raises:
         ValueError: The pieces are too short to overlap.
@@ -36,6 +28,5 @@ def transcribe_long(
         tokenizer=tokenizer,
         device=base.device,
     )
-    options = {"generate_kwargs": generation} if base.can_generate() else {}
     recordings = ({"raw": decode(audio, rate_hz), "sampling_rate": rate_hz} for audio in dataset["audio"])
-    return [recognise(recording, chunk_length_s=chunk_s, **options)["text"].strip() for recording in recordings]
+    return [recognise(recording, chunk_length_s=chunk_s)["text"].strip() for recording in recordings]

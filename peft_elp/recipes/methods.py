@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_elp import ELPConfig, find_encoder, shorten_window
+from peft_elp import ELPConfig, find_encoder, pool_own_frames, shorten_window
 from peft_elp.heads import head_input
 from peft_elp.tuner.head_modules import find_head
 
@@ -25,8 +25,8 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     | "full" | all encoder layers |
     | "head" | nothing |
 
-    The CNN feature encoder is frozen in each of them. A model that generates text has a pretrained decoder instead of
-    a head: "full" trains it with the encoder layers, the other methods leave it as it is.
+    The CNN feature encoder is frozen in each of them, and heads average over a recording's own frames. A model that
+    generates text has a pretrained decoder instead of a head: only "full" trains it.
 
     Args:
         model: A pretrained model with the head of the task.
@@ -43,11 +43,12 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
         if not encoder.backbone_path:
             raise ValueError(f"{model_class} is a bare encoder without a head. Load it with the head of the task.")
         shorten_window(model, model_args.chunk_length)
+        pool_own_frames(model)
         freeze: Any = getattr(model, "freeze_feature_encoder", None)
         if freeze is not None:
             freeze()  # Else the convolutions record a graph in training, even when frozen.
     if model_args.method in ("elp", "lora"):
-        config = _elp_config(model_args) if model_args.method == "elp" else _lora_config(model, model_args)
+        config = model_args.elp_config() if model_args.method == "elp" else _lora_config(model, model_args)
         adapted = get_peft_model(model, config)
         # Where the vocabulary is new, PEFT would look for the embeddings of its tokens; speech encoders have none.
         adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # pyright: ignore
@@ -61,11 +62,6 @@ def adapt(model: PreTrainedModel, model_args: ModelArguments) -> Any:
     if model_args.method == "full":
         nn.ModuleList(encoder.layers).requires_grad_(True)
     return model
-
-
-def _elp_config(model_args: ModelArguments) -> ELPConfig:
-    settings = model_args.elp_settings()
-    return ELPConfig.preset(model_args.preset, **settings) if model_args.preset else ELPConfig(**settings)
 
 
 def _lora_config(model: PreTrainedModel, model_args: ModelArguments) -> LoraConfig:

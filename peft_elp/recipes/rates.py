@@ -12,12 +12,8 @@ from .methods import has_elp, trained_parameters
 # The published setting that has the rates of an adapter, by its letters.
 SETTINGS = {"ELP": "e+l+p", "EL": "e+l", "E": "e-only", "L": "l-only"}
 # Rates of full fine-tuning, from the same source as the rates in `peft_elp.published`.
-FULL_RATES = {
-    "asv": {"head": 5e-4, "encoder": 1e-4},
-    "er": {"head": 5e-4, "encoder": 5e-5},
-    "asr": {"head": 1e-2, "encoder": 1e-4},
-    "ic": {"head": 5e-4, "encoder": 1e-4},
-}
+FULL_RATES = {"asv": {"head": 5e-4, "encoder": 1e-4}, "er": {"head": 5e-4, "encoder": 5e-5}}
+FULL_RATES |= {"asr": {"head": 1e-2, "encoder": 1e-4}, "ic": {"head": 5e-4, "encoder": 1e-4}}
 LORA_RATE = 5e-4  # Our choice: no rate was published for these tasks.
 
 
@@ -31,8 +27,8 @@ def learning_rates(model: Any, model_args: ModelArguments, args: Any, task: str)
         task: "asr", "asv", "er" or "ic", as in `peft_elp.published_rates`.
 
     Returns:
-        Rates of "head" and, with ELP-adapters, of "L", "E", "P" and "layer norms"; else of "encoder". Of "layer
-        weights" where it is published or given; else `create_optimizer` decides.
+        Rates of "head" and of "encoder", or of "L", "E", "P" and "layer norms"; of "layer weights" where it is
+        published or given, else `create_optimizer` decides.
 
     Raises:
         ValueError: A rate was given for a part that is not trained.

@@ -54,18 +54,10 @@ def save_results(
         is_local = Path(data_args.dataset_name).exists()
         name = Path(data_args.dataset_name).name if is_local else data_args.dataset_name
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        results = [
-            EvalResult(
-                task_type="automatic-speech-recognition" if task == "asr" else "audio-classification",
-                dataset_type=name,
-                dataset_name=name,
-                dataset_split=data_args.eval_split_name,
-                metric_type=metric,
-                metric_value=round(metrics[f"eval_{metric}"], 4),
-            )
-            for metric in CARD_METRICS
-            if f"eval_{metric}" in metrics
-        ]
+        kind = "automatic-speech-recognition" if task == "asr" else "audio-classification"
+        about = {"dataset_type": name, "dataset_name": name, "dataset_split": data_args.eval_split_name}
+        values = {name: round(metrics[f"eval_{name}"], 4) for name in CARD_METRICS if f"eval_{name}" in metrics}
+        results = [EvalResult(kind, **about, metric_type=name, metric_value=value) for name, value in values.items()]
         describe(
             model,
             # The trainer's id includes the name of the user.

@@ -10,8 +10,6 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 from .arguments import RecipeTrainingArguments, option
 from .trainer import RecipeTrainer
 
-ENGLISH = (None, "en", "english")
-
 
 @dataclass
 class Seq2SeqRecipeTrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -54,11 +52,6 @@ def set_language(model: Any, tokenizer: Any, language: str | None, task: str) ->
 def make_labels(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the tokens of each text as the decoder must write them, from the first one after the start to the end.
 
-    Args:
-        model: The model. It puts the start token before the labels itself.
-        tokenizer: Its tokenizer.
-        texts: The texts.
-
     Raises:
         ValueError: A text has more tokens than the decoder has positions.
     """
@@ -80,18 +73,14 @@ def make_labels(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[i
 def make_normalizer(tokenizer: Any, language: str | None = None) -> Callable[[str], str]:
     """Make Whisper's normaliser of text, for word error rates that can be compared.
 
-    It removes case, punctuation and fillers such as "um"; in English it also writes out contractions and unifies
-    numbers, and spellings where the tokenizer brings a list of them.
-
-    Args:
-        tokenizer: The tokenizer of the model.
-        language: The language. None is English.
+    It removes case, punctuation and fillers such as "um"; in English, which is None, it also writes out contractions
+    and unifies numbers, and spellings where the tokenizer brings a list of them.
 
     Examples:
         >>> make_normalizer(None)("Um, it's TWENTY dollars.")
         'it is $20'
     """
-    if language in ENGLISH:
+    if language in (None, "en", "english"):
         normalize = EnglishTextNormalizer(getattr(tokenizer, "english_spelling_normalizer", None) or {})
     else:
         normalize = BasicTextNormalizer()

@@ -27,8 +27,7 @@ class RecipeTrainer(Trainer):
     Args:
         args: Arguments of `Trainer`.
         rates: The learning rate of each part, as `learning_rates` returns it.
-        factors: Factors of the rates over the training, for `get_epochwise_schedule`. None: `lr_scheduler_type` of
-            the training arguments.
+        factors: Factors of the rates over the training, for `get_epochwise_schedule`. None: `--lr_scheduler_type`.
         kwargs: Arguments of `Trainer`; `processing_class` is the feature extractor.
 
     Raises:
@@ -45,8 +44,7 @@ class RecipeTrainer(Trainer):
         # Trainer concludes from the models' **kwargs that they divide the loss by the size of the whole step. They do
         # not, and the gradients of accumulated batches would be too large.
         self.model_accepts_loss_kwargs = False
-        # DeepSpeed and FSDP keep gradients elsewhere.
-        self.unchecked = hasattr(self.model, "peft_config") and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        self.unchecked = hasattr(self.model, "peft_config") and not self.is_deepspeed_enabled  # It keeps gradients.
         assert self.model is not None
         if not is_padding_invariant(self.model, self.processing_class):
             if self.args.n_gpu > 1:
@@ -101,13 +99,9 @@ class RecipeTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         # Trainer would group the rows of evaluation by length, as it does in training.
-        loader = DataLoader(
-            self.eval_dataset if eval_dataset is None else eval_dataset,
-            self.args.eval_batch_size,
-            collate_fn=self.eval_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
+        dataset, args = self.eval_dataset if eval_dataset is None else eval_dataset, self.args
+        options = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
+        loader = DataLoader(dataset, args.eval_batch_size, collate_fn=self.eval_collator, **options)  # pyright: ignore
         return self.accelerator.prepare(loader)
 
     get_test_dataloader = get_eval_dataloader
@@ -124,6 +118,8 @@ def make_trainer(
 ) -> Any:
     """Adapt a model by `--method` and make its trainer; prints the trained parameters and their rates.
 
+    Call `train_and_save()` next.
+
     Args:
         model: A pretrained model with the head of the task.
         model_args: The model arguments.
@@ -132,9 +128,6 @@ def make_trainer(
         feature_extractor: The feature extractor, which is saved with the adapter.
         trainer_cls: `RecipeTrainer` or a subclass.
         options: Further arguments of the trainer, such as `train_dataset`.
-
-    Returns:
-        The trainer; call `train_and_save()` next.
 
     Raises:
         ValueError: The settings do not fit the model or each other.
@@ -150,15 +143,8 @@ def make_trainer(
             print("SpecAugment is off: cached features are not masked.")  # noqa: T201
             adapted.config.apply_spec_augment = False
         cache = FeatureCache(adapted, model_args.cache_features, getattr(torch, model_args.cache_dtype))
-        whole = collate
-        options["train_dataset"] = cache.read(options["train_dataset"], whole)
+        options["train_dataset"], whole = cache.read(options["train_dataset"], collate), collate
         collate = lambda rows: cache.collate(rows) if CACHED in rows[0] else whole(rows)  # noqa: E731
-    return trainer_cls(
-        adapted,
-        args,
-        data_collator=collate,
-        processing_class=feature_extractor,
-        rates=rates,
-        factors=schedule_factors(adapted, task) if model_args.published_schedule else None,
-        **options,
-    )
+    options |= {"data_collator": collate, "processing_class": feature_extractor, "rates": rates}
+    factors = schedule_factors(adapted, task) if model_args.published_schedule else None
+    return trainer_cls(adapted, args, factors=factors, **options)

@@ -87,10 +87,6 @@ def recording_names(dataset: Dataset) -> list[str]:
 def pair_up(dataset: Dataset, speaker_column: str) -> list[Trial]:
     """Return all pairs of the recordings of a data set as trials.
 
-    Args:
-        dataset: Recordings.
-        speaker_column: Column with the speaker.
-
     Raises:
         ValueError: A recording occurs twice, there are too many pairs, or all pairs are of one kind.
     """
@@ -110,13 +106,9 @@ def pair_up(dataset: Dataset, speaker_column: str) -> list[Trial]:
 
 
 def read_pairs(data_args: Any, train: Dataset, test: Dataset, config: Any) -> tuple[list[Trial], Dataset]:
-    """Read a list of trials; return it with the recordings that it compares.
+    """Read the trials that the data arguments name; return them with the recordings that they compare.
 
-    Args:
-        data_args: Data arguments with `trials` and `trials_folder`; see `peft_elp.speech.data.read_trials`.
-        train: The training split. None of its recordings may be in a trial.
-        test: The test split, whose speakers are known. Trials with other recordings give a warning.
-        config: Configuration of the encoder.
+    Recordings outside of the test split, whose speakers are known to differ from those of training, give a warning.
 
     Raises:
         ValueError: A recording of a trial is in training, or cannot be used.
