@@ -19,6 +19,7 @@ import pytest
 pytest.register_assert_rewrite("steps")
 
 from methods import METHODS, MODELS  # noqa: E402
+from steps import adapted, pair  # noqa: E402
 
 MARK = "does_not_hold(method, reason, models=None): the test does not hold for the method, on these models or on all"
 
@@ -51,6 +52,16 @@ def method(request, record_property):
 @pytest.fixture(params=MODELS)
 def model(request):
     return MODELS[request.param]
+
+
+@pytest.fixture
+def peft_model(method, model):
+    return adapted(method, model)
+
+
+@pytest.fixture
+def paired(method, model):
+    return pair(method, model)
 
 
 @dataclass

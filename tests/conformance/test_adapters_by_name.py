@@ -9,8 +9,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from steps import adapted, answer, differ, nudged, of_adapter, pair, same, trainable, was_active
 
 
-def test_added_adapter_waits(method, model):
-    peft_model = adapted(method, model)
+def test_added_adapter_waits(peft_model, method, model):
     expected = answer(peft_model, model)
     peft_model.add_adapter("other", method.config(model))
     assert list(peft_model.peft_config) == ["default", "other"]
@@ -19,35 +18,31 @@ def test_added_adapter_waits(method, model):
     same(answer(peft_model, model), expected)
 
 
-def test_taken_name_is_refused(method, model):
-    peft_model = adapted(method, model)
+def test_taken_name_is_refused(peft_model, method, model):
     with pytest.raises(ValueError, match="'default' already exists"):
         peft_model.add_adapter("default", method.config(model))
 
 
-def test_adapter_of_another_method_is_refused(method, model):
-    peft_model = adapted(method, model)
+def test_adapter_of_another_method_is_refused(peft_model, method, model):
     other = next(m for m in METHODS.values() if m.prefix != method.prefix).config(model)
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         peft_model.add_adapter("other", other)
     assert list(peft_model.peft_config) == ["default"]
 
 
-def test_adapters_are_switched(method, model):
-    peft_model = pair(method, model)
-    first = answer(peft_model, model)
-    peft_model.set_adapter("other")
-    second = answer(peft_model, model)
+def test_adapters_are_switched(paired, method, model):
+    first = answer(paired, model)
+    paired.set_adapter("other")
+    second = answer(paired, model)
     differ(first, second, answer(model.make(), model))
-    assert peft_model.active_adapters == ["other"]
-    assert trainable(peft_model) == set(of_adapter(peft_model, method, "other"))
-    peft_model.set_adapter("default", inference_mode=True)
-    same(answer(peft_model, model), first)
-    assert not trainable(peft_model)
+    assert paired.active_adapters == ["other"]
+    assert trainable(paired) == set(of_adapter(paired, method, "other"))
+    paired.set_adapter("default", inference_mode=True)
+    same(answer(paired, model), first)
+    assert not trainable(paired)
 
 
-def test_switching_to_an_unknown_adapter_raises(method, model):
-    peft_model = adapted(method, model)
+def test_switching_to_an_unknown_adapter_raises(peft_model):
     with pytest.raises(ValueError, match="Adapter nobody not found"):
         peft_model.set_adapter("nobody")
 
@@ -99,23 +94,21 @@ def assert_gone(peft_model, name, active):
             assert name not in module.modules_to_save
 
 
-def test_active_adapter_can_be_deleted(method, model):
-    peft_model = pair(method, model)
-    expected = answer(peft_model, model)
-    peft_model.set_adapter("other")
+def test_active_adapter_can_be_deleted(paired, method, model):
+    expected = answer(paired, model)
+    paired.set_adapter("other")
     with was_active():
-        peft_model.delete_adapter("other")
-    assert_gone(peft_model, "other", ["default"])
-    same(answer(peft_model, model), expected)
-    assert trainable(peft_model) == set(of_adapter(peft_model, method, "default"))
+        paired.delete_adapter("other")
+    assert_gone(paired, "other", ["default"])
+    same(answer(paired, model), expected)
+    assert trainable(paired) == set(of_adapter(paired, method, "default"))
 
 
-def test_waiting_adapter_can_be_deleted(method, model):
-    peft_model = pair(method, model)
-    expected = answer(peft_model, model)
-    peft_model.delete_adapter("other")
-    assert_gone(peft_model, "other", ["default"])
-    same(answer(peft_model, model), expected)
+def test_waiting_adapter_can_be_deleted(paired, model):
+    expected = answer(paired, model)
+    paired.delete_adapter("other")
+    assert_gone(paired, "other", ["default"])
+    same(answer(paired, model), expected)
 
 
 def test_one_of_several_active_adapters_can_be_deleted(method, model):
@@ -145,8 +138,7 @@ def test_adapters_may_adapt_different_parts(method, model):
     assert trainable(peft_model) == set(of_adapter(peft_model, method, "default"))
 
 
-def test_last_adapter_can_be_deleted(method, model):
-    peft_model = adapted(method, model)
+def test_last_adapter_can_be_deleted(peft_model, model):
     peft_model.delete_adapter("default")
     assert_gone(peft_model, "default", [])
     same(answer(peft_model.base_model, model), answer(model.make(), model))
@@ -157,19 +149,17 @@ def test_unknown_adapter_cannot_be_deleted(method, model):
         adapted(method, model).delete_adapter("nobody")
 
 
-def test_deleted_name_can_be_used_again(method, model):
-    peft_model = pair(method, model)
-    peft_model.delete_adapter("other")
-    peft_model.add_adapter("other", method.config(model))
-    peft_model.set_adapter("other")
-    nudged(peft_model, 7)
-    again = answer(peft_model, model)
-    peft_model.set_adapter("default")
-    differ(again, answer(peft_model, model))
+def test_deleted_name_can_be_used_again(paired, method, model):
+    paired.delete_adapter("other")
+    paired.add_adapter("other", method.config(model))
+    paired.set_adapter("other")
+    nudged(paired, 7)
+    again = answer(paired, model)
+    paired.set_adapter("default")
+    differ(again, answer(paired, model))
 
 
-def test_failed_addition_leaves_no_trace(method, model):
-    peft_model = adapted(method, model)
+def test_failed_addition_leaves_no_trace(peft_model, method, model):
     expected, names = answer(peft_model, model), list(peft_model.state_dict())
     with pytest.raises(ValueError):  # noqa: PT011, each method has words of its own
         peft_model.add_adapter("broken", method.config(model, **method.impossible))
@@ -179,16 +169,15 @@ def test_failed_addition_leaves_no_trace(method, model):
 
 
 @pytest.mark.does_not_hold("LN-Tuning", "it ignores adapter_names without a warning")
-def test_mixed_batches_answer_row_by_row(method, model):
-    peft_model = pair(method, model)
-    first = answer(peft_model, model)
-    peft_model.set_adapter("other")
-    second = answer(peft_model, model)
-    mixed = answer(peft_model, model, adapter_names=["__base__", "default", "other"])
+def test_mixed_batches_answer_row_by_row(paired, model):
+    first = answer(paired, model)
+    paired.set_adapter("other")
+    second = answer(paired, model)
+    mixed = answer(paired, model, adapter_names=["__base__", "default", "other"])
     expected = torch.stack([answer(model.make(), model)[0], first[1], second[2]])
     same(mixed, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="nobody"):
-        answer(peft_model, model, adapter_names=["nobody"] * 3)
+        answer(paired, model, adapter_names=["nobody"] * 3)
 
 
 @pytest.mark.does_not_hold("LN-Tuning", "it has no add_weighted_adapter")

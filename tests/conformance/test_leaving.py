@@ -33,8 +33,7 @@ def test_unloaded_base_takes_another_adapter(method, model):
     same(*answers)
 
 
-def test_merging_keeps_the_answer(method, model, refusal):
-    peft_model = adapted(method, model)
+def test_merging_keeps_the_answer(peft_model, model, refusal):
     expected = answer(peft_model, model)
     with refusal("ELP", match="cannot be merged") as refused:
         peft_model.merge_adapter()
@@ -44,8 +43,7 @@ def test_merging_keeps_the_answer(method, model, refusal):
         same(answer(peft_model, model), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_merged_model_is_a_plain_one(method, model, refusal):
-    peft_model = adapted(method, model)
+def test_merged_model_is_a_plain_one(peft_model, model, refusal):
     expected = answer(peft_model, model)
     with refusal("ELP", match="cannot be merged") as refused:
         merged = peft_model.merge_and_unload()

@@ -10,12 +10,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from steps import adapted, answer, nudged, of_adapter, pair, same
+from steps import adapted, answer, nudged, of_adapter, same
 from torch import nn
 
 
-def test_has_the_public_methods(method, model):
-    peft_model = adapted(method, model)
+def test_has_the_public_methods(peft_model):
     for name in ("save_pretrained", "from_pretrained", "push_to_hub", "load_adapter", "merge_and_unload", "unload"):
         assert callable(getattr(peft_model, name))
 
@@ -44,8 +43,7 @@ def test_adapter_name_within_the_prefix_warns(method, model):
         get_peft_model(model.make(), method.config(model), adapter_name=name)
 
 
-def test_config_is_active_and_knows_its_type(method, model):
-    peft_model = adapted(method, model)
+def test_config_is_active_and_knows_its_type(peft_model, method, model):
     config = peft_model.active_peft_config
     assert config is peft_model.peft_config["default"]
     assert config.peft_type == peft_model.peft_type == method.config(model).peft_type
@@ -116,8 +114,7 @@ def test_config_of_the_model_may_be_a_dict(method, model, tmp_path):
     same(answer(PeftModel.from_pretrained(Custom(model.make()), tmp_path), model), answer(peft_model, model))
 
 
-def test_parameters_are_counted(method, model):
-    peft_model = adapted(method, model)
+def test_parameters_are_counted(peft_model, method):
     own = sum(parameter.numel() for parameter in of_adapter(peft_model, method, "default").values())
     assert peft_model.get_nb_trainable_parameters() == (own, sum(p.numel() for p in peft_model.parameters()))
     peft_model.print_trainable_parameters()
@@ -127,18 +124,16 @@ def test_printed_model_names_the_tuner(method, model):
     assert f"{method.prefix[:-1]}." in repr(adapted(method, model))
 
 
-def test_targeted_modules_are_named(method, model):
-    peft_model = adapted(method, model)
+def test_targeted_modules_are_named(peft_model):
     assert peft_model.targeted_module_names
     for name in peft_model.targeted_module_names:
         assert isinstance(peft_model.get_base_model().get_submodule(name), BaseTunerLayer), name
 
 
-def test_status_tells_layers_and_adapters(method, model):
-    peft_model = pair(method, model)
-    layers = peft_model.get_layer_status()
+def test_status_tells_layers_and_adapters(paired):
+    layers = paired.get_layer_status()
     tuned = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    assert len(layers) == sum(isinstance(module, tuned) for module in peft_model.modules())
+    assert len(layers) == sum(isinstance(module, tuned) for module in paired.modules())
     for layer in layers:
         assert layer.enabled
         assert layer.active_adapters == ["default"]
@@ -146,19 +141,18 @@ def test_status_tells_layers_and_adapters(method, model):
         assert layer.available_adapters in (["default", "other"], [])
         assert layer.requires_grad in ({"default": True, "other": False}, {})
         assert all(devices == ["cpu"] for devices in layer.devices.values())
-    status = peft_model.get_model_status()
+    status = paired.get_model_status()
     assert status.enabled is True
     assert status.active_adapters == ["default"]
     assert status.available_adapters == ["default", "other"]
     assert status.requires_grad == {"default": True, "other": False}
-    assert set(status.peft_types.values()) == {peft_model.peft_config["default"].peft_type.value}
-    assert status.trainable_params == peft_model.get_nb_trainable_parameters()[0]
-    with peft_model.disable_adapter():
-        assert peft_model.get_model_status().enabled is False
+    assert set(status.peft_types.values()) == {paired.peft_config["default"].peft_type.value}
+    assert status.trainable_params == paired.get_nb_trainable_parameters()[0]
+    with paired.disable_adapter():
+        assert paired.get_model_status().enabled is False
 
 
-def test_attributes_of_the_base_are_in_reach(method, model):
-    peft_model = adapted(method, model)
+def test_attributes_of_the_base_are_in_reach(peft_model):
     assert peft_model.base_model_torch_dtype == torch.float32
     assert peft_model.config is peft_model.get_base_model().config
     assert peft_model.device.type == "cpu"

@@ -18,8 +18,7 @@ def test_adapter_changes_the_answer(method, model):
     differ(answer(adapted(method, model), model), answer(model.make(), model))
 
 
-def test_inputs_may_be_positional(method, model):
-    peft_model = adapted(method, model)
+def test_inputs_may_be_positional(peft_model, model):
     first, *rest = model.inputs().items()
     if first[0] == "input_features":
         rest = [("attention_mask", None), *rest]
@@ -28,8 +27,7 @@ def test_inputs_may_be_positional(method, model):
     same(output, answer(peft_model, model))
 
 
-def test_answer_may_be_a_tuple(method, model):
-    peft_model = adapted(method, model)
+def test_answer_may_be_a_tuple(peft_model, model):
     with torch.no_grad():
         same(peft_model(**model.inputs(), return_dict=False)[0], answer(peft_model, model))
 
@@ -43,8 +41,7 @@ def test_hidden_states_have_the_shape_of_the_bases(method, model):
     assert shapes[0] == shapes[1]
 
 
-def test_labels_give_a_loss(method, model):
-    peft_model = adapted(method, model)
+def test_labels_give_a_loss(peft_model, model):
     if isinstance(peft_model.get_base_model(), transformers.HubertModel):
         pytest.skip("a bare encoder takes no labels")
     inputs = model.inputs()
@@ -56,8 +53,7 @@ def test_labels_give_a_loss(method, model):
     assert torch.isfinite(loss)
 
 
-def test_text_is_generated(method, model):
-    peft_model = adapted(method, model)
+def test_text_is_generated(peft_model, model):
     if not peft_model.get_base_model().can_generate():
         pytest.skip("the model generates nothing")
     inputs = {"input_features": model.inputs()["input_features"], "max_new_tokens": 5, "do_sample": False}
@@ -80,8 +76,7 @@ def test_runs_in_half_precision_with_adapters_in_it_or_not(method, model, dtype,
     assert torch.isfinite(output).all()
 
 
-def test_moves_to_another_dtype(method, model):
-    peft_model = adapted(method, model)
+def test_moves_to_another_dtype(peft_model, model):
     before = answer(peft_model, model)
     peft_model.double()
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in model.inputs().items()}
@@ -113,15 +108,13 @@ def test_half_precision_adapters_can_be_asked_for(method, model, tmp_path):
 
 
 @pytest.mark.does_not_hold("LN-Tuning", "it has no such switch")
-def test_casting_of_inputs_can_be_switched_off(method, model):
-    peft_model = adapted(method, model)
+def test_casting_of_inputs_can_be_switched_off(peft_model, model):
     expected = answer(peft_model, model)
     with disable_input_dtype_casting(peft_model):
         same(answer(peft_model, model), expected)
 
 
-def test_model_can_be_copied_deeply(method, model):
-    peft_model = adapted(method, model)
+def test_model_can_be_copied_deeply(peft_model, model):
     expected = answer(peft_model, model)
     twin = copy.deepcopy(peft_model)
     nudged(peft_model, 9)
@@ -129,8 +122,7 @@ def test_model_can_be_copied_deeply(method, model):
     differ(answer(peft_model, model), expected)
 
 
-def test_model_can_be_pickled(method, model):
-    peft_model = adapted(method, model)
+def test_model_can_be_pickled(peft_model, model):
     if any(parametrize.is_parametrized(module) for module in peft_model.modules()):
         pytest.skip("PyTorch pickles no parametrised weight, here that of the convolution over positions")
     same(answer(pickle.loads(pickle.dumps(peft_model)), model), answer(peft_model, model))

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from steps import adapted, answer, differ, loss_of, nudged, of_adapter, pair, same, trainable
 
 
-def test_saved_folder_holds_the_adapter_alone(method, model, tmp_path):
-    peft_model = adapted(method, model)
+def test_saved_folder_holds_the_adapter_alone(peft_model, method, tmp_path):
     peft_model.save_pretrained(tmp_path)
     files = {file.name for file in tmp_path.iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -49,8 +48,7 @@ def test_model_card_names_peft_and_the_base(method, model, tmp_path):
     assert "Kept." in (tmp_path / "adapter" / "README.md").read_text()
 
 
-def test_saved_adapter_answers_alike(method, model, tmp_path):
-    peft_model = adapted(method, model)
+def test_saved_adapter_answers_alike(peft_model, model, tmp_path):
     peft_model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(model.make(), tmp_path)
     same(answer(loaded, model), answer(peft_model, model))
@@ -62,8 +60,7 @@ def test_saved_adapter_answers_alike(method, model, tmp_path):
     assert not trainable(loaded)
 
 
-def test_pickled_weights_are_saved_and_loaded(method, model, tmp_path):
-    peft_model = adapted(method, model)
+def test_pickled_weights_are_saved_and_loaded(peft_model, model, tmp_path):
     peft_model.save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").exists()
     same(answer(PeftModel.from_pretrained(model.make(), tmp_path), model), answer(peft_model, model))
@@ -88,12 +85,11 @@ def test_adapter_is_loaded_under_another_name(method, model, tmp_path):
     same(answer(loaded, model), answer(peft_model, model))
 
 
-def test_adapters_are_loaded_beside_each_other(method, model, tmp_path):
-    peft_model = pair(method, model)
-    first = answer(peft_model, model)
-    peft_model.set_adapter("other")
-    second = answer(peft_model, model)
-    peft_model.save_pretrained(tmp_path)
+def test_adapters_are_loaded_beside_each_other(paired, model, tmp_path):
+    first = answer(paired, model)
+    paired.set_adapter("other")
+    second = answer(paired, model)
+    paired.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(model.make(), tmp_path)
     for name in ("other", "yet-another"):
         outcome = loaded.load_adapter(tmp_path / "other", adapter_name=name)
@@ -103,18 +99,16 @@ def test_adapters_are_loaded_beside_each_other(method, model, tmp_path):
     same(answer(loaded, model), second)
 
 
-def test_selected_adapters_are_saved(method, model, tmp_path):
-    peft_model = pair(method, model)
-    peft_model.save_pretrained(tmp_path, selected_adapters=["default"])
+def test_selected_adapters_are_saved(paired, tmp_path):
+    paired.save_pretrained(tmp_path, selected_adapters=["default"])
     assert not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match="invalid `selected_adapters`"):
-        peft_model.save_pretrained(tmp_path, selected_adapters=["nobody"])
-    peft_model.save_pretrained(tmp_path, selected_adapters=["other"])
+        paired.save_pretrained(tmp_path, selected_adapters=["nobody"])
+    paired.save_pretrained(tmp_path, selected_adapters=["other"])
     assert (tmp_path / "other" / "adapter_model.safetensors").exists()
 
 
-def test_adapters_with_overlapping_names_are_told_apart(method, model, tmp_path):
-    peft_model = adapted(method, model)
+def test_adapters_with_overlapping_names_are_told_apart(peft_model, method, model, tmp_path):
     expected = len(get_peft_model_state_dict(peft_model))
     for name in ("default2", "other_default", "foodefault_bar", "efaul"):
         peft_model.add_adapter(name, method.config(model))
@@ -123,8 +117,7 @@ def test_adapters_with_overlapping_names_are_told_apart(method, model, tmp_path)
         assert len(load_file(place / "adapter_model.safetensors")) == expected
 
 
-def test_adapter_is_loaded_without_memory_for_two(method, model, tmp_path):
-    peft_model = adapted(method, model)
+def test_adapter_is_loaded_without_memory_for_two(peft_model, model, tmp_path):
     expected = answer(peft_model, model)
     peft_model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(model.make(), tmp_path, low_cpu_mem_usage=True)
@@ -149,12 +142,11 @@ def test_device_of_a_loaded_adapter_can_be_chosen(method, model, tmp_path):
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
 
 
-def test_state_dict_of_an_adapter_is_taken_and_given(method, model):
-    peft_model = pair(method, model)
-    peft_model.set_adapter("other")
-    expected = answer(peft_model, model)
-    state = get_peft_model_state_dict(peft_model, adapter_name="other")
-    assert len(state) == len(of_adapter(peft_model, method, "other"))
+def test_state_dict_of_an_adapter_is_taken_and_given(paired, method, model):
+    paired.set_adapter("other")
+    expected = answer(paired, model)
+    state = get_peft_model_state_dict(paired, adapter_name="other")
+    assert len(state) == len(of_adapter(paired, method, "other"))
     assert not any("other" in key.split(".") for key in state)
     fresh = get_peft_model(model.make(), method.config(model), adapter_name="fresh").eval()
     outcome = set_peft_model_state_dict(fresh, state, adapter_name="fresh")
@@ -182,8 +174,7 @@ def test_missing_weights_are_reported(method, model, tmp_path):
     assert gone.rpartition(".")[2] in report
 
 
-def test_weights_of_another_size_are_refused_or_passed_over(method, model):
-    peft_model = adapted(method, model)
+def test_weights_of_another_size_are_refused_or_passed_over(peft_model, method):
     state = {key: value.clone() for key, value in get_peft_model_state_dict(peft_model).items()}
     name = next(key for key in state if method.prefix in key and key.endswith("weight"))
     state[name] = torch.zeros([size + 1 for size in state[name].shape])
@@ -193,8 +184,7 @@ def test_weights_of_another_size_are_refused_or_passed_over(method, model):
         set_peft_model_state_dict(peft_model, state, ignore_mismatched_sizes=True)
 
 
-def test_state_dict_of_the_whole_model_is_loaded(method, model):
-    peft_model = adapted(method, model)
+def test_state_dict_of_the_whole_model_is_loaded(peft_model, method, model):
     fresh = get_peft_model(model.make(), method.config(model)).eval()
     fresh.load_state_dict(peft_model.state_dict())
     same(answer(fresh, model), answer(peft_model, model))
@@ -219,8 +209,7 @@ def test_state_dict_of_the_base_is_taken_and_given(method, model):
     same(answer(peft_model, model), expected)
 
 
-def test_saved_weights_are_read_without_a_model(method, model, tmp_path):
-    peft_model = adapted(method, model)
+def test_saved_weights_are_read_without_a_model(peft_model, tmp_path):
     peft_model.save_pretrained(tmp_path)
     weights = load_peft_weights(str(tmp_path), device="cpu")
     state = get_peft_model_state_dict(peft_model)
@@ -228,8 +217,7 @@ def test_saved_weights_are_read_without_a_model(method, model, tmp_path):
     assert all(torch.equal(weights[name], state[name]) for name in state)
 
 
-def test_folder_is_known_for_an_adapter(method, model, tmp_path):
-    peft_model = adapted(method, model)
+def test_folder_is_known_for_an_adapter(peft_model, model, tmp_path):
     peft_model.save_pretrained(tmp_path / "adapter")
     model.make().save_pretrained(tmp_path / "base")
     assert check_if_peft_model(str(tmp_path / "adapter"))

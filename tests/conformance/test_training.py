@@ -4,16 +4,14 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, cast_mixed_precision_params, get_peft_model, prepare_model_for_kbit_training
-from steps import adapted, answer, loss_of, of_adapter, pair, same, trainable
+from steps import adapted, answer, loss_of, of_adapter, same, trainable
 
 
-def test_only_the_adapter_is_trainable(method, model):
-    peft_model = adapted(method, model)
+def test_only_the_adapter_is_trainable(peft_model, method):
     assert trainable(peft_model) == set(of_adapter(peft_model, method, "default"))
 
 
-def test_gradients_reach_the_whole_adapter_and_nothing_else(method, model):
-    peft_model = adapted(method, model)
+def test_gradients_reach_the_whole_adapter_and_nothing_else(peft_model, model):
     loss_of(peft_model, model).backward()
     assert {n for n, p in peft_model.named_parameters() if p.grad is not None} == trainable(peft_model)
 
@@ -95,10 +93,9 @@ def test_frozen_adapter_can_be_asked_for(method, model):
     assert not trainable(peft_model)
 
 
-def test_training_of_an_adapter_can_be_switched(method, model):
-    peft_model = pair(method, model)
-    peft_model.set_requires_grad("default", requires_grad=False)
-    assert not trainable(peft_model)
-    peft_model.set_requires_grad(["default", "other"], requires_grad=True)
-    both = set(of_adapter(peft_model, method, "default")) | set(of_adapter(peft_model, method, "other"))
-    assert trainable(peft_model) == both
+def test_training_of_an_adapter_can_be_switched(paired, method):
+    paired.set_requires_grad("default", requires_grad=False)
+    assert not trainable(paired)
+    paired.set_requires_grad(["default", "other"], requires_grad=True)
+    both = set(of_adapter(paired, method, "default")) | set(of_adapter(paired, method, "other"))
+    assert trainable(paired) == both

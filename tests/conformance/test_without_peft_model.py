@@ -127,8 +127,7 @@ def test_transformers_loads_adapters(method, model, tmp_path):
     same(answer(base.eval(), model), answer(peft_model, model))
 
 
-def test_adapter_is_converted_to_lora(method, model, refusal):
-    peft_model = adapted(method, model)
+def test_adapter_is_converted_to_lora(peft_model, refusal):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Converting a PEFT adapter to LoRA that is already a LoRA", UserWarning)
         with refusal("ELP", "LN-Tuning", match="do not support LoRA conversion", error=TypeError) as refused:
