@@ -189,7 +189,7 @@ def _choose_pooling(model: nn.Module, encoder: Encoder, config: ELPConfig) -> No
     if config.pool_own_frames and not possible:
         raise ValueError(
             f"pool_own_frames=True needs a head that averages over a fixed window, as WhisperForAudioClassification "
-            f"does, and {type(model).__name__} has none. Leave pool_own_frames out."
+            f"does in recent versions of Transformers, and {type(model).__name__} has none. Leave pool_own_frames out."
         )
     config.pool_own_frames = possible if config.pool_own_frames is None else config.pool_own_frames
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from copy import copy
 from typing import Any
@@ -77,9 +78,12 @@ def check_window(model: nn.Module, encoder: Encoder, chunk_length: int) -> None:
 
 
 def averages_over_padding(model: nn.Module, encoder: Encoder) -> bool:
-    """Whether the head of a model averages over all frames of a fixed window, those of padding included."""
+    """Whether the head of a model averages over a fixed window, padding included, and the encoder gets its mask."""
     row = head_row(type(model))
-    return encoder.family.window is not None and row is not None and row.output == "labels"
+    if encoder.family.window is None or row is None or row.output != "labels":
+        return False
+    # Transformers 5.0 passes these arguments on one by one, and no mask.
+    return "return_dict" not in inspect.signature(type(model).forward).parameters
 
 
 def pool_own_frames(model: nn.Module) -> nn.Module:
