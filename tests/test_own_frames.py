@@ -12,7 +12,7 @@ from transformers import WhisperConfig, WhisperForAudioClassification
 from peft_elp import ELPConfig, FeatureCache, count_parameters, pool_own_frames
 
 pytestmark = [
-    pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="Whisper's head may pass on no mask"),
+    pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="the head may pass on no mask"),
     pytest.mark.filterwarnings("ignore:modules_to_save=.*trains and saves:UserWarning"),
 ]
 OWN = (60, 100, 24)  # steps of features, two for each frame
