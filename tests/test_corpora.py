@@ -23,9 +23,10 @@ from peft_elp.speech.data import (
 )
 
 
-def record(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 1600), 16000)
+def record(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 1600), 16000)
 
 
 def write(path, *lines):
@@ -36,12 +37,9 @@ def write(path, *lines):
 def chapter(folder, speaker, number, *texts):
     """A chapter as LibriSpeech publishes it."""
     names = [f"{speaker}-{number}-{index:04}" for index in range(len(texts))]
-    for name in names:
-        record(folder / speaker / number / f"{name}.flac")
-    write(
-        folder / speaker / number / f"{speaker}-{number}.trans.txt",
-        *(f"{name} {text}" for name, text in zip(names, texts, strict=True)),
-    )
+    record(*(folder / speaker / number / f"{name}.flac" for name in names))
+    lines = [f"{name} {text}" for name, text in zip(names, texts, strict=True)]
+    write(folder / speaker / number / f"{speaker}-{number}.trans.txt", *lines)
 
 
 def test_librispeech(tmp_path):
@@ -50,12 +48,10 @@ def test_librispeech(tmp_path):
     chapter(tmp_path / "test-other", "367", "130732", "LOBSTERS")
     dataset = check_audio(librispeech(tmp_path, "dev-clean"))
     assert dataset.column_names == ["audio", "text", "speaker", "chapter", "utterance", "duration_s"]
-    assert dataset.remove_columns(["audio", "duration_s"])[1:] == {
-        "text": ["GO DO YOU HEAR", "BUT IN LESS"],
-        "speaker": ["84", "84"],
-        "chapter": ["121123", "121123"],
-        "utterance": ["84-121123-0000", "84-121123-0001"],
-    }
+    assert dataset.remove_columns(["audio", "duration_s"]).to_list()[1:] == [
+        {"text": "GO DO YOU HEAR", "speaker": "84", "chapter": "121123", "utterance": "84-121123-0000"},
+        {"text": "BUT IN LESS", "speaker": "84", "chapter": "121123", "utterance": "84-121123-0001"},
+    ]
     assert dataset[2]["audio"]["path"] == str(tmp_path / "dev-clean/84/121123/84-121123-0001.flac")
     with pytest.raises(ValueError, match=r"There is no .*dev-other"):
         librispeech(tmp_path, "dev-other")
@@ -93,22 +89,11 @@ def test_librilight_10h_is_1h_and_9h_together(tmp_path):
 
 @pytest.fixture
 def vox(tmp_path):
-    for name in ("id10001/1zcIwhmdeo4/00001", "id10001/7gWzIy6yIIk/00001", "id10002/6WO410QOeuo/00001"):
-        record(tmp_path / f"wav/{name}.wav")
-    for name in ("id10270/5r0dWxy17C8/00001", "id10270/8jEAjG6SegY/00008", "id10300/ize_eiCFEg0/00003"):
-        record(tmp_path / f"wav/{name}.wav")
-    write(
-        tmp_path / "veri_test.txt",
-        "1 id10270/5r0dWxy17C8/00001.wav id10270/8jEAjG6SegY/00008.wav",
-        "0 id10270/5r0dWxy17C8/00001.wav id10300/ize_eiCFEg0/00003.wav",
-    )
-    write(
-        tmp_path / "iden_split.txt",
-        "1 id10001/1zcIwhmdeo4/00001.wav",
-        "3 id10001/7gWzIy6yIIk/00001.wav",
-        "2 id10270/8jEAjG6SegY/00008.wav",
-        "1 id10270/5r0dWxy17C8/00001.wav",
-    )
+    heard = ["id10001/1zcIwhmdeo4/00001", "id10001/7gWzIy6yIIk/00001", "id10002/6WO410QOeuo/00001"]
+    a, b, c = tested = ["id10270/5r0dWxy17C8/00001", "id10270/8jEAjG6SegY/00008", "id10300/ize_eiCFEg0/00003"]
+    record(*(tmp_path / f"wav/{name}.wav" for name in (*heard, *tested)))
+    write(tmp_path / "veri_test.txt", f"1 {a}.wav {b}.wav", f"0 {a}.wav {c}.wav")
+    write(tmp_path / "iden_split.txt", f"1 {heard[0]}.wav", f"3 {heard[1]}.wav", f"2 {b}.wav", f"1 {a}.wav")
     return tmp_path
 
 
@@ -168,11 +153,8 @@ def emotions(tmp_path):
         folder, dialog = tmp_path / f"Session{session}", f"Ses0{session}F_script01_1"
         lines = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]", ""]
         for turn, label in heard.items():
-            lines += [
-                f"[6.2901 - 8.2357]\t{dialog}_{turn}\t{label}\t[2.5000, 2.5000, 2.5000]",
-                "C-E2:\tNeutral;\t()",
-                "",
-            ]
+            lines += [f"[6.2901 - 8.2357]\t{dialog}_{turn}\t{label}\t[2.5000, 2.5000, 2.5000]"]
+            lines += ["C-E2:\tNeutral;\t()", ""]
             record(folder / "sentences/wav" / dialog / f"{dialog}_{turn}.wav")
         write(folder / "dialog/EmoEvaluation" / f"{dialog}.txt", *lines)
         write(folder / "dialog/EmoEvaluation/Categorical" / f"{dialog}_e1_cat.txt", f"{dialog}_F000 :Anger; ()")
@@ -180,7 +162,7 @@ def emotions(tmp_path):
     return tmp_path
 
 
-def test_iemocap_has_four_classes_by_session_and_speaker(emotions):
+def test_iemocap_has_four_classes_by_session_and_speaker_or_others(emotions):
     dataset = check_audio(iemocap(emotions))
     assert dataset.column_names == ["audio", "label", "session", "speaker", "utterance", "duration_s"]
     assert dataset["label"][:] == ["ang", "neu", "hap", "hap", "sad"] * 2
@@ -188,19 +170,12 @@ def test_iemocap_has_four_classes_by_session_and_speaker(emotions):
     assert dataset[5]["utterance"] == "Ses02F_script01_1_F000"
     folds = list(leave_one_group_out(dataset, "session"))
     assert [(held_out, len(train), len(test)) for held_out, train, test in folds] == [
-        ("Session1", 5, 5),
-        ("Session2", 5, 5),
+        (f"Session{number}", 5, 5) for number in (1, 2)
     ]
     for _, train, test in folds:
         check_disjoint(dataset.select(train), dataset.select(test))
-
-
-def test_iemocap_takes_other_classes(emotions):
-    assert iemocap(emotions, {"fru": "negative", "ang": "negative", "exc": "positive"})["label"][:3] == [
-        "negative",
-        "positive",
-        "negative",
-    ]
+    labels = {"fru": "negative", "ang": "negative", "exc": "positive"}
+    assert iemocap(emotions, labels)["label"][:3] == ["negative", "positive", "negative"]
     with pytest.raises(ValueError, match="has the class anger; its labels are ang, exc, fru, hap, neu, sad, xxx"):
         iemocap(emotions, {"anger": "anger", "sad": "sad"})
 
@@ -225,14 +200,9 @@ def test_fluent_speech_commands(tmp_path):
             f"1,{path},{speaker},Music,activate,music,none",
         )
     train, validation = (fluent_speech_commands(tmp_path, split) for split in ("train", "validation"))
-    assert check_audio(train).remove_columns(["audio", "duration_s"])[0] == {
-        "text": "Lights on, please",
-        "speaker": "2BqVo8kVB2Skwgyb",
-        "action": "activate",
-        "object": "lights",
-        "location": "kitchen",
-        "label": "activate, lights, kitchen",
-    }
+    slots = {"action": "activate", "object": "lights", "location": "kitchen", "label": "activate, lights, kitchen"}
+    expected = {"text": "Lights on, please", "speaker": "2BqVo8kVB2Skwgyb", **slots}
+    assert check_audio(train).remove_columns(["audio", "duration_s"])[0] == expected
     assert train["location"][:] == ["kitchen", "none"]
     check_disjoint(train, validation)
     assert len(fluent_speech_commands(tmp_path, "valid")) == 2

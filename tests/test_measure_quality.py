@@ -4,14 +4,13 @@ import argparse
 import csv
 import itertools
 import json
-import pickle
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from on_disk import record, save_base, save_whisper
+from on_disk import record, save_base
 
 pytest.importorskip("jiwer")
 pytest.importorskip("sklearn")
@@ -143,17 +142,6 @@ def result(rate, seed=0, fold=0, method="E", task="emotions", **errors):
     return quality.Result("tiny", task, method, rate, 0.1, seed, fold, errors, (1, 1), 0.0, 0.0)
 
 
-def test_an_encoder_with_a_fixed_window_takes_as_much_as_the_task_needs(tmp_path):
-    whisper = grid(tmp_path, save_whisper(tmp_path / "whisper"))
-    task, method = quality.TASKS["orders"], quality.METHODS["E+L"]
-    assert whisper.model_arguments(task, method, 0.1, 0.1).chunk_length == task.seconds
-
-
-def test_a_training_can_be_sent_to_another_process(tmp_path):
-    train, training = grid(tmp_path).train, quality.Training("tiny", "words", "E", 0.1, 0.1, 0, 0)
-    assert pickle.loads(pickle.dumps((train, training)))[1] == training
-
-
 @pytest.mark.parametrize(
     ("best", "lowest", "highest", "chosen"),
     [
@@ -191,7 +179,12 @@ def test_the_rate_of_the_heads_is_that_of_the_head_alone_or_given(monkeypatch, t
         assert all(one.head_rate == one.rate for one in trained if one.method == common.HEAD)
 
 
-def test_rates_are_chosen_by_the_mean_over_folds(tmp_path):
+def test_rates_are_chosen_by_the_mean_over_folds_that_hold_two_speakers_out(tmp_path):
+    rows = [{"speaker_id": speaker} for speaker in "abcabc"]
+    folds = list(quality.speaker_folds({"train": rows[:2], "validation": rows[2:4], "test": rows[4:]}))
+    speakers = [[{row["speaker_id"] for row in fold[split]} for split in ("train", "test")] for fold in folds]
+    assert [(len(train), len(test), train & test) for train, test in speakers] == [(1, 1, set())] * 3
+
     errors = {(0.1, 0): 10, (0.1, 1): 50, (0.2, 0): 20, (0.2, 1): 30}
     results = [result(rate, fold=fold, validation=error) for (rate, fold), error in errors.items()]
     results += [result(rate, 1, fold, validation=0, test=0) for rate, fold in errors]
@@ -203,16 +196,6 @@ def test_rates_are_chosen_by_the_mean_over_folds(tmp_path):
     kept = report_quality.read_results(tmp_path / "all.json")
     assert {one.rate for one in kept if one.seed} == {0.2}
     assert len(kept) == 6
-
-
-def test_folds_hold_two_speakers_out():
-    rows = [{"speaker_id": speaker} for speaker in "abcabc"]
-    found = list(quality.speaker_folds({"train": rows[:2], "validation": rows[2:4], "test": rows[4:]}))
-    assert len(found) == 3
-    for fold in found:
-        speakers = [{row["speaker_id"] for row in fold[split]} for split in ("train", "validation", "test")]
-        assert [len(held) for held in speakers] == [1, 1, 1]
-        assert len(set.union(*speakers)) == 3
 
 
 def test_the_page_has_the_tables_of_its_results(tmp_path):

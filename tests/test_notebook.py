@@ -34,13 +34,10 @@ def test_every_cell_runs(cells, tmp_path, monkeypatch, capsys):
     assert Path("outputs/adapter/adapter_config.json").is_file()
 
 
-def test_the_notebook_holds_its_figures_and_no_error(cells):
+def test_the_notebook_holds_its_figures_no_error_and_links_that_lead_to_pages(cells):
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert "/home/" not in NOTEBOOK.read_text(encoding="utf-8")
-
-
-def test_links_lead_to_pages(cells):
     for link in re.findall(r"\]\(([^)]+\.md)\)", "".join("".join(cell["source"]) for cell in cells)):
         assert (NOTEBOOK.parent / link).is_file(), link

@@ -19,10 +19,9 @@ import transformers
 from backbones import build
 from datasets import Dataset
 from hub import TOKEN, client, serving
-from on_disk import record, save_whisper
+from on_disk import record, save_base, save_whisper
 from safetensors.torch import load_file
 from transformers import Wav2Vec2FeatureExtractor
-from transformers.modeling_outputs import CausalLMOutput
 
 pytest.importorskip("jiwer")
 pytest.importorskip("matplotlib")
@@ -38,7 +37,6 @@ import run_speech_recognition_seq2seq as generation
 
 import peft_elp_command as cli
 from peft_elp import published_factors, published_rates, recipes
-from peft_elp.recipes import long_recordings
 from peft_elp.recipes import verification as training
 from peft_elp.recipes.rates import schedule_factors
 from peft_elp.recipes.saving import CARD_METRICS
@@ -55,21 +53,15 @@ ELP = ["--e_dim", "8", "--l_dim", "10", "--p_length", "3"]
 METHODS = {"elp": ELP, "lora": ["--method", "lora", "--lora_r", "2"], "full": ["--method", "full"]}
 METHODS["head"] = ["--method", "head"]
 HARDLY = ["--learning_rate", "1e-6"]  # so that a random head goes on writing something, and not blanks alone
-CHUNKS = ["--chunk_length_in_seconds"]
 SLOTS = ["--slot_column_names", "action", "object"]
-GROUPED = (  # Transformers 5.2 gave it another name
-    ["--train_sampling_strategy", "group_by_length"]
-    if hasattr(transformers.TrainingArguments, "train_sampling_strategy")
-    else ["--group_by_length", "True"]
-)
+GROUPED = ["--train_sampling_strategy", "group_by_length"]
+if not hasattr(transformers.TrainingArguments, "train_sampling_strategy"):  # Transformers 5.2 gave it another name.
+    GROUPED = ["--group_by_length", "True"]
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    build("wav2vec2", "Model", mask_time_length=2).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
-    return folder
+    return Path(save_base(tmp_path_factory.mktemp("encoder"), "wav2vec2", mask_time_length=2))
 
 
 @pytest.fixture(scope="module")
@@ -165,65 +157,46 @@ def test_each_method_trains_what_it_says_in_each_task_and_nothing_else(method, m
         assert metrics["eval_accuracy"] == np.mean([row["label"] == row["predicted_label"] for row in rows])
 
 
-FAMILIES = {
-    "whisper": ("Whisper", "AudioClassification", {"d_model": 16, "encoder_ffn_dim": 32}, ("fc1", "fc2")),
-    "wav2vec2": (
-        "Wav2Vec2",
-        "SequenceClassification",
-        {"hidden_size": 16, "intermediate_size": 32},
-        ("feed_forward",),
-    ),
-    "w2v-bert": (
-        "Wav2Vec2Bert",
-        "SequenceClassification",
-        {"hidden_size": 16, "intermediate_size": 32},
-        ("ffn1", "ffn2"),
-    ),
-}
-
-
-def classifier(family):
-    name, head, sizes, _ = FAMILIES[family]
-    ending = ("encoder_layers", "encoder_attention_heads") if family == "whisper" else ()
-    depth = dict.fromkeys(ending or ("num_hidden_layers", "num_attention_heads"), 2)
-    config = getattr(transformers, f"{name}Config")(**sizes, **depth, layerdrop=0.0, classifier_proj_size=12)
-    return getattr(transformers, f"{name}For{head}")(config)
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+OF_WHISPER = {"d_model": 16, "encoder_ffn_dim": 32, "encoder_layers": 2, "encoder_attention_heads": 2}
+FAMILIES = {"Whisper": ("ForAudioClassification", OF_WHISPER, ("fc1", "fc2"))}
+FAMILIES["Wav2Vec2"] = ("ForSequenceClassification", SMALL, ("feed_forward",))
+FAMILIES["Wav2Vec2Bert"] = ("ForSequenceClassification", SMALL, ("ffn1", "ffn2"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_the_same_places_in_every_family(method, family):
-    model_args, *_ = options("x", "x", "--use_cpu", *METHODS[method])
-    model = recipes.adapt(classifier(family), model_args)
-    parts = recipes.trained_parameters(model)
+    head, sizes, feed_forward = FAMILIES[family]
+    config = getattr(transformers, f"{family}Config")(**sizes, layerdrop=0.0, classifier_proj_size=12)
+    model = getattr(transformers, family + head)(config)
+    expected = {"head": set(), "elp": {"elp_e", "elp_l", "elp_p", "elp_norm"}}
+    expected["full"] = {name for name, _ in model.named_parameters() if ".layers." in name}
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    expected["lora"] = {name for name in linear if any(f".{part}" in name for part in feed_forward)}
+    parts = recipes.trained_parameters(recipes.adapt(model, options("x", "x", "--use_cpu", *METHODS[method])[0]))
     names = {part: [name.removeprefix("base_model.model.") for name in held] for part, held in parts.items()}
     assert {name.split(".")[0] for name in names["head"]} == {"projector", "classifier"}
-    expected = {"head": set(), "elp": {"elp_e", "elp_l", "elp_p", "elp_norm"}}
-    expected["full"] = {name for name, _ in classifier(family).named_parameters() if ".layers." in name}
-    linear = [name for name, module in classifier(family).named_modules() if isinstance(module, torch.nn.Linear)]
-    expected["lora"] = {name for name in linear if any(f".{part}" in name for part in FAMILIES[family][3])}
     found = {re.search(r"elp_[a-z]+", name)[0] if method == "elp" else name for name in names["encoder"]}
     assert {name.split(".lora_")[0] for name in found} == expected[method]
 
 
-@pytest.mark.parametrize("method", ["head", "full", "lora"])
-def test_the_weights_of_a_weighted_layer_sum_are_trained_or_the_method_is_refused(method):
-    model = build("wav2vec2", "ForSequenceClassification", use_weighted_layer_sum=True)
-    model_args = recipes.ModelArguments(model_name_or_path="", method=method)
-    if method == "lora":
-        with pytest.raises(ValueError, match=r"would leave layer_weights .* frozen.*use_weighted_layer_sum=False"):
-            recipes.adapt(model, model_args)
-    else:
-        assert "layer_weights" in recipes.trained_parameters(recipes.adapt(model, model_args))["head"]
+def test_the_weights_of_a_weighted_layer_sum_are_trained_or_the_method_is_refused():
+    for method in ("head", "full", "lora"):
+        model = build("wav2vec2", "ForSequenceClassification", use_weighted_layer_sum=True)
+        model_args = recipes.ModelArguments(model_name_or_path="", method=method)
+        if method == "lora":
+            with pytest.raises(ValueError, match=r"would leave layer_weights .* frozen.*use_weighted_layer_sum=False"):
+                recipes.adapt(model, model_args)
+        else:
+            assert "layer_weights" in recipes.trained_parameters(recipes.adapt(model, model_args))["head"]
 
 
 def test_adapters_that_get_no_gradient_stop_the_training(trained, tmp_path):
     """WavLM's attention reads its weights without calling their modules, so LoRA there never trains."""
-    build("wavlm", "Model", mask_time_length=2).save_pretrained(tmp_path)
-    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path)
     words = [*METHODS["lora"], "--lora_target_modules", "q_proj", "v_proj"]
     with pytest.raises(RuntimeError, match=r"12 trained parameters got no gradient .*v_proj\.lora_A"):
-        trained(intent, *words, "--model_name_or_path", tmp_path)
+        trained(intent, *words, "--model_name_or_path", save_base(tmp_path, mask_time_length=2))
 
 
 def test_rates_and_factors_are_the_published_ones_unless_others_are_given(encoder, data):
@@ -249,21 +222,12 @@ def test_rates_and_factors_are_the_published_ones_unless_others_are_given(encode
         rates("asr", "--adapters", "L", "--e_learning_rate", "1e-3")
 
 
-@pytest.mark.parametrize(
-    ("words", "setting"),
-    [
-        (["--preset", "conventional"], "conventional"),
-        (["--preset", "e-only"], "e-only"),
-        (["--preset", "e+l"], "e+l"),
-        ([], "e+l+p"),
-        (["--method", "full"], "e+l"),
-    ],
-)
 @pytest.mark.parametrize("task", ["asr", "asv"])
-def test_the_published_schedule_is_that_of_the_setting(task, words, setting, encoder, data):
-    model_args, *_ = options(encoder, data, *words)
-    model = recipes.adapt(build("wav2vec2", "ForCTC"), model_args)
-    assert schedule_factors(model, task) == published_factors(setting, task)
+def test_the_published_schedule_is_that_of_the_setting(task, encoder, data):
+    settings = {f"--preset {name}": name for name in ("conventional", "e-only", "l-only", "e+l", "e+l+p")}
+    for words, setting in (settings | {"--adapters E": "e-only", "--method full": "e+l"}).items():
+        model = recipes.adapt(build("wav2vec2", "ForCTC"), options(encoder, data, *words.split())[0])
+        assert schedule_factors(model, task) == published_factors(setting, task), words
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -312,8 +276,6 @@ def test_training_is_on_pieces_of_recordings_and_evaluation_on_all_of_them(train
     ]
     trained(verification, *ELP, "--crop_length_in_seconds", "0.5", dataset=write(tmp_path, rows))
     assert lengths == {True: {8000}, False: {8000, 9600}}
-    with pytest.raises(ValueError, match=r"--crop_length_in_seconds must be at least 0\.5, got 0\.2"):
-        trained(verification, *ELP, "--crop_length_in_seconds", "0.2")
 
 
 def test_the_best_checkpoint_is_that_of_the_least_error(encoder, data):
@@ -410,17 +372,13 @@ def test_the_command_gives_the_figures_of_the_recipe(module, trained, capsys):
         assert np.mean(right) == metrics[f"eval_{name}"]
 
 
-def test_a_folder_holds_all_that_it_takes_to_answer_as_in_the_evaluation(trained):
+def test_a_folder_holds_what_it_takes_to_use_and_to_publish_the_adapter(trained):
     metrics, folder = trained(intent, *ELP, *SLOTS)
     there = {"adapter_model.safetensors", "preprocessor_config.json", "README.md", "predictions.csv"}
     assert there | {"layer_weights.png", "trainer_state.json"} <= {path.name for path in folder.iterdir()}
     card = (folder / "README.md").read_text()
     assert f"value: {round(metrics['eval_accuracy'], 4)}" in card
     assert "Seed: 42." in card
-    rows = read(folder / "predictions.csv")
-    answers = SpeechAdapter.from_pretrained(folder).classify([row["file"] for row in rows], top_k=1)
-    expected = [f"{row['predicted_action']}, {row['predicted_object']}" for row in rows]
-    assert [answer["label"] for (answer,) in answers] == expected
     assert metrics["eval_exact_match"] == metrics["eval_accuracy"] <= metrics["eval_accuracy_action"]
 
 
@@ -446,9 +404,8 @@ def test_slots_with_classes_of_their_own_answer_any_combination(trained, data, t
 
 @pytest.mark.parametrize("module", [recognition, verification, intent])
 def test_a_recording_is_measured_as_it_is_answered_where_padding_would_be_heard(module, trained, tmp_path, capsys):
-    grouped = build("wav2vec2", "Model", mask_time_length=2, feat_extract_norm="group", do_stable_layer_norm=False)
-    grouped.save_pretrained(tmp_path)
-    Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(tmp_path)
+    options = {"mask_time_length": 2, "feat_extract_norm": "group", "do_stable_layer_norm": False}
+    save_base(tmp_path, "wav2vec2", return_attention_mask=False, **options)
     _, folder = trained(module, *ELP, *HARDLY, "--model_name_or_path", tmp_path)
     assert "one recording at a time" in capsys.readouterr().out
     answers_as_measured(module, folder)
@@ -513,47 +470,29 @@ def test_a_text_that_does_not_fit_its_frames_is_named_or_left_out(trained, data,
         trained(recognition, *ELP, "--on_long_text", "skip", dataset=tmp_path)
 
 
-def test_long_recordings_are_refused_or_recognised_in_pieces(trained):
-    with pytest.raises(ValueError, match="9 of 16 recordings cannot be used: 9 too long"):
-        trained(recognition, *ELP, "--max_duration_in_seconds", "0.11")
+def test_long_recordings_are_recognised_in_pieces(trained):
     runs = [
-        trained(recognition, *METHODS["head"], *HARDLY, *words) for words in ([], [*CHUNKS, "9"], [*CHUNKS, "0.09"])
+        trained(recognition, *METHODS["head"], *HARDLY, *words)
+        for words in ([], ["--chunk_length_in_seconds", "9"], ["--chunk_length_in_seconds", "0.09"])
     ]
     whole, long_pieces, pieces = ([row["predicted"] for row in read(folder / "predictions.csv")] for _, folder in runs)
     assert whole == long_pieces
     assert any(pieces)
-    with pytest.raises(ValueError, match=r"--chunk_length_in_seconds must be long enough to overlap, got 0\.005"):
-        trained(recognition, *METHODS["head"], *CHUNKS, "0.005")
-
-
-def test_pieces_cover_each_frame_of_a_recording_once(monkeypatch, tmp_path):
-    """A model that writes the number of each frame, and not what it hears, writes the same in pieces."""
-    model = build("wav2vec2", "ForCTC")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokenizer = recipes.make_tokenizer([letters], tmp_path)
-    hop = model.config.inputs_to_logits_ratio
-
-    def forward(input_values, attention_mask=None):
-        assert input_values.shape[1] <= 960
-        count = recipes.num_frames(model, input_values.shape[1])
-        frames = input_values[0, : count * hop : hop].round().long() // hop % len(letters) + 3
-        return CausalLMOutput(logits=torch.nn.functional.one_hot(frames, len(tokenizer)).float()[None])
-
-    monkeypatch.setattr(model, "forward", forward)
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
-    for total in range(1000, 3200, 37):
-        clock = np.arange(total, dtype=np.float32)  # each sample tells its time
-        monkeypatch.setattr(long_recordings, "decode", lambda audio, rate_hz, clock=clock: clock)
-        dataset = Dataset.from_list([{"audio": None}])
-        (found,) = recipes.transcribe_long(model, extractor, tokenizer, dataset, chunk_s=0.06)
-        assert found == "".join(letters[i % len(letters)] for i in range(recipes.num_frames(model, total)))
 
 
 # Verification --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [[], ["--loss", "softmax"], ["--head", "xvector"]], ids=["am", "softmax", "xvector"])
-def test_the_error_rates_are_those_of_the_saved_scores_and_of_the_saved_adapter(words, trained):
+def test_the_error_rates_are_those_of_the_saved_scores_and_of_the_saved_adapter(words, trained, monkeypatch):
+    def load_model(*args):
+        model = load(*args)
+        if "xvector" in words:  # Some versions of Transformers leave new weights as the memory was.
+            model.objective.weight.data.fill_(float("nan"))
+        return model
+
+    load = recipes.load_model
+    monkeypatch.setattr(recipes, "load_model", load_model)
     metrics, folder = trained(verification, *ELP, *words)
     rows = read(folder / "scores.csv")
     assert len(rows) == metrics["eval_trials"] == 8 * 7 // 2
@@ -562,24 +501,6 @@ def test_the_error_rates_are_those_of_the_saved_scores_and_of_the_saved_adapter(
     assert metrics["eval_min_dcf"] == min_dcf(labels, scores)
     assert (folder / "det.png").stat().st_size > 1000
     answers_as_measured(verification, folder)
-
-
-def test_an_x_vector_starts_from_finite_weights_whatever_transformers_leaves_there(trained, monkeypatch, tmp_path):
-    load = verification.AutoModelForAudioXVector.from_pretrained
-
-    def from_pretrained(*args, **kwargs):
-        model, report = load(*args, **kwargs)
-        model.objective.weight.data.fill_(float("nan"))
-        return model, report
-
-    monkeypatch.setattr(verification.AutoModelForAudioXVector, "from_pretrained", from_pretrained)
-    metrics, _ = trained(verification, *ELP, "--head", "xvector", folder=tmp_path / "xvector")
-    assert 0 <= metrics["eval_eer"] <= 1
-
-
-def test_trials_that_are_all_alike_are_refused_before_training(trained):
-    with pytest.raises(ValueError, match="make 0 trials of two speakers and 1 of one"):
-        trained(verification, *ELP, "--max_eval_samples", "2", "--seed", "3")
 
 
 def test_trials_and_s_norm_are_taken_from_where_they_are_said_to_be(trained, data, tmp_path):
@@ -614,12 +535,6 @@ def test_recordings_inside_of_a_data_set_may_share_the_names_of_their_files(trai
     assert len({row["file_a"] for row in read(folder / "scores.csv")}) == 7
 
 
-@pytest.mark.parametrize(("module", "words"), [(verification, []), (emotion, ["--train_split_name", "train"])])
-def test_speakers_of_test_that_are_in_training_are_refused(module, words, trained):
-    with pytest.raises(ValueError, match="4 values of the column 'speaker_id' are both in training and in test"):
-        trained(module, *ELP, *words, "--eval_split_name", "train")
-
-
 # Emotions ------------------------------------------------------------------------------------------------------------
 
 
@@ -632,12 +547,9 @@ def test_emotions_are_measured_on_one_speaker_after_the_other(trained):
     rows = read(folder / "fold-a" / "predictions.csv")
     assert [Path(row["file"]).stem for row in rows] == ["0", "1", "2", "3"]
     assert (folder / "confusion.png").is_file()
-
-
-def test_unweighted_accuracy_is_the_mean_recall_of_the_classes_that_are_there():
-    right, answered = ["a", "a", "a", "b"], ["a", "a", "c", "b"]
-    expected = {"unweighted_accuracy": pytest.approx((2 / 3 + 1) / 2), "weighted_accuracy": 0.75}
-    assert emotion.accuracies(right, answered) == expected
+    recall = (2 / 3 + 1) / 2  # of the classes that are there
+    expected = {"unweighted_accuracy": pytest.approx(recall), "weighted_accuracy": 0.75}
+    assert emotion.accuracies(["a", "a", "a", "b"], ["a", "a", "c", "b"]) == expected
 
 
 def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
@@ -663,6 +575,8 @@ def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
         (recognition, "--cache_dtype float32", "--cache_dtype is used only with --cache_features"),
         (recognition, "--method lora --e_dim 8", "--e_dim is used only with --method elp"),
         (recognition, "--decoder beam", "needs pyctcdecode"),
+        (recognition, "--max_duration_in_seconds 0.11", "9 of 16 recordings cannot be used: 9 too long"),
+        (recognition, "--method head --chunk_length_in_seconds 0.005", "must be long enough to overlap, got 0.005"),
         (verification, "--loss softmax --margin 0.1", "--margin is used only with --loss"),
         (verification, "--s_norm_top_k 5", "--s_norm_top_k is used only with --s_norm_cohort"),
         (verification, "--s_norm_cohort train --s_norm_top_k 17", "must be from 2 to the 16 training utterances"),
@@ -670,14 +584,23 @@ def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
         (verification, "--trials x --max_eval_samples 2", "only with no --trials, and --trials is x"),
         (verification, "--cache_features x --crop_length_in_seconds 1", "--cache_features needs whole recordings.*"),
         (verification, "--method lora --head xvector", "LoRA would train both"),
+        (verification, "--max_eval_samples 2 --seed 3", "make 0 trials of two speakers and 1 of one"),
+        (verification, "--crop_length_in_seconds 0.2", "--crop_length_in_seconds must be at least 0.5, got 0.2"),
+        (verification, "--eval_split_name train", "4 values of the column 'speaker_id' are both in training and in"),
+        (emotion, "--train_split_name train --eval_split_name train", "4 values of the column 'speaker_id' are both"),
         (emotion, "--folds 2 --eval_split_name test", "--folds is used only with no --eval_split_name"),
         (intent, "--chunk_length 1", "takes recordings of any length"),
+        (generation, "--method head", "--method head has nothing to train in WhisperForConditionalGeneration"),
+        (generation, "--chunk_length 1", "chunk_length=1 would break the text that .*Generation generates"),
+        (generation, "--chunk_length 1 --method full", "chunk_length=1 would break the text that .* generates"),
+        (generation, "--language de", "knows a single language. Remove --language"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(module, words, message, trained, monkeypatch):
+def test_what_cannot_be_meant_is_refused(module, words, message, trained, whisper, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyctcdecode", None)
+    base = ["--model_name_or_path", whisper] if module is generation else []
     with pytest.raises((ValueError, ImportError), match=message):
-        trained(module, *words.split())
+        trained(module, *words.split(), *base)
 
 
 def test_a_vocabulary_must_have_the_characters_of_the_text(trained, tmp_path):
@@ -706,13 +629,9 @@ def test_a_head_of_another_size_is_made_new_and_an_encoder_is_not(trained, encod
 def test_every_command_of_the_pages_is_understood():
     pages = [ROOT / "docs/how-to" / name for name in ("recipes.md", "fine-tune-whisper.md", "feature-cache.md")]
     page = "\n".join(page.read_text() for page in pages).replace("\\\n", "")
-    kinds = {
-        generation: generation.RecognitionArguments,
-        recognition: recognition.RecognitionArguments,
-        verification: verification.VerificationArguments,
-        emotion: emotion.EmotionArguments,
-        intent: intent.IntentArguments,
-    }
+    kinds = {generation: generation.RecognitionArguments, recognition: recognition.RecognitionArguments}
+    kinds |= {emotion: emotion.EmotionArguments, intent: intent.IntentArguments}
+    kinds[verification] = verification.VerificationArguments
     by_script = {f"examples/{Path(module.__file__).name}": module for module in kinds}
     commands = [shlex.split(line) for line in page.splitlines() if line.startswith("python examples/run_")]
     assert len(commands) >= 11
@@ -773,19 +692,18 @@ def wide_whisper(whisper, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("module", [verification, emotion, intent])
-def test_a_checkpoint_in_half_precision_with_a_fixed_window_is_trained_in_float32(module, trained, whisper):
-    metrics, folder = trained(module, *ELP, "--model_name_or_path", whisper)
+PRECISIONS = [(verification, "float32"), (emotion, "float32"), (intent, "float32"), (intent, "bfloat16")]
+
+
+@pytest.mark.parametrize(("module", "dtype"), PRECISIONS)
+def test_a_checkpoint_in_half_precision_is_trained_in_float32_or_as_asked(module, dtype, trained, whisper):
+    metrics, folder = trained(module, *ELP, "--model_name_or_path", whisper, "--dtype", dtype)
     assert metrics["trained_parameters_encoder"] > 0
     (saved,) = folder.rglob("adapter_model.safetensors")
-    assert {tensor.dtype for tensor in load_file(saved).values()} == {torch.float32}
+    adapters = {name: x.dtype for name, x in load_file(saved).items() if "elp_" in name or dtype == "float32"}
+    assert {*adapters.values()} == {torch.float32}
     history = json.loads((saved.parent / "trainer_state.json").read_text())["log_history"]
     assert all(np.isfinite(entry["train_loss"]) for entry in history if "train_loss" in entry)
-
-
-def test_a_model_may_be_trained_in_its_own_data_type(trained, whisper):
-    metrics, _ = trained(intent, *ELP, "--model_name_or_path", whisper, "--dtype", "bfloat16")
-    assert 0 <= metrics["eval_accuracy"] <= 1
 
 
 @pytest.mark.parametrize("module", [verification, emotion, intent])
@@ -801,9 +719,7 @@ def test_a_shorter_window_is_used_again_by_the_saved_adapter(module, trained, wi
 
 
 @pytest.mark.parametrize("long", ["train", "test"])
-def test_recordings_longer_than_the_window_are_refused_before_the_training(
-    long, trained, whisper, tmp_path, capsys
-):
+def test_recordings_longer_than_the_window_are_refused_before_the_training(long, trained, whisper, tmp_path, capsys):
     rows = []
     for number, split in enumerate(["train", "train", "test", "test"]):
         file = record(tmp_path / f"{number}.wav", 17_000 if split == long else 1_600, seed=number)
@@ -815,25 +731,14 @@ def test_recordings_longer_than_the_window_are_refused_before_the_training(
     assert "Trained:" not in said
 
 
-@pytest.mark.parametrize(
-    ("extractor", "longest_s"),
-    [
-        (transformers.WhisperFeatureExtractor(chunk_length=2), 2),
-        (transformers.ASTFeatureExtractor(max_length=150, num_mel_bins=40), 1.5),
-        (Wav2Vec2FeatureExtractor(), np.inf),
-    ],
-)
-def test_no_recording_is_cut_unnoticed(extractor, longest_s):
-    collate = recipes.Collator(extractor)
-    assert collate.window_s == longest_s
+def test_no_recording_is_cut_unnoticed():
     rows = [{"audio": np.ones(3 * RATE_HZ, np.float32)}]
-    if longest_s < 3:
-        with pytest.raises(ValueError, match=rf"3\.0 s is longer than the {longest_s:g} s that the encoder reads"):
-            collate(rows)
-        with pytest.raises(ValueError, match=rf"2\.5 s is longer than the {longest_s:g} s"):
-            recipes.Collator(extractor, crop_s=2.5)(rows)
-    else:
-        assert collate(rows)["input_values"].shape == (1, 3 * RATE_HZ)
+    assert recipes.Collator(Wav2Vec2FeatureExtractor())(rows)["input_values"].shape == (1, 3 * RATE_HZ)
+    spectrogram = transformers.ASTFeatureExtractor(max_length=150, num_mel_bins=40)
+    for extractor, window_s in ((transformers.WhisperFeatureExtractor(chunk_length=2), 2), (spectrogram, 1.5)):
+        for crop_s, length_s in ((None, "3.0"), (2.5, "2.5")):
+            with pytest.raises(ValueError, match=rf"{length_s} s is longer than the {window_s} s that"):
+                recipes.Collator(extractor, crop_s=crop_s)(rows)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
@@ -866,20 +771,6 @@ def test_what_a_decoder_wrote_in_the_evaluation_is_what_the_saved_adapter_writes
     answers_as_measured(generation, trained(generation, *words)[1], device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (METHODS["head"], "--method head has nothing to train in WhisperForConditionalGeneration"),
-        (["--chunk_length", "1"], r"chunk_length=1 would break the text that .*ForConditionalGeneration generates"),
-        (["--chunk_length", "1", *METHODS["full"]], r"chunk_length=1 would break the text that .* generates"),
-        (["--language", "de"], "knows a single language. Remove --language"),
-    ],
-)
-def test_what_a_model_with_a_decoder_cannot_do_is_refused(words, message, trained, whisper):
-    with pytest.raises(ValueError, match=message):
-        trained(generation, *words, "--model_name_or_path", whisper)
-
-
 def test_labels_begin_after_the_start_token_and_end_with_the_end_token(whisper):
     model = transformers.WhisperForConditionalGeneration.from_pretrained(whisper)
     tokenizer = transformers.AutoTokenizer.from_pretrained(whisper)
@@ -895,29 +786,27 @@ def test_labels_begin_after_the_start_token_and_end_with_the_end_token(whisper):
 
 def encoder_with_decoder(family):
     """A tiny random model of a family whose decoder writes letters, and its feature extractor."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 15}
-    tokens = {"pad_token_id": 12, "eos_token_id": 12, "bos_token_id": 14, "decoder_start_token_id": 14}
-    if family == "moonshine":
-        for part in ("encoder", "decoder"):
-            sizes |= {f"{part}_num_hidden_layers": 2, f"{part}_num_attention_heads": 2}
-        model = transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes, **tokens))
-        return model, Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
-    sizes = {"d_model": 16, "vocab_size": 15}
+    of_wave = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "d_model": 16, "vocab_size": 15}
     for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_num_hidden_layers": 2, f"{part}_num_attention_heads": 2}  # Moonshine
         sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
-    if family == "speech2text":
+    tokens = {"pad_token_id": 12, "eos_token_id": 12, "bos_token_id": 14, "decoder_start_token_id": 14}
+    if family == "Moonshine":
+        return transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes, **tokens)), of_wave
+    if family == "Speech2Text":
         config = transformers.Speech2TextConfig(**sizes, **tokens, input_feat_per_channel=80, conv_channels=16)
-        model = transformers.Speech2TextForConditionalGeneration(config)
-        return model, transformers.Speech2TextFeatureExtractor(feature_size=80, num_mel_bins=80)
+        extractor = transformers.Speech2TextFeatureExtractor(feature_size=80, num_mel_bins=80)
+        return transformers.Speech2TextForConditionalGeneration(config), extractor
     encoder = build("wav2vec2", "Model", mask_time_length=2)
-    config = transformers.BartConfig(**sizes, is_decoder=True, add_cross_attention=True)
-    model = transformers.SpeechEncoderDecoderModel(encoder=encoder, decoder=transformers.BartForCausalLM(config))
+    decoder = transformers.BartForCausalLM(transformers.BartConfig(**sizes, is_decoder=True, add_cross_attention=True))
+    model = transformers.SpeechEncoderDecoderModel(encoder=encoder, decoder=decoder)
     model.config.update(tokens)
     model.generation_config.update(**tokens)
-    return model, Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    return model, of_wave
 
 
-@pytest.mark.parametrize("family", ["moonshine", "speech2text", "speech-encoder-decoder"])
+@pytest.mark.parametrize("family", ["Moonshine", "Speech2Text", "SpeechEncoderDecoder"])
 def test_other_families_with_a_decoder_are_trained_alike(family, trained, whisper, tmp_path):
     model, extractor = encoder_with_decoder(family)
     model.generation_config.update(max_new_tokens=8)
