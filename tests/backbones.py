@@ -7,6 +7,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from peft_elp import ELPConfig
 
@@ -80,6 +81,20 @@ def build(family: str = "wavlm", head: str = "ForCTC", seed: int = 0, **options:
         if name.endswith("bias") or "norm" in name:  # not where they start: a test must see each of them
             torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.3)
     return model.eval()
+
+
+class TwoEncoders(torch.nn.Module):
+    """A model with two encoders, of one class or of two."""
+
+    def __init__(self, left: str = "wavlm", right: str = "hubert") -> None:
+        super().__init__()
+        self.left: Any = build(left, "Model")
+        self.right: Any = build(right, "Model", seed=1)
+        self.config = self.left.config
+
+    def forward(self, *args: Any, **inputs: Any) -> BaseModelOutput:
+        left, right = (encoder(*args, **inputs).last_hidden_state for encoder in (self.left, self.right))
+        return BaseModelOutput(last_hidden_state=left + 2 * right)
 
 
 def waveforms(lengths: tuple[int, ...] = (2000, 1300, 900), seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,8 @@ WHEN = {
     "exhaustive": [r"every family"],
     "gate": [
         r"test_(accelerate|compile|demo|examples|fuzz|hub|label_corpus|measure_\w+|notebook|recipes)\.py",
+        # In a process of their own: what test_compile.py runs with "every family".
+        r"compiled\.py::.*(as_many_graphs|hubert|wavlm-(bare|frames|xvector|stable|ForCTC))",
         r"test_docs\.py::test_(the_blocks|an_error|the_page|every_model|no_model)",
         r"conformance/.*\[.*(LoRA|LN-Tuning|hubert-bare|wavlm-classification)",
     ],

@@ -54,10 +54,10 @@ def adapted(family="wavlm", head="ForSequenceClassification", base=None, **optio
     return with_adapter(head, family, base, **READER | options).train()
 
 
-def labels_for(head):
-    if head == "ForCTC":
-        return ((1, 2), (3,), (4,), (5, 6))
-    return (0, 1, 2, 3)
+def read(model, folder, data=None, collate=collate, **options):
+    """The cache of a model, and the rows of a data set through it."""
+    cache = FeatureCache(model, folder, **options)
+    return cache, cache.read(data or Recordings(), collate, progress=False)
 
 
 def trained(model, batches, steps=3):
@@ -75,43 +75,31 @@ def trained(model, batches, steps=3):
 
 @pytest.mark.parametrize(("family", "head", "base", "options"), CASES)
 def test_training_from_the_cache_equals_training_on_the_recordings(family, head, base, options, tmp_path):
-    data = Recordings(labels_for(head))
+    data = Recordings(((1, 2), (3,), (4,), (5, 6)) if head == "ForCTC" else (0, 1, 2, 3))
     model = adapted(family, head, base, **options)
-    cache = FeatureCache(model, tmp_path, dtype=torch.float32)
-    rows = cache.read(data, collate, progress=False)
-    same_length = [(1, 3)]  # Frames of padding differ.
-    live, cached = collate([data[1], data[3]]), cache.collate([rows[1], rows[3]])
+    cache, rows = read(model, tmp_path, data, dtype=torch.float32)
+    live, cached = collate([data[1], data[3]]), cache.collate([rows[1], rows[3]])  # Frames of padding differ.
     torch.testing.assert_close(result(call(model.eval(), **cached)), result(call(model, **live)), rtol=1e-4, atol=1e-5)
     # The head for x-vectors counts padded frames.
-    batches = same_length if head == "ForXVector" else [(0, 1), (2, 3)]
-    found = []
-    for from_cache in (False, True):
-        model = adapted(family, head, base, **options)
-        if from_cache:
-            FeatureCache(model, tmp_path, dtype=torch.float32)
-            break_layers(model, 0)  # They do not run.
-        made = [
-            cache.collate([rows[number] for number in numbers])
-            if from_cache
-            else collate([data[number] for number in numbers])
-            for numbers in batches
-        ]
-        found.append(trained(model, made))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
-    for name, tensor in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], tensor, rtol=1e-3, atol=1e-4)
+    batches = [(1, 3)] if head == "ForXVector" else [(0, 1), (2, 3)]
+    expected = trained(adapted(family, head, base, **options), [collate([data[i] for i in one]) for one in batches])
+    model = adapted(family, head, base, **options)
+    FeatureCache(model, tmp_path, dtype=torch.float32)
+    break_layers(model, 0)  # They do not run.
+    losses, tensors = trained(model, [cache.collate([rows[i] for i in one]) for one in batches])
+    torch.testing.assert_close(losses, expected[0], rtol=1e-4, atol=1e-5)
+    for name, tensor in expected[1].items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_labels_may_be_for_a_loss_of_the_callers_own(tmp_path):
-    model = adapted()
-    rows = FeatureCache(model, tmp_path).read(Recordings([[0, 1]] * 4), collate, progress=False)
+    _, rows = read(adapted(), tmp_path, Recordings([[0, 1]] * 4))
     assert rows[0]["labels"].tolist() == [0, 1]  # Two numbers for one recording: the head's own loss refuses them.
 
 
 def test_trainer_trains_and_evaluates_from_the_cache(tmp_path):
     model = adapted()
-    cache = FeatureCache(model, tmp_path / "features")
-    rows = cache.read(Recordings(), collate, progress=False)
+    cache, rows = read(model, tmp_path / "features")
     break_layers(model, 0)
     args = TrainingArguments(
         str(tmp_path / "out"),
@@ -130,14 +118,12 @@ def test_trainer_trains_and_evaluates_from_the_cache(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
     model.save_pretrained(tmp_path / "adapter")
     fresh = PeftModel.from_pretrained(build("wavlm", "ForSequenceClassification"), tmp_path / "adapter").eval()
-    live = collate([Recordings()[0]])
-    with torch.no_grad():  # Cached as float16.
-        expected = model.eval()(**cache.collate([rows[0]])).logits
-        torch.testing.assert_close(fresh(**live).logits, expected, rtol=0.02, atol=0.02)
+    live, cached = collate([Recordings()[0]]), cache.collate([rows[0]])  # as float16
+    torch.testing.assert_close(call(fresh, **live).logits, call(model.eval(), **cached).logits, rtol=0.02, atol=0.02)
 
 
 def test_rows_hold_no_recordings(tmp_path):
-    rows = FeatureCache(adapted(), tmp_path).read(Recordings(), collate, progress=False)
+    _, rows = read(adapted(), tmp_path)
     held = [x for _, rest in rows.rows for name, x in rest.items() if name != "labels"]
     assert [tuple(x.shape) for x in held] == [(length,) for length in LENGTHS for _ in range(2)]
     assert {x.untyped_storage().nbytes() for x in held} == {4, 8}  # one float32, one int64
@@ -156,24 +142,24 @@ def test_what_is_saved_is_not_computed_again(tmp_path, monkeypatch):
 
     model = adapted()
     with pytest.raises(KeyboardInterrupt):
-        FeatureCache(model, tmp_path).read(Recordings(), interrupted, progress=False)
+        read(model, tmp_path, collate=interrupted)
     assert len(calls) == 3  # Of which two are in a file.
-    first = FeatureCache(model, tmp_path).read(Recordings(), collate, progress=False)
+    _, first = read(model, tmp_path)
     assert len(calls) == 5
-    again = FeatureCache(adapted(), tmp_path).read(Recordings(), collate, progress=False)
+    _, again = read(adapted(), tmp_path)
     assert len(calls) == 5
     assert torch.equal(first[3]["cached_features"], again[3]["cached_features"])
     assert not list(tmp_path.rglob("*.unfinished"))
     # Another encoder, other layers, another dtype and another recording are other features.
-    FeatureCache(adapted(base={"num_hidden_layers": 2}), tmp_path).read(Recordings(), collate, progress=False)
-    FeatureCache(adapted(l_layers=[1]), tmp_path).read(Recordings(), collate, progress=False)
-    FeatureCache(model, tmp_path, dtype=torch.bfloat16).read(Recordings(), collate, progress=False)
+    read(adapted(base={"num_hidden_layers": 2}), tmp_path)
+    read(adapted(l_layers=[1]), tmp_path)
+    read(model, tmp_path, dtype=torch.bfloat16)
     assert len(calls) == 17
     changed = adapted()
     nn.init.zeros_(changed.get_base_model().wavlm.encoder.layers[0].final_layer_norm.bias)
-    FeatureCache(changed, tmp_path).read(Recordings(), collate, progress=False)
+    read(changed, tmp_path)
     assert len(calls) == 21
-    FeatureCache(model, tmp_path).read(Recordings(lengths=(2000, 1301, 900, 1300)), collate, progress=False)
+    read(model, tmp_path, Recordings(lengths=(2000, 1301, 900, 1300)))
     assert len(calls) == 22
 
 
@@ -196,27 +182,19 @@ def test_what_cannot_be_cached_is_refused(options, base, message, tmp_path):
 
 def test_other_mistakes_are_refused(tmp_path):
     model = adapted()
-    with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
-        FeatureCache(model, tmp_path, dtype=torch.int8)
-    with pytest.raises(ValueError, match="nobody"):
-        FeatureCache(model, tmp_path, adapter_name="nobody")
-    cache = FeatureCache(model, tmp_path)
-
+    for options in ({"dtype": torch.int8}, {"adapter_name": "nobody"}):
+        with pytest.raises(ValueError, match=r"float32, float16 or bfloat16|nobody"):
+            FeatureCache(model, tmp_path, **options)
     noise = iter(range(100))
-
-    def third_noisy(rows):
-        return noisy(rows) if len(rows[0]["audio"]) == 900 else collate(rows)
 
     def noisy(rows):
         return {**collate(rows), "input_values": torch.full((1, 2000), float(next(noise)))}
 
     with pytest.raises(ValueError, match="Row 0 differs when it is read twice"):
-        cache.read(Recordings(), noisy, progress=False)
+        read(model, tmp_path, collate=noisy)
     with pytest.raises(ValueError, match="Row 2 differs when it is read twice"):
-        cache.read(
-            Recordings(), lambda rows: (noisy if len(rows[0]["audio"]) == 900 else collate)(rows), progress=False
-        )
-    rows = cache.read(Recordings(), collate, progress=False)
+        read(model, tmp_path, collate=lambda rows: (noisy if len(rows[0]["audio"]) == 900 else collate)(rows))
+    cache, rows = read(model, tmp_path)
     model.add_adapter("other", ELPConfig(**ELP))
     model.set_adapter("other")
     with pytest.raises(ValueError, match=r"\['other'\] have no FeatureCache"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as t
-from backbones import ELP, build, shaken, trained, with_adapters
+from backbones import ELP, TwoEncoders, build, shaken, trained, with_adapters
 from families import FAMILIES, OF_WHISPER, SPEECH_T5, WHISPER
 from family import Around, features, wave
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
@@ -140,27 +140,17 @@ def test_a_speech_to_speech_model_keeps_its_decoder_and_hears_speaker_embeddings
         torch.testing.assert_close(spoken(model, voices[1]), expected)
 
 
-class TwoTowers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.left, self.right = build("wavlm", "Model"), build("hubert", "Model")
-        self.config = self.left.config
-
-    def forward(self, **inputs):
-        return self.left(**inputs).last_hidden_state + self.right(**inputs).last_hidden_state
-
-
 @pytest.mark.parametrize("target", ["right.encoder", "HubertEncoder"])
 def test_one_of_two_towers_is_named(target):
-    model = get_peft_model(TwoTowers(), ELPConfig(target=target, modules_to_save=[], **ELP))
+    model = get_peft_model(TwoEncoders(), ELPConfig(target=target, modules_to_save=[], **ELP))
     assert trained(model)
     assert all(".right.encoder." in name for name in trained(model))
     with pytest.raises(ValueError, match=r"several speech encoders: .*ELPConfig\(target="):
-        get_peft_model(TwoTowers(), ELPConfig(**ELP))
+        get_peft_model(TwoEncoders(), ELPConfig(**ELP))
 
 
 def test_each_of_two_towers_gets_an_adapter_of_its_own():
-    base = TwoTowers()
+    base = TwoEncoders()
     base.left.feature_extractor._requires_grad = False
     modules = [(name, type(module)) for name, module in base.named_modules()]
     model = with_adapters(base, one={"target": "left.encoder"}, two={"target": "right.encoder"})

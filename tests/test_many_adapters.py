@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import ELP, answer, build, labels_for, result, shaken, waveforms, with_adapters
+from backbones import ELP, TwoEncoders, answer, build, labels_for, result, waveforms, with_adapters
 from peft import get_peft_model, get_peft_model_state_dict
-from torch import nn
 
 from peft_elp import ELPConfig, MultiTaskModel
 from peft_elp.tuner.stack import ELPStack
@@ -211,15 +210,13 @@ def test_tasks_do_not_take_adapters_by_utterance():
 
 
 def models():
-    bases = {"asr": build("wavlm", "ForCTC"), "emotion": build("wavlm", "ForSequenceClassification")}
-    bases |= {"speaker": build("wavlm", "ForXVector"), "words": build("wavlm", "ForCTC")}
-    configs = {"asr": {}, "emotion": ALONE, "speaker": ALONE | {"l_dim": 6}, "words": {"adapters": "EP"}}
+    tasks = {"asr": ("ForCTC", {}), "emotion": ("ForSequenceClassification", ALONE)}
+    tasks |= {"speaker": ("ForXVector", ALONE | {"l_dim": 6}), "words": ("ForCTC", {"adapters": "EP"})}
     found = {}
-    for task, base in bases.items():
-        base.wavlm.load_state_dict(bases["asr"].wavlm.state_dict())
-        found[task] = shaken(get_peft_model(base, ELPConfig(**ELP | configs[task]))).eval()
-        if task == "asr":
-            bases["asr"] = build("wavlm", "ForCTC")  # the plain one again, for those that follow
+    for task, (head, options) in tasks.items():
+        base: Any = build("wavlm", head)
+        base.wavlm.load_state_dict(build("wavlm").wavlm.state_dict())
+        found[task] = with_adapters(base, default=options)
     return found
 
 
@@ -258,32 +255,18 @@ def test_models_of_different_checkpoints_are_refused():
         MultiTaskModel({"asr": asr})(waveforms()[0], tasks=["speaker"])
 
 
-class Pair(nn.Module):
-    """Two encoders of one class, of which one is adapted."""
-
-    def __init__(self):
-        super().__init__()
-        self.left, self.right = build("wavlm", "Model"), build("wavlm", "Model", seed=1)
-        self.config = self.left.config
-
-    def forward(self, x, **kwargs):
-        left = self.left(x, **kwargs).last_hidden_state
-        return {"logits": left + 2 * self.right(x, **kwargs).last_hidden_state}
-
-
 @pytest.mark.parametrize("target", ["left.encoder", "right.encoder"])
 def test_a_model_with_two_encoders_of_one_class_shares_passes_through_the_adapted_one(target):
-    model = get_peft_model(Pair(), ELPConfig(**ELP | ALONE, target=target), adapter_name="one")
-    model.add_adapter("two", ELPConfig(**ELP | ALONE | {"l_dim": 6}, target=target))
-    expected = {}
-    for name in ("one", "two"):
-        model.set_adapter(name)
-        expected[name] = shaken(model, seed=len(name)).eval()(waveforms()[0])["logits"]
+    readers = {"one": ALONE, "two": ALONE | {"l_dim": 6}}
+    base = TwoEncoders("wavlm", "wavlm")
+    model = with_adapters(base, **{name: own | {"target": target} for name, own in readers.items()})
+    inputs = {"input_values": waveforms()[0]}
+    expected = {name: answer(model, name, **inputs) for name in readers}
     layers = layer_calls(model)
-    outputs = model.forward_all(["one", "two"], waveforms()[0])
+    outputs = model.forward_all(list(readers), **inputs)
     assert len(layers) == 1
-    tasks = MultiTaskModel({"task": model})
-    for name in ("one", "two"):
-        torch.testing.assert_close(outputs[name]["logits"], expected[name])
+    tasks: Any = MultiTaskModel({"task": model})
+    for name in readers:
+        torch.testing.assert_close(result(outputs[name]), expected[name])
         model.set_adapter(name)
-        torch.testing.assert_close(tasks(waveforms()[0])["task"]["logits"], expected[name])
+        torch.testing.assert_close(result(tasks(**inputs)["task"]), expected[name])

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from backbones import AUTO, ELP, HEADS, adapted, build, result, shaken, waveforms
-from families import SPEECH
 from packaging.version import Version
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -233,27 +232,6 @@ def test_an_adapter_brings_its_own_head_into_a_base_with_another(head, options, 
     base = model.unload()
     assert base.config.to_dict() == before
     assert base.get_submodule(part) is own
-
-
-def test_two_adapters_with_different_labels_share_a_model(tmp_path):
-    emotion, anger = peft_folder(tmp_path, "wavlm", "ForSequenceClassification", **EMOTIONS)
-    base = based(tmp_path, "wavlm", "ForSequenceClassification")
-    before = base.config.to_dict()
-    model = PeftModel.from_pretrained(base, emotion, "emotion")
-    model.add_adapter("keyword", ELPConfig(head_config={"num_labels": 3}, **ELP))
-    model.set_adapter("keyword")
-    keyword = logits(shaken(model))
-    assert model(**SPEECH, labels=torch.tensor([0, 1, 2])).loss.isfinite()
-    named = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
-    for name, expected, labels in (("emotion", anger, ANGER), ("keyword", keyword, named), ("emotion", anger, ANGER)):
-        model.set_adapter(name)
-        assert torch.equal(logits(model), expected)
-        assert model.config.num_labels == len(labels)
-        assert model.config.id2label == labels
-    with pytest.warns(UserWarning, match="emotion was active which is now deleted. Setting active adapter to keyword"):
-        model.delete_adapter("emotion")
-    assert model.config.num_labels == 3
-    assert model.unload().config.to_dict() == before
 
 
 def test_a_fresh_head_of_its_own_starts_as_transformers_starts_one():
