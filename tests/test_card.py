@@ -49,6 +49,7 @@ def code(folder):
     ("head", "says"),
     [
         ("ForCTC", r"[abcd <>/spadunk]*"),
+        ("ForCTC without a tokenizer", r"tensor\(\[\[.*"),
         ("ForSequenceClassification", "|".join(LABELS)),
         ("ForAudioFrameClassification", r"torch.Size\(\[1, \d+, 4\]\)"),
         ("ForXVector", r"torch.Size\(\[1, 12\]\)"),
@@ -58,34 +59,26 @@ def code(folder):
 def test_the_code_of_the_card_runs_and_gives_what_the_trained_model_gives(
     base, tmp_path, monkeypatch, capsys, head, says
 ):
-    model = adapted(base, head)
+    model = adapted(base, head.split()[0])
     if head == "ForCTC":
         save_tokenizer(tmp_path / "mine")
     model.save_pretrained(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code("mine"), names)
-    assert re.fullmatch(says, capsys.readouterr().out.strip())
+    assert re.fullmatch(says, capsys.readouterr().out.strip(), re.DOTALL)
+    assert ("no tokenizer was saved" in code("mine")) == ("without" in head)
     with torch.no_grad():
         expected = model(**names["inputs"])
         torch.testing.assert_close(names["model"](**names["inputs"])[0], expected[0])
-
-
-def test_without_a_tokenizer_beside_it_the_code_prints_numbers_and_says_so(base, tmp_path, monkeypatch, capsys):
-    adapted(base, "ForCTC").save_pretrained(tmp_path / "mine")
-    monkeypatch.chdir(tmp_path)
-    exec(code("mine"), {})
-    assert capsys.readouterr().out.startswith("tensor([[")
-    assert "no tokenizer was saved" in code("mine")
+    data = card("mine").data.to_dict()  # The base is not on the Hub.
+    assert "base_model" not in data
+    assert not any(tag.startswith("base_model:") for tag in data["tags"])
 
 
 @pytest.mark.parametrize(
     ("head", "task"),
-    [
-        ("ForCTC", "automatic-speech-recognition"),
-        ("ForSequenceClassification", "audio-classification"),
-        ("ForXVector", "audio-classification"),
-    ],
+    [("ForCTC", "automatic-speech-recognition"), ("ForXVector", "audio-classification")],
 )
 def test_the_metadata_say_base_library_and_task(tmp_path, head, task):
     from_the_hub(head).save_pretrained(tmp_path)
@@ -97,13 +90,6 @@ def test_the_metadata_say_base_library_and_task(tmp_path, head, task):
     }
 
 
-def test_a_base_on_disk_is_none_of_the_hub(base, tmp_path):
-    adapted(base, "ForCTC").save_pretrained(tmp_path)
-    data = card(tmp_path).data.to_dict()
-    assert "base_model" not in data
-    assert not any(tag.startswith("base_model:") for tag in data["tags"])
-
-
 def test_the_card_counts_each_part_and_shows_the_layer_weights(base, tmp_path):
     model = adapted(base, "ForSequenceClassification")
     (tmp_path / "layer_weights.png").write_bytes(b"")
@@ -111,10 +97,8 @@ def test_the_card_counts_each_part_and_shows_the_layer_weights(base, tmp_path):
     text = card(tmp_path).text
     counts = count_parameters(model)
     rows = dict(re.findall(r"^\| (E|L|P|layer norms|head|all) \| ([\d,]+) \|", text, re.MULTILINE))
-    assert {part: int(count.replace(",", "")) for part, count in rows.items()} == {
-        **counts,
-        "all": sum(counts.values()),
-    }
+    counts["all"] = sum(counts.values())
+    assert {part: int(count.replace(",", "")) for part, count in rows.items()} == counts
     weights = re.search(r"^\| weight \| (.*) \|$", text, re.MULTILINE)
     assert [float(share) for share in weights[1].split(" | ")] == pytest.approx(
         [share for _, share in layer_weights(model)], abs=1e-3
@@ -237,15 +221,8 @@ HOSTILE = "a|b\n| c | <script>x</script> [d](javascript:alert(1)) `e` &lt; $f$"
 
 def test_names_and_results_of_strangers_stay_within_their_cells(tmp_path):
     model = from_the_hub()
-    metric = replace(
-        EER,
-        dataset_name=HOSTILE,
-        dataset_split=HOSTILE,
-        metric_name=HOSTILE,
-        metric_value=HOSTILE,
-        metric_config=HOSTILE,
-    )
-    describe(model, datasets=[HOSTILE], metrics=[metric])
+    names = ("dataset_name", "dataset_split", "metric_name", "metric_value", "metric_config")
+    describe(model, datasets=[HOSTILE], metrics=[replace(EER, **dict.fromkeys(names, HOSTILE))])
     model.save_pretrained(tmp_path)
     text = card(tmp_path).text
     assert "<script>" not in text

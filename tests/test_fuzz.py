@@ -1,14 +1,11 @@
-"""Any configuration on any model is refused and leaves the model untouched, or it keeps every promise.
-
-Two hundred examples run by default, and two thousand with `-m exhaustive`.
-"""
+"""Any configuration on any model is refused and leaves the model untouched, or it keeps every promise."""
 
 import tempfile
 import warnings
 
 import pytest
 import torch
-from backbones import HEADS, NORMS, build, encoded, has, labels_for, result, shaken, waveforms
+from backbones import HEADS, NORMS, build, call, encoded, has, labels_for, result, shaken, waveforms
 from families import FAMILIES
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
@@ -53,10 +50,12 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-def answer(model, inputs):
-    with torch.no_grad():
-        output = model.eval()(**inputs)
+def read(output):
     return result(output) if "logits" in output else encoded(output)
+
+
+def answer(model, inputs):
+    return read(call(model.eval(), **inputs))
 
 
 def belongs_to_adapter(name):
@@ -83,14 +82,12 @@ def keeps_its_promises(name, config):
 
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trained
-    assert all(belongs_to_adapter(n) for n in trained)
     assert {n for n, _ in model.named_parameters() if belongs_to_adapter(n)} == set(trained)
     shaken(model)
     model.train()
     if name.endswith("ForXVector"):  # Its loss has parameters.
         model(**inputs, labels=labels_for(base, 2, 0)).loss.backward()
-    output = model(**inputs)
-    score = output.logits if "logits" in output else encoded(output)
+    score = read(model(**inputs))
     (score * torch.randn(score.shape)).sum().backward()
     for n, parameter in trained.items():
         assert parameter.grad is not None, f"{n} has no gradient"
@@ -111,29 +108,18 @@ def keeps_its_promises(name, config):
 
 
 FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
-
-
 # What it once found.
-NO_LAYER = {
-    "l_layers": [0],
-    "l_output": "head",
-    "exclude_modules": r".*layers\.0\..*",
-    "e_dim": 1,
-    "l_dim": 1,
-    "p_length": 1,
-}
-NOT_READ = {"l_layers": [0], "l_output": "project", "e_dim": 1, "l_dim": 1, "p_length": 1}
+SMALL = {"e_dim": 1, "l_dim": 1, "p_length": 1, "l_layers": [0]}
 
 
-@example(name="hubert-ForCTC", config=NO_LAYER)
-@example(name="hubert-ForCTC", config=NOT_READ)
+@example(name="hubert-ForCTC", config={"l_output": "head", "exclude_modules": r".*layers\.0\..*", **SMALL})
+@example(name="hubert-ForCTC", config={"l_output": "project", **SMALL})
 @given(name=st.sampled_from(sorted(MODELS)), config=CONFIGS)
 @settings(max_examples=200, derandomize=True, **FUZZ)
 def test_a_configuration_is_refused_or_keeps_its_promises(name, config):
     keeps_its_promises(name, config)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 @given(name=st.sampled_from(sorted(MODELS)), config=CONFIGS)
 @settings(max_examples=2000, **FUZZ)
