@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from backbones import ELP, answer, build, trained, waveforms
+from backbones import ELP, TwoEncoders, answer, build, trained, waveforms
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 from transformers import BertConfig, BertModel, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from untouched import assert_untouched, snapshot
 
@@ -18,19 +17,12 @@ from peft_elp import ELPConfig, count_parameters
 # Guards -------------------------------------------------------------------------------------------------------------
 
 
-class Two(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.left, self.right = build("wavlm", "Model"), build("hubert", "Model")
-        self.config, self.base_model = self.left.config, self.left
-
-
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
         (lambda: BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)),
          {}, "BertModel contains no speech encoder that ELP can adapt.*WavLMEncoder.*AutoModelForCTC"),
-        (Two, {}, r"several speech encoders: left.encoder \(WavLMEncoder\), right.encoder \(HubertEncoder\)"),
+        (TwoEncoders, {}, r"several speech encoders: left.encoder \(WavLMEncoder\), right.encoder \(HubertEncoder\)"),
         (lambda: build("wavlm", "ForSequenceClassification", use_weighted_layer_sum=True), {"adapters": "EL"},
          "use_weighted_layer_sum=True.*past the L-adapter.*use_weighted_layer_sum=False"),
         (build, {"e_layers": [0, 3, 7]}, "e_layers names 3, 7, and WavLMForCTC has 3 layers: 0 to 2"),
