@@ -26,11 +26,12 @@ torch.set_num_threads(1)
 # When tests run, by patterns in their ids. What matches nothing runs with `make test`. What is of the `gate` runs with
 # `make gate`, before a change is done. What is `exhaustive` runs on request: `pytest -m exhaustive`.
 WHEN = {
-    "exhaustive": [r"every family"],
+    "exhaustive": [r"every family", r"test_fuzz\.py::test_many"],
     "gate": [
         r"test_(accelerate|compile|demo|examples|fuzz|hub|label_corpus|measure_\w+|notebook|recipes)\.py",
         # In a process of their own: what test_compile.py runs with "every family".
         r"compiled\.py::.*(as_many_graphs|hubert|wavlm-(bare|frames|xvector|stable|ForCTC))",
+        r"test_(inference|starts)\.py::test_(how_many|whisper_|a_fresh_adapter_costs)",
         r"test_docs\.py::test_(the_blocks|an_error|the_page|every_model|no_model)",
         r"conformance/.*\[.*(LoRA|LN-Tuning|hubert-bare|wavlm-classification)",
     ],

@@ -132,7 +132,6 @@ def test_pytorchs_start_can_be_had():
         assert (adapter.norm.weight == 1).all()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="there is no real encoder beside the repository")
 @pytest.mark.parametrize("adapters", ["E", "L", "P", "ELP"])
 def test_a_fresh_adapter_costs_whisper_nothing(adapters):
