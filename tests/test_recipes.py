@@ -314,7 +314,6 @@ def test_what_was_trained_is_saved_before_it_is_measured_and_metrics_are_reporte
     assert SpeechAdapter.from_pretrained(tmp_path / "unmeasured").saved.labels == ["loud", "quiet"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("module", [verification, recognition])
 def test_two_processes_measure_what_one_does(module, trained, encoder, data, tmp_path):
     script = Path(module.__file__)
