@@ -5,10 +5,8 @@ compiler cannot trace and an export would fix. Most models are traced without co
 """
 
 import functools
-import re
 import shutil
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 
-import peft_elp
 from peft_elp import ELPConfig, hotswap_adapter
 
 EXAMPLE = (2000, 1300, 900)
@@ -133,23 +130,16 @@ def test_a_graph_that_breaks_gives_the_same():
     close(answer(traced(model, fullgraph=False)), expected)
 
 
-def test_training_gets_the_same_gradients(one_graph):
-    model, found = small("wavlm").train(), []
+@pytest.mark.parametrize("family", ["wavlm", "wav2vec2"])
+def test_training_gets_the_same_gradients_from_one_graph(family, one_graph):
+    model, found = small(family, "ForSequenceClassification").train(), []
+    answer(model)  # In the first call Transformers installs hooks, which break the graph with and without adapters.
     for runs in (model, traced(model, backend="aot_eager")):
-        result(runs(**wave())).square().mean().backward()
+        runs(**wave(), labels=torch.arange(3)).loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         model.zero_grad()
     for name, gradient in found[0].items():
         close(found[1][name], gradient, msg=name, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", ["wavlm", "wav2vec2"])
-def test_a_model_that_reports_its_layers_trains_in_one_graph_after_its_first_call(family, one_graph):
-    """In the first call Transformers installs hooks, which break the graph with and without adapters."""
-    model = get_peft_model(build(family, "ForSequenceClassification"), ELPConfig(**ELP)).train()
-    answer(model)
-    traced(model, backend="aot_eager")(**wave(), labels=torch.arange(3)).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -160,20 +150,6 @@ def test_other_lengths_and_batch_sizes_need_no_other_graph(padded, one_graph):
         inputs = wave(lengths, padded)
         close(answer(compiled, **inputs), answer(model, **inputs))
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("name", ["wavlm", "wav2vec2-bert"])
-def test_other_lengths_need_as_many_graphs_as_without_adapters(name, one_graph):
-    inputs, counts = FAMILIES[name].inputs, []
-    for model in (FAMILIES[name].shallow(), of_family(name)):
-        torch.compiler.reset()
-        counter = CompileCounterWithBackend("eager")
-        compiled = traced(model, backend=counter, dynamic=True)
-        for shorter in (0, 200, 600) if "input_values" in inputs else (0, 1, 6):
-            cut = {k: x[:, : x.shape[1] - shorter].contiguous() for k, x in inputs.items()}
-            close(answer(compiled, **cut), answer(model, **cut))
-        counts.append(counter.frame_count)
-    assert counts[1] == counts[0]
 
 
 @pytest.mark.parametrize("name", ["wavlm", "whisper-classification"])
@@ -356,22 +332,3 @@ def test_onnx_runtime_gives_the_same_for_any_length_and_batch_size(family, head,
         inputs = wave(lengths, padded)
         (logits,) = session.run(["logits"], {name: x.numpy() for name, x in inputs.items()})
         close(torch.from_numpy(logits), answer(model, **inputs), atol=1e-4, rtol=1e-4)
-
-
-def test_the_page_about_it_runs(tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    page = (Path(__file__).parent.parent / "docs/how-to/compile-and-export.md").read_text()
-    model, other = small(), small(std=0.4)
-    monkeypatch.chdir(tmp_path)
-    other.save_pretrained("another-adapter")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # generating code is slow
-    names = {"torch": torch, "peft_elp": peft_elp, "model": model, "inputs": wave()}
-    found = []
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1:]:  # the first makes a model and inputs
-        exec(block, names)
-        found.append(torch.as_tensor(names["logits"]))
-    assert len(found) == 4
-    for logits in found[1:]:
-        close(logits, answer(other), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(found[0], found[1], atol=1e-2)

@@ -30,7 +30,7 @@ WHEN = {
     "gate": [
         r"test_(accelerate|compile|demo|examples|fuzz|hub|label_corpus|measure_\w+|notebook|recipes)\.py",
         # In a process of their own: what test_compile.py runs with "every family".
-        r"compiled\.py::.*(as_many_graphs|hubert|wavlm-(bare|frames|xvector|stable|ForCTC))",
+        r"compiled\.py::.*(hubert|wavlm-(bare|frames|xvector|stable|ForCTC))",
         r"test_(inference|starts)\.py::test_(how_many|whisper_|a_fresh_adapter_costs)",
         r"test_docs\.py::test_(the_blocks|an_error|the_page|every_model|no_model)",
         r"conformance/.*\[.*(LoRA|LN-Tuning|hubert-bare|wavlm-classification)",

@@ -87,14 +87,24 @@ def test_the_best_checkpoint_is_loaded_and_evaluated(tmp_path):
         assert torch.equal(loaded(waveform).logits, run.model.eval()(waveform).logits)
 
 
-def test_a_checkpoint_holds_the_adapter_only(tmp_path):
-    model = adapted()
+@pytest.mark.parametrize("door", ["PEFT", "Transformers"])
+def test_a_checkpoint_holds_the_adapter_only(door, tmp_path):
+    model = adapted() if door == "PEFT" else backbone()
+    if door == "Transformers":
+        model.add_adapter(ELPConfig(**ELP))
     trainer(model, tmp_path, eval_strategy="no").train()
     names = {file.name for file in (tmp_path / "checkpoint-8").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt"} <= names
-    assert "model.safetensors" not in names
+    assert not {"model.safetensors", "config.json"} & names
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (tmp_path / "checkpoint-8" / "adapter_model.safetensors").stat().st_size < 4 * trained + 20_000
+    loaded = PeftModel.from_pretrained(backbone(), tmp_path / "checkpoint-8").eval()
+    waveform = torch.stack([x["input_values"] for x in examples(4, 3)])
+    with torch.no_grad():
+        assert torch.equal(loaded(waveform).logits, model.eval()(waveform).logits)
+    if door == "Transformers":
+        with pytest.raises(ValueError, match="Can't find a checkpoint index"):  # it resumes a PeftModel only
+            trainer(model, tmp_path, eval_strategy="no", max_steps=9).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}], ids=["checkpointing", "bf16"])

@@ -12,11 +12,8 @@ from packaging.version import Version
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForAudioClassification,
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
-    Trainer,
-    TrainingArguments,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     WhisperConfig,
@@ -352,34 +349,3 @@ def test_a_speech_recognition_pipeline_generates_with_the_adapter(tmp_path):
     ]
     assert len(texts[0]) == 6
     assert texts[0] == texts[1] == texts[2] != texts[3]
-
-
-# Trainer ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
-def test_trainer_trains_and_saves_an_added_adapter(tmp_path):
-    model = based(tmp_path, "wavlm", "ForSequenceClassification", **EMOTIONS)
-    model.add_adapter(ELPConfig(**ELP))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    noise = torch.Generator().manual_seed(0)
-    rows = [{"input_values": torch.randn(800, generator=noise), "labels": i % 7} for i in range(8)]
-
-    def trainer(model, **options):
-        options = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.01, "report_to": [], "use_cpu": True} | options
-        options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-        return Trainer(
-            model, TrainingArguments(str(tmp_path / "run"), disable_tqdm=True, **options), train_dataset=rows
-        )
-
-    trainer(model).train()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
-    checkpoint = tmp_path / "run" / "checkpoint-4"
-    names = {file.name for file in checkpoint.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json"} <= names
-    assert not {"model.safetensors", "config.json"} & names
-    base = AutoModelForAudioClassification.from_pretrained(tmp_path / "base")
-    assert torch.equal(logits(PeftModel.from_pretrained(base, checkpoint)), logits(model))
-    with pytest.raises(ValueError, match="Can't find a checkpoint index"):  # it resumes a PeftModel only
-        trainer(model, max_steps=6).train(resume_from_checkpoint=True)
