@@ -1,0 +1,308 @@
+"""The search for a setting: candidates trained on folds, until the time is over or a number of trials is reached.
+
+Optuna proposes candidates, keeps them in a journal file and stops poor ones after two folds. The proposal depends on
+the seed and on the trials so far alone, so that a search with one process gives the same trials again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from peft_elp.speech.metrics import equal_error_rate
+
+from .reader import BATCH, FRAMES, Problem, Setting, train_reader
+from .split import Fold
+
+try:
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+except ImportError as error:
+    raise ImportError(f"The search needs optuna ({error}): pip install 'peft-elp[train]'") from error
+
+METRICS = ("unweighted_accuracy", "accuracy", "f1")
+OPERATIONS_PER_S = 1e10  # of one CPU core, at a guess: candidates that would take too long are left out
+SHARE = 0.04  # of the time that one candidate may take
+SINGLE = 24  # encoders with more layers are tried at every second one
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting and how it did.
+
+    Args:
+        setting: The setting.
+        stop: After which check of the schedule its answers were best, 1 to `CHECKS`.
+        scores: The score of each part that was held out, at that check.
+        curve: The mean score at each check.
+        seconds: How long its trainings took.
+        number: The number of its trial.
+        complete: Whether all folds were trained.
+    """
+
+    setting: Setting
+    stop: int
+    scores: list[float]
+    curve: list[float]
+    seconds: float
+    number: int
+    complete: bool = True
+
+    @property
+    def score(self) -> float:
+        """The mean score."""
+        return float(np.mean(self.scores))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and by which measure.
+
+    Args:
+        problem: The problem.
+        folds: The folds.
+        layers: The number of layers of the encoder.
+        hidden: Its width.
+        metric: One of `METRICS`; voices are compared by 1 minus the equal error rate.
+        seconds: Wall-clock time.
+        trials: How many candidates at most; None: as many as the time allows.
+    """
+
+    problem: Problem
+    folds: list[Fold]
+    layers: int
+    hidden: int
+    metric: str = "unweighted_accuracy"
+    seconds: float = 600.0
+    trials: int | None = None
+
+    def always(self) -> Iterator[dict[str, Any]]:
+        """Yield the parameters of the candidates that come first: the head alone, sums of layers, single layers."""
+        singles = range(self.layers) if self.layers <= SINGLE else range(1, self.layers, 2)
+        last = f"{self.layers - 1}"
+        names = [last, "all", "lower", "upper", *(str(layer) for layer in singles if str(layer) != last)]
+        start = {"rate": 2e-3, "steps": 300, "dropout": 0.2, "weight_decay": 0.01, "l_dim": 0}
+        if not self.problem.verify:
+            start["smoothing"] = 0.0
+        for name in dict.fromkeys(names):
+            yield {**start, "layers": name}
+
+    def sizes(self) -> list[int]:
+        """Return the widths of taps whose candidates fit into the time."""
+        default = round(self.hidden * 2 / 3)
+        budget = SHARE * (self.seconds if self.trials is None else 600.0) * OPERATIONS_PER_S
+        rows = BATCH * FRAMES * 300 * len(self.folds)
+        wanted = [size for size in dict.fromkeys((32, 128, default)) if size <= default]
+        return [0, *(size for size in wanted if 6 * rows * self.layers * self.hidden * size < budget)]
+
+    def suggest(self, trial: Any) -> Setting:
+        """Return the setting that Optuna chooses for a trial."""
+        half = -(-self.layers // 2)
+        layers: dict[str, Sequence[int]] = {
+            "all": range(self.layers),
+            "lower": range(half),
+            "upper": range(self.layers - half, self.layers),
+            **{str(layer): [layer] for layer in range(self.layers)},
+        }
+        return Setting(
+            layers=tuple(layers[trial.suggest_categorical("layers", list(layers))]),
+            l_dim=trial.suggest_categorical("l_dim", self.sizes()),
+            rate=trial.suggest_float("rate", 3e-4, 2e-2, log=True),
+            steps=trial.suggest_categorical("steps", [100, 300, 600]),
+            dropout=trial.suggest_categorical("dropout", [0.0, 0.2, 0.4, 0.6]),
+            weight_decay=trial.suggest_float("weight_decay", 1e-3, 3.0, log=True),
+            smoothing=0.0 if self.problem.verify else trial.suggest_categorical("smoothing", [0.0, 0.1, 0.2]),
+        )
+
+    def score(self, rows: Sequence[int], answers: Tensor) -> float:
+        """Return the score of answers for some recordings, a share of 1."""
+        right = self.problem.labels[list(rows)].numpy()
+        if self.problem.verify:
+            return 1 - equal_error_rate(*trials_of(right, answers))
+        return measure(self.metric, right, answers.argmax(-1).numpy())
+
+    def evaluate(self, setting: Setting, go_on: Callable[[int, float], bool] = lambda *_: True) -> Candidate:
+        """Train a candidate on all folds.
+
+        Args:
+            setting: The setting.
+            go_on: Called after each fold with the number of folds and the score so far; False stops.
+        """
+        start, scores = time.monotonic(), []
+        for done, fold in enumerate(self.folds, 1):
+            _, answers, _ = train_reader(self.problem, setting, fold.train, fold.held_out)
+            ends = np.cumsum([len(part) for part in fold.parts])
+            for part, end in zip(fold.parts, ends, strict=True):
+                scores.append([self.score(part, answer[end - len(part) : end]) for answer in answers])
+            curve = np.mean(scores, axis=0)
+            stop = int(curve.argmax())
+            if done < len(self.folds) and not go_on(done, float(curve[stop])):
+                break
+        parts = [float(one[stop]) for one in scores]
+        took = time.monotonic() - start
+        return Candidate(setting, stop + 1, parts, curve.tolist(), took, -1, complete=done == len(self.folds))
+
+    def run(self, journal: Path, name: str, jobs: int = 1, progress: bool = True) -> tuple[list[Candidate], bool]:
+        """Search, and go on where an earlier search of the same name stopped.
+
+        Args:
+            journal: The file of the trials.
+            name: The name of the search in it, which tells its data and settings.
+            jobs: How many processes work side by side.
+            progress: Show a progress bar.
+
+        Returns:
+            The candidates in the order of their trials, and whether the search was interrupted by Ctrl-C.
+
+        Raises:
+            KeyboardInterrupt: It was interrupted before the first candidate was complete.
+        """
+        end = time.time() + self.seconds
+        study = _study(journal, name, len(self.folds))
+        for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # of a process that was killed
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        there = {t.user_attrs.get("always") for t in study.trials if t.state != optuna.trial.TrialState.FAIL}
+        for number, params in enumerate(self.always()):
+            if number not in there:
+                study.enqueue_trial(params, user_attrs={"always": number})
+        context = multiprocessing.get_context("spawn")
+        threads = torch.get_num_threads()
+        workers = [context.Process(target=_work, args=(self, journal, name, end, True)) for _ in range(jobs - 1)]
+        interrupted = False
+        try:
+            for worker in workers:
+                worker.start()
+            torch.set_num_threads(max(1, threads // jobs))
+            _work(self, journal, name, end, False, progress)
+            for worker in workers:
+                worker.join()
+        except KeyboardInterrupt:
+            interrupted = True
+            for worker in workers:
+                worker.terminate()
+        finally:
+            torch.set_num_threads(threads)
+        found = candidates(study)
+        if interrupted and not any(one.complete for one in found):
+            raise KeyboardInterrupt
+        return found, interrupted
+
+
+def candidates(study: Any) -> list[Candidate]:
+    """Return the candidates that a search has trained, in the order of their trials."""
+    found = []
+    for trial in study.trials:
+        if kept := trial.user_attrs.get("candidate"):
+            setting = {**kept["setting"], "layers": tuple(kept["setting"]["layers"])}
+            found.append(Candidate(**{**kept, "setting": Setting(**setting), "number": trial.number}))
+    return found
+
+
+def choose(found: Sequence[Candidate], hidden: int) -> Candidate:
+    """Return the smallest candidate whose score is within one standard error of the best, the better one of equals.
+
+    The standard error is that of the difference to the best candidate over the parts that were held out.
+
+    Args:
+        found: Candidates, at least one of them complete.
+        hidden: Width of the encoder.
+
+    Examples:
+        >>> small = Candidate(Setting((3,)), 10, [0.8, 0.9], [], 1.0, 0)
+        >>> large = Candidate(Setting((3,), l_dim=32), 10, [0.9, 0.9], [], 1.0, 1)
+        >>> choose([small, large], hidden=384).number
+        0
+    """
+    complete = [one for one in found if one.complete]
+    best = max(complete, key=lambda one: (one.score, -one.setting.size(hidden)))
+    close = []
+    for one in complete:
+        behind = np.subtract(best.scores, one.scores)
+        error = float(behind.std(ddof=1)) / len(behind) ** 0.5 if len(behind) > 1 else 0.0
+        if behind.mean() <= error:
+            close.append(one)
+    return min(close, key=lambda one: (one.setting.size(hidden), -one.score, one.number))
+
+
+def measure(metric: str, right: Any, answered: Any) -> float:
+    """Return a metric of classes, a share of 1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # A part need not hold all classes.
+        if metric == "f1":
+            return float(f1_score(right, answered, labels=np.unique(right), average="macro", zero_division=0))
+        return float((accuracy_score if metric == "accuracy" else balanced_accuracy_score)(right, answered))
+
+
+def trials_of(speakers: Any, embeddings: Tensor) -> tuple[Any, Any]:
+    """Return for all pairs of recordings whether they are of one speaker, and the cosines of their embeddings."""
+    directions = torch.nn.functional.normalize(embeddings.float())
+    first, second = torch.triu_indices(len(directions), len(directions), 1)
+    cosines = (directions @ directions.T)[first, second]
+    return (np.asarray(speakers)[first] == np.asarray(speakers)[second]).astype(int), cosines.numpy()
+
+
+def _study(journal: Path, name: str, folds: int) -> Any:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=2, reduction_factor=2)
+    pruner = halving if folds > 2 else optuna.pruners.NopPruner()
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    return optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True
+    )
+
+
+def _work(search: Search, journal: Path, name: str, end: float, is_helper: bool, progress: bool = False) -> None:
+    """Train candidates until the time is over or there are enough."""
+    if is_helper:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # The main process ends this one.
+        torch.set_num_threads(1)
+    study = _study(journal, name, len(search.folds))
+    start, bar = time.time(), tqdm(total=round(search.seconds), desc="Search", unit="s", disable=not progress)
+    best = 0.0
+    with bar:
+        while time.time() < end:
+            if search.trials is not None and sum(t.state.is_finished() for t in study.trials) >= search.trials:
+                break
+            number = len(study.trials)
+            study.sampler = optuna.samplers.TPESampler(
+                seed=search.problem.seed * 100_003 + number, n_startup_trials=20
+            )
+            trial = study.ask()
+            candidate = _try(search, study, trial)
+            best = max(best, candidate.score if candidate.complete else 0.0)
+            bar.n = min(bar.total, round(time.time() - start))
+            bar.set_postfix_str(f"{trial.number + 1} candidates, best {100 * best:.1f} %")
+
+
+def _try(search: Search, study: Any, trial: Any) -> Candidate:
+    def go_on(folds: int, score: float) -> bool:
+        trial.report(score, folds)
+        return is_fixed or not trial.should_prune()
+
+    state = optuna.trial.TrialState
+    try:
+        setting = search.suggest(trial)
+        is_fixed = trial.user_attrs.get("always") in (0, 1)  # The head alone and all layers are in every report.
+        candidate = search.evaluate(setting, go_on)
+    except BaseException:
+        study.tell(trial, state=state.FAIL)
+        raise
+    trial.set_user_attr("candidate", {key: value for key, value in asdict(candidate).items() if key != "number"})
+    if candidate.complete:
+        study.tell(trial, candidate.score)
+    else:
+        study.tell(trial, state=state.PRUNED)
+    return candidate
