@@ -17,6 +17,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     def write(folder: Path, rows: Callable[..., Iterator[Row]]) -> None:
         rng = random.Random(args.seed)
         train = list(rows(training_voices, args.num_clips, rng))
-        heard = {row["text"] for row in train}
         test = list(rows(test_voices, num_test, rng))
         if rows is sentences:
+            heard = {row["text"] for row in train}
             test = [row for row in test if row["text"] not in heard]
         write_split(folder / "train", train)
         write_split(folder / "test", test)
@@ -161,9 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         words, per_clip = args.num_pretraining_words, args.pretraining_words_per_clip
         pretrain(folder, args.pretraining_steps, args.seed, words, args.num_voices, per_clip, args.pre_norm)
 
-    make(root / "sentences", lambda folder: write(folder, sentences))
-    make(root / "speakers", lambda folder: write(folder, speakers))
-    make(root / "intents", lambda folder: write(folder, intents))
+    for rows in (sentences, speakers, intents):
+        make(root / rows.__name__, partial(write, rows=rows))
     # Folds over speakers need no test split: one table holds all.
     moody = training_voices[:6]
     moods = list(emotions(moody, args.num_clips, random.Random(args.seed)))

@@ -66,10 +66,11 @@ def read_recording(file: str | Path, seconds: float | None = None) -> Row:
     return {"file": str(Path(file).resolve()), "audio": samples[: None if seconds is None else int(seconds * RATE_HZ)]}
 
 
-def read_pairs(trials: Path) -> tuple[list[int], list[tuple[str, ...]]]:
+def read_pairs(trials: Path) -> tuple[list[int], list[tuple[str, str]]]:
     """Return the labels and the files of a list of trials, whose paths start from its folder."""
     listed = read_trials(trials, trials.parent)
-    return [label for label, *_ in listed], [tuple(str(Path(x).resolve()) for x in files) for _, *files in listed]
+    pairs = [(str(Path(trial.file_a).resolve()), str(Path(trial.file_b).resolve())) for trial in listed]
+    return [trial.label for trial in listed], pairs
 
 
 def trial_error(embeddings: dict[Any, Any], trials: Path) -> float:
@@ -89,10 +90,7 @@ def pair_error(embeddings: dict[Any, Any], rows: Sequence[Row]) -> float:
 
 
 def train_once(file: Path, settings: Any, train: Callable[[], Any]) -> Any:
-    """Return the result of a training that is stored with the same settings, or train and store the result.
-
-    `train` returns the result, or None if the training failed, which is tried again the next time.
-    """
+    """Return the result of a training that is stored with the same settings, or train and store it, unless None."""
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if stored.get("settings") == settings:
         return stored["result"]

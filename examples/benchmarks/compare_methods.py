@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         results[task, method, seed] = train_once(folder / "run.json", command, partial(run, command, folder))
         Path(args.output_dir, "table.md").write_text(tables(results), encoding="utf-8")
-    failed = [*results.values()].count(None)
+    failed = list(results.values()).count(None)
     print(f"\n{tables(results)}\n{failed} of {len(results)} runs failed; the same command tries them again.")
     return failed
 

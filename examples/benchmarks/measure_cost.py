@@ -46,7 +46,7 @@ from peft_elp.feature_cache import CACHED
 # Width, layers, attention heads and width of the feed-forward modules.
 WIDTHS = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "whisper-tiny": (384, 4, 6, 1536)}
 WIDTHS |= {"tiny": (32, 3, 2, 64), "overhead": (32, 12, 2, 64)}
-# What every method costs at least that trains something in the first layer.
+# FLOOR is what every method costs at least that trains something in the first layer.
 FLOOR, CACHED_L = "head only, with a gradient through all layers", f"{L_ONLY}, from cached features"
 HALF_L, LONG_P = "L of the lower half without layer norms", "E+L+P, 16 pseudo features"
 METHODS: dict[str, dict[str, Any]] = {
@@ -182,8 +182,8 @@ class Method:
             loss = self.loss()
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-        flops = (part.get_total_flops() / 1e9 for part in (forward, backward))
-        self.cost = Cost(name, sum(parameter.numel() for parameter in trained), saved, *flops)
+        gflops = [part.get_total_flops() / 1e9 for part in (forward, backward)]
+        self.cost = Cost(name, sum(parameter.numel() for parameter in trained), saved, gflops[0], gflops[1])
 
     def loss(self) -> Tensor:
         bfloat16 = self.args.autocast or self.args.dtype == "bfloat16"
@@ -320,7 +320,7 @@ def plot(costs: Sequence[Cost], file: Path) -> None:
 
 def backbone() -> Any:
     torch.manual_seed(0)
-    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(layerdrop=0.0, num_labels=4)).eval()
+    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config.from_dict({"layerdrop": 0.0, "num_labels": 4})).eval()
 
 
 def many_adapters(method: str, config: PeftConfig, number: int) -> None:

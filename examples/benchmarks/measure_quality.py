@@ -395,6 +395,7 @@ class Grid:
         """
         rates = {pair: list(self.methods[pair[1]].rates) for pair in wanted}
         found: dict[tuple[str, str, float], list[Result]] = {}
+        best: dict[tuple[str, str], float] = {}
         for _ in range(1 + FURTHER_RATES):
             missing = [
                 (*pair, rate, rate if self.methods[pair[1]].options.get("method") == "head" else head_rates[pair[0]])
@@ -415,12 +416,13 @@ class Grid:
 
     def run(self, do_all: DoAll = map) -> None:
         """Train what is missing: first the rates of each method are chosen, and then come the seeds."""
-        tasks, head_rates = self.args.tasks, dict.fromkeys(self.args.tasks, self.args.head_rate)
+        head_rates: dict[str, Any] = dict.fromkeys(self.args.tasks, self.args.head_rate)
         if self.args.head_rate is None:
-            head_rates = {task: rate for task, _, rate, _ in self.choose([(x, HEAD) for x in tasks], {}, do_all)}
+            heads = self.choose([(task, HEAD) for task in self.args.tasks], {}, do_all)
+            head_rates = {task: rate for task, _, rate, _ in heads}
         wanted = [
             (task, method)
-            for task, method in itertools.product(tasks, self.args.methods or list(self.methods))
+            for task, method in itertools.product(self.args.tasks, self.args.methods or list(self.methods))
             # Transformers has no weighted sum with CTC.
             if TASKS[task].kind is not Texts or not self.methods[method].weighted
         ]

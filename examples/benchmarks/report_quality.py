@@ -76,7 +76,7 @@ def compare(one: Sequence[Result], other: Sequence[Result]) -> tuple[float | Non
     differences = [x - y for x, y in pairs]
     p = None
     if len({round(difference, 6) for difference in differences}) > 1:
-        p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+        p = float(ttest_rel([x for x, _ in pairs], [y for _, y in pairs]).pvalue)
     return statistics.mean(differences) if pairs else None, p
 
 

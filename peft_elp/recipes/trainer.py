@@ -104,7 +104,7 @@ class RecipeTrainer(Trainer):
         loader = DataLoader(dataset, args.eval_batch_size, collate_fn=self.eval_collator, **options)  # pyright: ignore
         return self.accelerator.prepare(loader)
 
-    get_test_dataloader = get_eval_dataloader
+    get_test_dataloader: Any = get_eval_dataloader
 
 
 def make_trainer(
