@@ -108,7 +108,7 @@ class ELPConfig(PeftConfig):
         verification_threshold: For speaker verification, the cosine score in [-1, 1) from which two voices count as
             the same. It changes nothing in the model. None: not known.
         window_s: The name of `chunk_length` in older files.
-        config_format: In older files; ignored.
+        config_format: In older files, whose heads averaged over the whole window.
 
     Raises:
         ValueError: A value is out of its range. The message names the value, the range and the remedy.
@@ -282,7 +282,7 @@ def differing_fields(one: ELPConfig, other: ELPConfig, *roles: str) -> dict[str,
 
     Examples:
         >>> differing_fields(ELPConfig(e_dim=8, e_dropout=0.1), ELPConfig(), "computation")
-        {'e_dim': (8, 256)}
+        {'e_dim': (8, None)}
     """
     own = fields(ELPConfig)[len(fields(PeftConfig)) :]
     compared = [field.name for field in own if field.metadata.get("role", "computation") in roles]

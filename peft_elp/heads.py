@@ -6,6 +6,7 @@ and the settings of the model's configuration that the head is built from.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,23 +65,26 @@ HEAD_SETTINGS: tuple[str, ...] = tuple(dict.fromkeys(setting for row in HEADS.va
 
 
 def head_row(model_class: type | str | None) -> HeadRow | None:
-    """The row of a model's class, or None for a class without a known head.
+    """Find the row of a model's class.
 
     Args:
         model_class: The class, whose base classes are looked up as well, or only its name.
+
+    Returns:
+        The row, or None for a class without a known head.
 
     Examples:
         >>> head_row("WavLMForCTC").task
         'automatic-speech-recognition'
     """
-    names = (
-        [model_class or ""] if not isinstance(model_class, type) else [base.__name__ for base in model_class.__mro__]
-    )
-    return next((row for name in names for ending, row in HEADS.items() if name.endswith(ending)), None)
+    return next(_rows(model_class), None)
 
 
 def head_input(model_class: type) -> str | None:
-    """The name of the first linear layer of the head that reads the encoder, or None if there is no such layer."""
-    names = [base.__name__ for base in model_class.__mro__]
-    rows = (row for name in names for ending, row in HEADS.items() if name.endswith(ending))
-    return next((row.input_layer for row in rows if row.input_layer), None)
+    """Return the name of the first linear layer of the head that reads the encoder, or None without such a layer."""
+    return next((row.input_layer for row in _rows(model_class) if row.input_layer), None)
+
+
+def _rows(model_class: type | str | None) -> Iterator[HeadRow]:
+    names = [base.__name__ for base in model_class.__mro__] if isinstance(model_class, type) else [model_class or ""]
+    return (row for name in names for ending, row in HEADS.items() if name.endswith(ending))

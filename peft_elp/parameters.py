@@ -11,7 +11,7 @@ PARTS = tuple(CONTAINERS.values())
 
 
 def belongs_to(adapter_name: str, name: str) -> bool:
-    """Whether a tensor belongs to an adapter, by its name in the model.
+    """Tell by its name in the model whether a tensor belongs to an adapter.
 
     Examples:
         >>> belongs_to("asr", "encoder.elp_p.asr.rows"), belongs_to("asr", "encoder.elp_p.emotion.rows")

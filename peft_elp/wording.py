@@ -8,7 +8,7 @@ LONGEST_LINE = 400  # characters of an error that is passed on
 
 
 def shortened(items: Iterable[object], shown: int = 6) -> str:
-    """A list in words, cut after the first items.
+    """Write a list in words, cut after the first items.
 
     Examples:
         >>> shortened(["a", "b", "c"])
@@ -22,7 +22,7 @@ def shortened(items: Iterable[object], shown: int = 6) -> str:
 
 
 def unknown_adapter(unknown: str | Iterable[str], known: Iterable[str]) -> str:
-    """The sentence about adapter names that a model does not have.
+    """Write the sentence about adapter names that a model does not have.
 
     Args:
         unknown: The unknown name, or several.
@@ -40,7 +40,7 @@ def unknown_adapter(unknown: str | Iterable[str], known: Iterable[str]) -> str:
 
 
 def brief(value: object, length: int = 80) -> str:
-    """The `repr` of a value, cut in the middle if it is longer than that.
+    """Return the `repr` of a value, cut in the middle if it is too long.
 
     Examples:
         >>> brief([0, 1, 2])

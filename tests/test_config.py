@@ -12,7 +12,7 @@ from peft_elp.heads import HEAD_SETTINGS
 
 def test_the_defaults_are_those_of_the_method():
     config = ELPConfig()
-    assert (config.adapters, config.e_dim, config.l_dim, config.p_length) == ("ELP", 256, 512, None)
+    assert (config.adapters, config.e_dim, config.l_dim, config.p_length) == ("ELP", None, None, None)
     assert (config.e_activation, config.l_activation) == ("gelu", "gelu")
     assert (config.e_after, config.p_position, config.p_init_std) == (("feed_forward",), "append", 1e-4)
     assert (config.train_layer_norms, config.init_weights, config.init_std) == (True, True, 1e-3)
@@ -46,7 +46,9 @@ def test_every_field_has_a_help_text_that_names_its_choices():
         ({"adapters": "el"}, "got 'el'. Write adapters='EL'"),
         ({"adapters": None}, "got None"),
         ({"e_dim": 0}, "e_dim must be an integer from 1 to 16384, got 0"),
-        ({"l_dim": 1.5}, "l_dim must be an integer from 1 to 16384, got 1.5"),
+        ({"l_dim": 1.5}, "l_dim must be an integer from 0 to 16384, got 1.5"),
+        ({"l_dim": -1}, "l_dim must be an integer from 0 to 16384, got -1"),
+        ({"pool_own_frames": "yes"}, "pool_own_frames must be one of None, False, True, got 'yes'"),
         ({"p_length": 0}, "p_length must be an integer from 1 to 16384, got 0"),
         ({"chunk_length": 0}, "chunk_length must be an integer from 1 to 16384, got 0"),
         ({"e_layers": [-1]}, r"e_layers must hold integers, counted from 0, got \[-1\]"),
