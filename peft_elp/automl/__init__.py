@@ -1,5 +1,14 @@
 """From a folder of labelled recordings to an adapter with a report: `peft_elp.train` and `peft-elp train`.
 
-Files in the order of the work: `look` at the recordings, `split` them into folds, compute `features` once, train
-`reader`s of them in a `search`, save the chosen one (`train`) and `report` what it is worth.
+The files in the order of the work: `look` at the recordings, `split` them into folds, compute the `features` once,
+train `reader`s of them in a `search`, save the chosen one (`train`), and `report` what it is worth.
 """
+
+try:
+    import datasets as datasets
+    import optuna as optuna
+    import sklearn as sklearn
+    import soundfile as soundfile
+    import soxr as soxr
+except ImportError as error:
+    raise ImportError(f"peft_elp.train needs further packages ({error}): pip install 'peft-elp[train]'") from error

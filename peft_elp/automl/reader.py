@@ -92,8 +92,9 @@ class Reader(nn.Module):
         hidden = pooled.shape[-1]
         self.register_buffer("centre", pooled[:, rows].mean(1))
         deviation = pooled[:, rows].std(1).clamp(min=1e-4)
-        # One scale for all layers where nothing comes between their sum and the projector.
+        # One scale for all layers if nothing comes between their sum and the projector.
         self.register_buffer("scale", deviation if setting.l_dim else deviation.square().mean(0, keepdim=True).sqrt())
+        self.pooled = self._standardised(pooled)
         self.adapter = LAdapter(
             hidden, len(setting.layers), setting.l_dim, dropout=setting.dropout / 2, init_std=None, input_norm=False
         )
@@ -103,8 +104,7 @@ class Reader(nn.Module):
     def means(self, rows: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Return the mean over frames of the adapter's output, `(recordings, width)`; with a generator, of a few."""
         if not self.setting.l_dim:
-            pooled = self.features.pooled[list(self.setting.layers)][:, rows]
-            return torch.einsum("lbh,l->bh", (pooled - self.centre[:, None]) / self.scale[:, None], self.shares)
+            return torch.einsum("lbh,l->bh", self.pooled[:, rows], self.shares)
         if generator is not None:
             x = self.features.some(rows, self.setting.layers, FRAMES, generator)
             return self.adapter(self._standardised(x.flatten(1, 2))[:, None]).unflatten(1, x.shape[1:3])[0].mean(1)
@@ -179,14 +179,13 @@ def train_reader(
         others = [p for p in reader.parameters() if p.dim() == 1 and p is not layer_weights[0] and p.requires_grad]
         optimizer = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": setting.weight_decay},
-                {"params": others},
-                {"params": layer_weights, "lr": LAYER_WEIGHTS_RATIO * setting.rate},
+                {"params": matrices, "initial_lr": setting.rate, "weight_decay": setting.weight_decay},
+                {"params": others, "initial_lr": setting.rate},
+                {"params": layer_weights, "initial_lr": LAYER_WEIGHTS_RATIO * setting.rate},
             ],
-            lr=setting.rate,
             weight_decay=0.0,
+            fused=True,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / setting.steps)
         answers, losses, total, order = [], [], 0.0, torch.empty(0, dtype=torch.long)
         checks = [round(setting.steps * number / CHECKS) for number in range(1, CHECKS + 1)]
         for step in range(1, checks[stop - 1] + 1):
@@ -196,8 +195,9 @@ def train_reader(
             embeddings = reader.embed([rows[i] for i in batch.tolist()], generator)
             loss = _loss(problem, setting, reader, embeddings, labels[batch], weight)
             loss.backward()
+            for group in optimizer.param_groups:  # It falls linearly to 0.
+                group["lr"] = group["initial_lr"] * (1 - (step - 1) / setting.steps)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
             total += float(loss.detach())
             if step in checks:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import torch
+from optuna.storages.journal import JournalFileBackend, JournalStorage
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,12 +27,6 @@ from peft_elp.speech.metrics import equal_error_rate
 
 from .reader import BATCH, FRAMES, Problem, Setting, train_reader
 from .split import Fold
-
-try:
-    import optuna
-    from optuna.storages.journal import JournalFileBackend, JournalStorage
-except ImportError as error:
-    raise ImportError(f"The search needs optuna ({error}): pip install 'peft-elp[train]'") from error
 
 METRICS = ("unweighted_accuracy", "accuracy", "f1")
 OPERATIONS_PER_S = 1e10  # of one CPU core, at a guess: candidates that would take too long are left out

@@ -1,0 +1,412 @@
+"""From a folder of recordings to an adapter: what is refused, what is chosen, what is saved and reported."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from on_disk import save_base, save_whisper
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+
+pytest.importorskip("optuna")
+
+from peft_elp.automl import report, search, split
+from peft_elp.automl.look import look
+from peft_elp.automl.reader import Setting
+from peft_elp.automl.split import make_folds
+from peft_elp.automl.train import train
+from peft_elp.speech.inference import SpeechAdapter
+
+RATE_HZ = 16_000
+TONES = {"low": 300, "middle": 1200, "high": 4000}
+ODD = {"<b>bold</b>": 300, "=1+1": 1200, "../x": 2400, "صوت 声音": 4000}
+SPEAKERS = ("Ann", "Bob", "Cem", "Dao")
+
+
+def tone(path: Path, hz: float, seed: int, seconds: float = 0.4, rate_hz: int = RATE_HZ) -> str:
+    """A noisy tone; the seed gives its loudness and phase."""
+    random = np.random.default_rng(seed)
+    time_s = np.arange(int(seconds * rate_hz)) / rate_hz
+    sound = random.uniform(0.1, 0.3) * np.sin(2 * np.pi * hz * time_s + random.uniform(0, 6))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, sound + random.normal(scale=0.02, size=len(sound)), rate_hz)
+    return str(path)
+
+
+def folders(folder: Path, clips: int = 8, classes=TONES, **options) -> Path:
+    """A folder of recordings for each class."""
+    for number, (name, hz) in enumerate(classes.items()):
+        for clip in range(clips):
+            tone(folder / name / f"{clip}.wav", hz, 100 * number + clip, **options)
+    return folder
+
+
+def table(folder: Path, classes=TONES, clips: int = 12, splits=("train",) * 8 + ("test",) * 4, **columns) -> Path:
+    """A table with speakers and splits: each speaker is in one of the splits."""
+    rows = []
+    for number, (name, hz) in enumerate(classes.items()):
+        for clip in range(clips):
+            file = f"{number}-{clip}.wav"
+            tone(folder / file, hz, 100 * number + clip)
+            split = splits[clip]
+            speaker = f"{split} {SPEAKERS[clip % 4]}"
+            rows.append({"file_name": file, "label": name, "speaker": speaker, "split": split, **columns})
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_folds():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split, "FOLDS", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bases")
+    return {
+        "wav2vec2": save_base(place / "wav2vec2", "wav2vec2", init_std=0.4),
+        "whisper": str(save_whisper(place / "whisper")),
+    }
+
+
+def run(recordings, base, output, **options):
+    return train(recordings, base, output, **{"trials": 3, "minutes": 1, "progress": False, **options})
+
+
+@pytest.fixture(scope="module", params=["wav2vec2", "whisper"])
+def made(request, bases, tmp_path_factory):
+    place = tmp_path_factory.mktemp(request.param)
+    recordings = table(place / "recordings", ODD)
+    return recordings, run(recordings, bases[request.param], place / "adapter", trials=4)
+
+
+def test_tones_are_learned_and_the_verdict_says_so(made):
+    _, trained = made
+    facts = trained.report.facts
+    assert facts["result"]["metrics"]["accuracy"]["value"] > 0.7
+    assert trained.report.summary().startswith("Better than chance (25.0 %)")
+    assert facts["measured_on"] == "test"
+    assert facts["clips"] == 16
+
+
+def test_the_saved_adapter_answers_as_the_search_did(made):
+    recordings, trained = made
+    wrong = trained.report.facts["result"]["confusion"]
+    adapter = SpeechAdapter.from_pretrained(trained.folder, base=trained.base, dtype="float32")
+    found = look(recordings, progress=False)
+    names = found.names
+    confusion = np.zeros_like(wrong)
+    for number in found.where("test"):
+        best = adapter.classify(found.file(number), top_k=1)[0]
+        confusion[names.index(found.labels[number]), names.index(best["label"])] += 1
+    assert confusion.tolist() == wrong
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "whisper"])
+@pytest.mark.parametrize("l_dim", [0, 6])
+def test_a_reader_and_its_saved_adapter_give_the_same_logits(bases, tmp_path, name, l_dim):
+    from peft_elp.automl.features import Base
+    from peft_elp.automl.reader import Problem, answer, place, train_reader
+
+    found = look(folders(tmp_path / "tones", clips=4), progress=False)
+    base = Base(bases[name], found.names, max(found.durations_s))
+    features = base.read(found.rows, tmp_path / "features", progress=False)
+    labels = torch.tensor([found.names.index(label) for label in found.labels])
+    problem, rows = Problem(features, labels, 3, width=base.width), list(range(12))
+    reader, _, _ = train_reader(problem, Setting((0, 1), l_dim, steps=10), rows)
+    expected = answer(problem, reader, rows) / 2.0
+    model = base.adapted(l_dim=l_dim, l_layers=[0, 1], l_input_norm=True)
+    place(reader.folded(temperature=2.0), model)
+    with torch.no_grad():
+        logits = [model(**base.collate([found.rows[row]])).logits[0] for row in rows]
+    torch.testing.assert_close(torch.stack(logits), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_numbers_of_the_report_are_those_of_scikit_learn():
+    random = np.random.default_rng(0)
+    right, answered = random.integers(4, size=60), random.integers(4, size=60)
+    own = report.metrics_of(report.confusion_matrix(right, answered, 5))
+    assert own["accuracy"] == pytest.approx(accuracy_score(right, answered))
+    assert own["unweighted_accuracy"] == pytest.approx(balanced_accuracy_score(right, answered))
+    assert own["f1"] == pytest.approx(f1_score(right, answered, labels=[0, 1, 2, 3], average="macro"))
+    assert search.measure("f1", right, answered) == pytest.approx(own["f1"])
+
+
+def test_the_report_escapes_labels_and_links_to_recordings(made):
+    _, trained = made
+    page = (trained.folder / "report.html").read_text(encoding="utf-8")
+    assert "<b>bold" not in page
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+    assert "صوت 声音" in page
+    assert not re.search(r"(src|href)=\"https?:", page)
+    saved = json.loads((trained.folder / "report.json").read_text(encoding="utf-8"))
+    assert saved["verdict"] == trained.report.facts["verdict"]
+    assert "<b>bold" not in (trained.folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_of_the_report_lead_from_the_folder_of_the_adapter(tmp_path):
+    file = tone(tmp_path / "clips #1" / "a b.wav", 300, 0)
+    found = report.link(file, tmp_path / "adapter")
+    assert found == "../clips%20%231/a%20b.wav"
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_other_folds(bases, tmp_path):
+    recordings = folders(tmp_path / "tones")
+    one, two = (run(recordings, bases["wav2vec2"], tmp_path / name).report.facts for name in ("one", "two"))
+    for facts in (one, two):
+        for key in ("seconds", "peak_memory_mb"):
+            facts.pop(key)
+        for row in [*facts["candidates"], facts["chosen"], facts["head"]]:
+            row.pop("seconds")
+    assert one == two
+    found = look(recordings, progress=False)
+    assert make_folds(found, 0)[0] != make_folds(found, 1)[0]
+
+
+def test_without_a_test_split_the_figures_are_of_held_out_folds_and_the_report_warns(bases, tmp_path):
+    trained = run(folders(tmp_path / "tones"), bases["wav2vec2"], tmp_path / "adapter", trials=1)
+    assert trained.report.facts["measured_on"] == "held-out"
+    assert "There is no test split" in trained.report.summary()
+    assert trained.report.facts["clips"] == 24
+
+
+def test_an_output_is_overwritten_only_on_request(bases, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine.txt").write_text("mine")
+    recordings = folders(tmp_path / "tones")
+    with pytest.raises(FileExistsError, match=r"exists. Choose another output, or replace it with overwrite"):
+        run(recordings, bases["wav2vec2"], tmp_path / "adapter")
+    run(recordings, bases["wav2vec2"], tmp_path / "adapter", trials=1, overwrite=True)
+    assert not (tmp_path / "adapter" / "mine.txt").exists()
+
+
+def test_voices_are_compared_on_other_speakers(bases, tmp_path):
+    voices = {f"v{number}": 250 * (number + 1) for number in range(9)}
+    splits = {name: "test" if number % 3 == 2 else "train" for number, name in enumerate(voices)}
+    rows = []
+    for name, hz in voices.items():
+        for clip in range(5):
+            tone(tmp_path / "voices" / f"{name}-{clip}.wav", hz, clip)
+            rows.append(f"{name}-{clip}.wav,{name},{splits[name]}")
+    (tmp_path / "voices" / "metadata.csv").write_text("file_name,speaker_id,split\n" + "\n".join(rows))
+    trained = run(tmp_path / "voices", bases["wav2vec2"], tmp_path / "adapter", task="verify", trials=3)
+    facts = trained.report.facts
+    assert facts["result"]["metrics"]["eer"]["value"] < 0.4
+    files = [tmp_path / "voices" / f"v2-{clip}.wav" for clip in range(2)]
+    assert trained.adapter.verify(*files).threshold == pytest.approx(facts["threshold"])
+    embeddings = dict(enumerate(trained.adapter.embed(files)))
+    assert np.isfinite(embeddings[0]).all()
+
+
+# What is in a folder -------------------------------------------------------------------------------------------------
+
+
+def test_speakers_are_found_in_columns_and_in_folders_and_are_not_split(tmp_path):
+    for speaker in SPEAKERS:
+        for name, hz in TONES.items():
+            for clip in range(3):
+                tone(tmp_path / "tones" / name / speaker / f"{clip}.wav", hz, clip)
+    found = look(tmp_path / "tones", progress=False)
+    assert set(found.speakers or ()) == set(SPEAKERS)
+    folds, how = make_folds(found, seed=0)
+    assert "no speaker in two of them" in how
+    for fold in folds:
+        assert not {found.speakers[i] for i in fold.train} & {found.speakers[i] for i in fold.held_out}
+
+
+def test_a_small_validation_split_joins_training_and_the_test_split_is_in_no_fold(tmp_path):
+    found = look(table(tmp_path, splits=("train",) * 6 + ("validation",) * 2 + ("test",) * 4), progress=False)
+    folds, how = make_folds(found, seed=0)
+    assert "training and validation together" in how
+    held_out = sorted(i for fold in folds for i in fold.held_out)
+    assert held_out == found.where("train", "validation")
+
+
+def test_split_folders_are_read(tmp_path):
+    for name in ("train", "test"):
+        folders(tmp_path / name, clips=3)
+    assert len(look(tmp_path, progress=False).where("test")) == 9
+
+
+def empty(place):
+    place.mkdir()
+
+
+def one_class(place):
+    folders(place, classes={"only": 300})
+
+
+def one_clip_each(place):
+    folders(place, clips=1)
+
+
+def many_classes_few_files(place):
+    for number in range(200):
+        tone(place / f"class {number}" / "a.wav", 300, 0, seconds=0.02)
+
+
+def broken(place):
+    folders(place)
+    (place / "low" / "broken.wav").write_bytes(b"RIFF nonsense")
+    (place / "low" / "empty.wav").touch()
+
+
+def only_text(place):
+    place.mkdir()
+    tone(place / "a.wav", 300, 0)
+    (place / "metadata.csv").write_text("file_name,text\na.wav,hello\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (empty, "There are no labelled recordings in .*holds nothing"),
+        (one_class, "needs at least two classes, got 'only'"),
+        (one_clip_each, "3 of 3 classes have a single recording"),
+        (many_classes_few_files, "200 of 200 classes have a single recording"),
+        (broken, "2 of 26 recordings cannot be used"),
+        (only_text, "No column tells the classes.*Recognition of text is not trained here"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_is_refused(tmp_path, make, message):
+    make(tmp_path / "folder")
+    with pytest.raises(ValueError, match=message):
+        look(tmp_path / "folder", progress=False)
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        look(tmp_path / "nowhere", progress=False)
+
+
+def test_broken_files_are_left_out_on_request(tmp_path):
+    broken(tmp_path / "tones")
+    found = look(tmp_path / "tones", skip_bad=True, progress=False)
+    assert len(found.labels) == 24
+    assert any("2 recordings cannot be read and are left out" in warning for warning in found.warnings)
+
+
+def test_a_link_out_of_the_folder_and_mixed_formats_are_read(tmp_path):
+    folders(tmp_path / "tones", clips=3)
+    tone(tmp_path / "elsewhere.flac", 300, 7, rate_hz=8000)
+    (tmp_path / "tones" / "low" / "link.flac").symlink_to(tmp_path / "elsewhere.flac")
+    assert sorted(set(look(tmp_path / "tones", progress=False).rates_hz)) == [8000, 16_000]
+
+
+def warned(place, **options):
+    return " ".join(look(place, progress=False, **options).warnings)
+
+
+def test_what_speaks_against_the_data_is_said(tmp_path):
+    few = folders(tmp_path / "few", clips=3)
+    assert "3 classes have fewer than 10 recordings" in warned(few)
+    soundfile.write(few / "low" / "silent.wav", np.zeros(8000), RATE_HZ)
+    assert "silent" in warned(few)
+    (few / "high" / "copy.wav").write_bytes((few / "low" / "0.wav").read_bytes())
+    assert "1 recordings are in two classes" in warned(few)
+    for number, hz in enumerate(TONES.values()):
+        folders(tmp_path / "rates", classes={f"c{number}": hz}, rate_hz=8000 * (number + 1))
+        folders(tmp_path / "lengths", classes={f"c{number}": hz}, seconds=0.2 * (number + 1))
+    assert "Each class has one sampling rate" in warned(tmp_path / "rates")
+    assert "durations of the classes do not overlap" in warned(tmp_path / "lengths")
+    apart = table(tmp_path / "split")
+    (apart / "0-11.wav").write_bytes((apart / "0-0.wav").read_bytes())
+    text = (apart / "metadata.csv").read_text().replace("test Ann", "train Ann")
+    (apart / "metadata.csv").write_text(text)
+    assert "1 recordings are in two splits" in warned(apart)
+    assert "1 speakers are in training and in test: train Ann" in warned(apart)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "transcribe"}, "Recognition is not trained here"),
+        ({"task": "rank"}, "task must be one of"),
+        ({"metric": "bleu"}, "metric must be one of unweighted_accuracy, accuracy, f1, got 'bleu'"),
+        ({"minutes": 0}, "minutes must be above 0, got 0"),
+        ({"jobs": 0}, "jobs must be at least 1, got 0"),
+        ({"base": "no/such base"}, "The base 'no/such base' cannot be used"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(tmp_path, bases, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**{"recordings": tmp_path / "nowhere", "base": bases["wav2vec2"], "output": tmp_path / "out", **options})
+
+
+# The search ----------------------------------------------------------------------------------------------------------
+
+
+def candidate(number, scores, l_dim=0, layers=(3,)):
+    return search.Candidate(Setting(layers, l_dim), 10, scores, [], 1.0, number)
+
+
+def test_the_smallest_candidate_within_one_standard_error_of_the_best_is_chosen():
+    best = candidate(0, [0.9, 0.92, 0.88], l_dim=32)
+    close, far = candidate(1, [0.91, 0.9, 0.87]), candidate(2, [0.8, 0.82, 0.78])
+    assert search.choose([best, close, far], 384).number == 1
+    assert search.choose([best, far], 384).number == 0
+
+
+def test_a_temperature_makes_scores_of_held_out_answers_right():
+    random = np.random.default_rng(0)
+    right = torch.tensor(random.integers(3, size=2000))
+    logits = torch.tensor(random.normal(size=(2000, 3)), dtype=torch.float32)
+    drawn = torch.distributions.Categorical(logits=logits).sample()
+    temperature = report.fit_temperature(5 * logits, drawn)
+    assert temperature == pytest.approx(5, rel=0.15)
+    assert right.shape == drawn.shape
+
+
+PROGRAM = """
+import sys
+from peft_elp.automl import split
+from peft_elp.automl.train import train
+if __name__ == "__main__":
+    split.FOLDS = 3
+    train(*sys.argv[1:4], trials=1000, minutes=1, progress=False)
+"""
+
+
+def test_a_killed_search_goes_on_and_an_interrupted_one_is_saved(bases, tmp_path, monkeypatch):
+    arguments = [str(folders(tmp_path / "tones")), bases["wav2vec2"], str(tmp_path / "adapter")]
+    journal = tmp_path / "adapter.search" / "trials.log"
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROGRAM, *arguments]) as process:
+        while process.poll() is None and not (journal.is_file() and journal.read_text().count('"candidate"') >= 2):
+            time.sleep(0.05)
+        process.kill()
+    assert not (tmp_path / "adapter").exists()
+    before = journal.read_text().count('"candidate"')
+    evaluate = search.Search.evaluate
+
+    def interrupted(self, *arguments):
+        if journal.read_text().count('"candidate"') > before:
+            raise KeyboardInterrupt
+        return evaluate(self, *arguments)
+
+    monkeypatch.setattr(search.Search, "evaluate", interrupted)
+    trained = run(*arguments, trials=1000)
+    assert trained.report.facts["tried"] == before + 1
+    assert "The search was interrupted" in trained.report.summary()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_interruption_before_the_first_candidate_saves_nothing(bases, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search.Search, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folders(tmp_path / "tones"), bases["wav2vec2"], tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
