@@ -10,11 +10,11 @@ from backbones import build
 from hostile import MISFITS, ODD, REFUSED, copied
 from on_disk import adapted, record, save_base
 from peft import PeftModel, get_peft_model
-from peft_elp.cli import main
 from untouched import assert_untouched, logits, snapshot
 
 from peft_elp import ELPConfig
 from peft_elp.saved.folder import read_adapter
+from peft_elp_command import main
 
 LONGEST = 700  # characters of an error, the names of two folders included
 
