@@ -26,12 +26,7 @@ USER, TOKEN = "me", "hf_mine"
 
 
 class RefusedError(Exception):
-    """An answer other than success, with the code by which the client tells one error from another."""
-
-    def __init__(self, status: int, message: str, code: str = "") -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+    """An answer other than success: its status, and the code by which the client tells one error from another."""
 
 
 @dataclass
@@ -51,6 +46,12 @@ class Repo:
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return self.commits.get(self.branches.get(revision, revision), {})
 
+    def sha(self, revision: str) -> str:
+        sha = self.branches.get(revision, revision)
+        if sha not in self.commits:
+            raise RefusedError(404, "RevisionNotFound")
+        return sha
+
 
 class Hub(ThreadingHTTPServer):
     """The server: `url` for the client, `repos` to look at."""
@@ -64,10 +65,9 @@ class Hub(ThreadingHTTPServer):
         self.faults: list[tuple[str, int | str]] = []
         self.unknown: list[str] = []
 
-    def create(self, name: str, private: bool = False, files: dict[str, bytes] | None = None) -> Repo:
-        self.repos[name] = repo = Repo(private)
-        repo.commit("main", {".gitattributes": b""} | (files or {}))
-        return repo
+    def create(self, name: str, private: bool = False, files: dict[str, bytes] | None = None) -> None:
+        self.repos[name] = Repo(private)
+        self.repos[name].commit("main", {".gitattributes": b""} | (files or {}))
 
     def fail(self, request: str, *how: int | str) -> None:
         """Break the next requests that match "METHOD path".
@@ -83,41 +83,32 @@ class Hub(ThreadingHTTPServer):
 class Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub
-    REPO = "/api/models/(?P<name>[^/]+/[^/]+)"
-    ROUTES = (
-        ("POST", "/api/repos/create", "create"),
-        ("POST", "/api/validate-yaml", "validate"),
-        ("GET", "/api/whoami-v2", "whoami"),
-        ("POST", REPO + "/preupload/(?P<revision>[^/]+)", "preupload"),
-        ("POST", REPO + "/commit/(?P<revision>[^/]+)", "commit"),
-        ("POST", REPO + "/branch/(?P<revision>[^/]+)", "branch"),
-        ("GET", REPO + "/tree/(?P<revision>[^/]+)", "tree"),
-        ("GET", REPO + "(/revision/(?P<revision>[^/]+))?", "info"),
-        ("HEAD|GET", "/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-    )
 
     def answer(self) -> None:
         path = urlsplit(self.path).path
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        self.body = self.read()
+        body, status, headers = self.read(), 200, {}
         faults = self.server.faults
-        match = next((fault for fault in faults if re.search(fault[0], f"{self.command} {path}")), None)
-        if match:
-            faults.remove(match)
-        self.damage = match and match[1]
+        fault = next((fault for fault in faults if re.search(fault[0], f"{self.command} {path}")), ("", ""))
+        if fault in faults:
+            faults.remove(fault)
         try:
-            if isinstance(self.damage, int):
-                raise RefusedError(self.damage, "the server is unwell")
-            for method, pattern, name in self.ROUTES:
-                match = re.fullmatch(pattern, path)
-                if self.command in method.split("|") and match:
-                    parts = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-                    getattr(self, name)(**parts)
-                    return
-            self.server.unknown.append(f"{self.command} {path}")
-            raise RefusedError(404, f"no such endpoint: {path}")
+            if isinstance(fault[1], int):
+                raise RefusedError(fault[1], "")
+            content, headers = self.found(path, body)
         except RefusedError as refused:
-            self.reply({"error": str(refused)}, refused.status, refused.headers)
+            status, code = refused.args
+            content, headers = {"error": code}, {"X-Error-Code": code} if code else {}
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        half = content[: len(content) // 2]
+        content = half if fault[1] == "short" else content
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.close_connection = self.close_connection or fault[1] == "cut"
+        if self.command != "HEAD":
+            self.wfile.write(half if fault[1] == "cut" else content)
 
     do_GET = do_HEAD = do_POST = answer  # noqa: N815
 
@@ -134,81 +125,64 @@ class Answer(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def reply(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        if self.damage == "short":
-            content = content[: len(content) // 2]
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.damage == "cut":
-            content = content[: len(content) // 2]
-            self.close_connection = True
-        if self.command != "HEAD":
-            self.wfile.write(content)
+    def found(self, path: str, body: bytes) -> tuple[Any, dict[str, str]]:
+        """The answer to a request: its content and headers."""
+        hub = self.server
+        match [unquote(part) for part in path.strip("/").split("/")]:
+            case ["api", "repos", "create"]:
+                wanted = json.loads(body)
+                name = f"{wanted.get('organization') or USER}/{wanted['name']}"
+                if self.token != TOKEN:
+                    raise RefusedError(401, "")
+                if name not in hub.repos:
+                    hub.create(name, private=wanted.get("private") is True or wanted.get("visibility") == "private")
+                return {"url": f"{hub.url}/{name}", "name": name}, {}
+            case ["api", "validate-yaml"]:
+                return {"errors": [], "warnings": []}, {}
+            case ["api", "whoami-v2"]:
+                return {"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}}, {}
+            case ["api", "models", owner, name, *wanted]:
+                return self.about(f"{owner}/{name}", wanted, body), {}
+            case [owner, name, "resolve", revision, *parts]:
+                repo, file = self.repo(f"{owner}/{name}"), "/".join(parts)
+                sha = repo.sha(revision)
+                if file not in repo.commits[sha]:
+                    raise RefusedError(404, "EntryNotFound")
+                content = repo.commits[sha][file]
+                return content, {"X-Repo-Commit": sha, "ETag": f'"{digest(content)}"'}
+        hub.unknown.append(f"{self.command} {path}")
+        raise RefusedError(404, "")
 
-    def repo(self, name: str, to_write: bool = False) -> Repo:
-        owned, repo = self.token == TOKEN and name.startswith(f"{USER}/"), self.server.repos.get(name)
-        if repo is None or (not owned and (to_write or repo.private)):
-            # Nobody learns from the answer whether a private repository exists.
-            raise RefusedError(404 if self.token == TOKEN else 401, "Repository not found", "RepoNotFound")
-        return repo
-
-    def whoami(self) -> None:
-        self.reply({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
-
-    def create(self) -> None:
-        wanted = json.loads(self.body)
-        name = f"{wanted.get('organization') or USER}/{wanted['name']}"
-        if self.token != TOKEN:
-            raise RefusedError(401, "You may not create a repository here")
-        known = name in self.server.repos
-        if not known:
-            self.server.create(name, private=wanted.get("private") is True or wanted.get("visibility") == "private")
-        self.reply({"url": f"{self.server.url}/{name}", "name": name}, 409 if known else 200)
-
-    def validate(self) -> None:
-        self.reply({"errors": [], "warnings": []})
-
-    def branch(self, name: str, revision: str) -> None:
-        branches = self.repo(name, to_write=True).branches
-        branches.setdefault(revision, branches["main"])
-        self.reply({})
-
-    def preupload(self, name: str, revision: str) -> None:
-        self.repo(name, to_write=True)
-        paths = [file["path"] for file in json.loads(self.body)["files"]]
-        self.reply({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]})
-
-    def commit(self, name: str, revision: str) -> None:
-        lines = [json.loads(line) for line in self.body.splitlines()]
-        files = [line["value"] for line in lines if line["key"] == "file"]
-        changes = {file["path"]: base64.b64decode(file["content"]) for file in files}
-        sha = self.repo(name, to_write=True).commit(revision, changes)
-        self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{name}/commit/{sha}"})
-
-    def found(self, name: str, revision: str) -> tuple[str, dict[str, bytes]]:
+    def about(self, name: str, wanted: list[str], body: bytes) -> Any:
+        """The answer about a repository."""
         repo = self.repo(name)
-        sha = repo.branches.get(revision, revision)
-        if sha not in repo.commits:
-            raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return sha, repo.commits[sha]
+        match wanted:
+            case [] | ["revision", _]:
+                sha = repo.sha((wanted or ["", "main"])[1])
+                siblings = [{"rfilename": path} for path in repo.commits[sha]]
+                return {"id": name, "sha": sha, "private": repo.private, "tags": [], "siblings": siblings}
+            case ["tree", revision]:
+                files = repo.commits[repo.sha(revision)]
+                return [{"type": "file", "path": p, "size": len(c), "oid": digest(c)} for p, c in files.items()]
+            case ["branch", revision]:
+                repo.branches.setdefault(revision, repo.branches["main"])
+                return {}
+            case ["preupload", _]:
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                return {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+            case ["commit", revision]:
+                lines = [json.loads(line) for line in body.splitlines()]
+                files = [line["value"] for line in lines if line["key"] == "file"]
+                sha = repo.commit(revision, {file["path"]: base64.b64decode(file["content"]) for file in files})
+                return {"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{name}/commit/{sha}"}
+        raise RefusedError(404, "")
 
-    def info(self, name: str, revision: str = "main") -> None:
-        sha, files = self.found(name, revision)
-        siblings = [{"rfilename": path} for path in files]
-        self.reply({"id": name, "sha": sha, "private": self.repo(name).private, "tags": [], "siblings": siblings})
-
-    def tree(self, name: str, revision: str) -> None:
-        _, files = self.found(name, revision)
-        self.reply([{"type": "file", "path": p, "size": len(c), "oid": digest(c)} for p, c in files.items()])
-
-    def resolve(self, name: str, revision: str, path: str) -> None:
-        sha, files = self.found(name, revision)
-        if path not in files:
-            raise RefusedError(404, f"{path} is not in {name}", "EntryNotFound")
-        self.reply(files[path], headers={"X-Repo-Commit": sha, "ETag": f'"{digest(files[path])}"'})
+    def repo(self, name: str) -> Repo:
+        is_owner, repo = self.token == TOKEN and name.startswith(f"{USER}/"), self.server.repos.get(name)
+        if repo is None or (not is_owner and (self.command == "POST" or repo.private)):
+            # Nobody learns from the answer whether a private repository exists.
+            raise RefusedError(404 if self.token == TOKEN else 401, "RepoNotFound")
+        return repo
 
 
 def digest(content: bytes) -> str:
