@@ -65,7 +65,7 @@ TINY = {
     "codevector_dim": 8,
     "proj_codevector_dim": 8,
 }
-ELP = {"e_dim": 8, "l_dim": 10, "p_length": 3}
+ELP: dict[str, Any] = {"e_dim": 8, "l_dim": 10, "p_length": 3}
 
 
 def has(family: str, head: str) -> bool:

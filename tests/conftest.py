@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def saved(tmp_path_factory):
         build(family, head).save_pretrained(folder / "base")
         base = AUTO[head].from_pretrained(folder / "base")
         output = "residual" if head == "Model" else "head"
-        model = shaken(get_peft_model(base, ELPConfig(**ELP, l_output=output))).eval()
+        model: Any = shaken(get_peft_model(base, ELPConfig(**ELP, l_output=output))).eval()
         model.save_pretrained(folder / "adapter")
         return Saved(folder / "base", folder / "adapter", answer(model), AUTO[head])
 

@@ -131,7 +131,8 @@ class Family:
 
     def config(self, **options: Any) -> ELPConfig:
         """The small adapters that the family takes."""
-        return ELPConfig(**ELP | {"adapters": self.adapters} | self.options | options)
+        fields: dict[str, Any] = ELP | {"adapters": self.adapters} | self.options | options
+        return ELPConfig(**fields)
 
     def adapted(self, attention: str = "eager", **options: Any) -> PeftModel:
         """The model with a fresh adapter."""

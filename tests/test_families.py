@@ -58,14 +58,14 @@ def loss_of(model: nn.Module, name: str) -> torch.Tensor:
     return result(model(**inputs)).square().mean()
 
 
-def gradients(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, name: str) -> dict[str, Any]:
     loss_of(model, name).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     return found
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def layers_of(model: nn.Module) -> list[Any]:
     stack = next(module for module in model.modules() if isinstance(module, ELPStack))
     return [layer.base_layer for layer in stack.encoder_layers]
 
