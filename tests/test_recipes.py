@@ -482,7 +482,10 @@ def test_long_recordings_are_recognised_in_pieces(trained):
 # Verification --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [[], ["--loss", "softmax"], ["--head", "xvector"]], ids=["am", "softmax", "xvector"])
+HEADS = {"am": ["--classifier_proj_size", "6"], "softmax": ["--loss", "softmax"], "xvector": ["--head", "xvector"]}
+
+
+@pytest.mark.parametrize("words", HEADS.values(), ids=HEADS)
 def test_the_error_rates_are_those_of_the_saved_scores_and_of_the_saved_adapter(words, trained, monkeypatch):
     def load_model(*args):
         model = load(*args)
@@ -499,7 +502,8 @@ def test_the_error_rates_are_those_of_the_saved_scores_and_of_the_saved_adapter(
     assert metrics["eval_eer"] == equal_error_rate(labels, scores)
     assert metrics["eval_min_dcf"] == min_dcf(labels, scores)
     assert (folder / "det.png").stat().st_size > 1000
-    answers_as_measured(verification, folder)
+    adapter = answers_as_measured(verification, folder)
+    assert adapter.embed(rows[0]["file_a"]).shape == ((6,) if "6" in words else (12,))
 
 
 def test_trials_and_s_norm_are_taken_from_where_they_are_said_to_be(trained, data, tmp_path):
@@ -583,6 +587,7 @@ def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
         (verification, "--trials x --max_eval_samples 2", "only with no --trials, and --trials is x"),
         (verification, "--cache_features x --crop_length_in_seconds 1", "--cache_features needs whole recordings.*"),
         (verification, "--method lora --head xvector", "LoRA would train both"),
+        (verification, "--head xvector --classifier_proj_size 8", "is used only with --head mean, and --head is xvec"),
         (verification, "--max_eval_samples 2 --seed 3", "make 0 trials of two speakers and 1 of one"),
         (verification, "--crop_length_in_seconds 0.2", "--crop_length_in_seconds must be at least 0.5, got 0.2"),
         (verification, "--eval_split_name train", "4 values of the column 'speaker_id' are both in training and in"),
@@ -728,6 +733,13 @@ def test_recordings_longer_than_the_window_are_refused_before_the_training(long,
     said = capsys.readouterr().out
     assert "Recordings over 1 s are refused: the encoder reads a window of 1 s." in said
     assert "Trained:" not in said
+
+
+def test_a_decoded_entry_is_read_as_its_array_whatever_its_path():
+    entry = {"array": np.linspace(-0.5, 0.5, 8000), "sampling_rate": 8000, "path": "whole call.wav"}
+    batch = recipes.Collator(Wav2Vec2FeatureExtractor(do_normalize=False))([{"audio": entry}])
+    assert batch["input_values"].shape == (1, RATE_HZ)
+    assert batch["input_values"].abs().max() == pytest.approx(0.5, abs=0.1)  # resampling overshoots at the ends
 
 
 def test_no_recording_is_cut_unnoticed():
