@@ -157,14 +157,14 @@ def write_table(dataset: Dataset, path: str | Path) -> None:
     """Write a data set whose recordings are files as a table, which `read_dataset` and the recipes read.
 
     Args:
-        dataset: A data set such as the readers of `peft_elp.corpora` return.
+        dataset: A data set such as the readers of `examples/corpora.py` return.
         path: A `.csv` file. With the name `<folder>/<split>.csv`, `read_dataset` takes it as that split of `<folder>`.
 
     Raises:
         ValueError: The path does not end in `.csv`, or a recording is not a file.
 
     Examples:
-        >>> from peft_elp.corpora import voxceleb1  # doctest: +SKIP
+        >>> from corpora import voxceleb1  # doctest: +SKIP
         >>> write_table(voxceleb1("VoxCeleb1", "train"), "voices/train.csv")  # doctest: +SKIP
         >>> read_dataset("voices", "train")  # doctest: +SKIP
     """
