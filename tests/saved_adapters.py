@@ -35,7 +35,7 @@ def models(folder, base):
 
 
 @pytest.fixture(scope="session")
-def saved(folder, models):
+def folders(folder, models):
     """The folder of the adapter for each head."""
     return {head: str(folder / head) for head in models}
 
@@ -46,9 +46,9 @@ def files(folder):
 
 
 @pytest.fixture(scope="session")
-def loaded(saved):
+def loaded(folders):
     """Loads the adapter for a head, once."""
-    return functools.cache(lambda head: SpeechAdapter.from_pretrained(saved[head], device="cpu"))
+    return functools.cache(lambda head: SpeechAdapter.from_pretrained(folders[head], device="cpu"))
 
 
 __all__ = ["HEADS", "LABELS", "LENGTHS"]
