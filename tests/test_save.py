@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from backbones import ELP, adapted, build
-from peft import PeftModel
+from backbones import ELP, adapted, build, waveforms
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from untouched import logits
 
@@ -59,6 +59,27 @@ def test_each_of_several_adapters_is_in_its_folder(tmp_path):
     assert set(contents(tmp_path)) == files | {f"calls/{name}" for name in files}
     model.save_pretrained(tmp_path / "one", selected_adapters=["calls"])
     assert not (tmp_path / "one" / CONFIG).exists()
+
+
+class WithBatchNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = build("wavlm", "Model")
+        self.norm = torch.nn.BatchNorm1d(24)
+
+    def forward(self, waveform, attention_mask):
+        hidden_states = self.encoder(waveform, attention_mask=attention_mask).last_hidden_state
+        return {"logits": self.norm(hidden_states.mean(1))}
+
+
+def test_a_head_with_a_batch_norm_is_saved_with_its_counter(tmp_path):
+    model = get_peft_model(WithBatchNorm(), ELPConfig(modules_to_save=["norm"], **ELP))
+    model.train()(*waveforms())
+    model.eval().save_pretrained(tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["base_model.model.norm.num_batches_tracked"] == 1
+    loaded = PeftModel.from_pretrained(WithBatchNorm(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(*waveforms()), model(*waveforms()))
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(newer, tmp_path):
