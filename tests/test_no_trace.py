@@ -26,15 +26,21 @@ def heard(model: nn.Module, name: str) -> torch.Tensor:
         return encoded(model(**FAMILIES[name].inputs))
 
 
+def seen(value: Any) -> Any:
+    """Something that tells whether a value is another one, or was written to."""
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version, value.requires_grad
+    if isinstance(value, dict):
+        return {key: seen(inner) for key, inner in value.items() if not str(key).startswith(("_modules", "cached"))}
+    return repr(value)
+
+
 def state(model: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Classes, attributes and hooks of every module, all tensors, and the configuration."""
-    seen = []
-    for name, module in model.named_modules():
-        own = vars(module).items()
-        # Some backbones keep positions for the next call.
-        attributes = {key: repr(value) for key, value in own if key != "_modules" and not key.startswith("cached")}
-        seen.append((name, type(module), id(module), attributes))
-    return seen, model.config.to_dict()
+    """Classes, attributes, hooks and tensors of every module, and the configuration."""
+    # Without submodules, and without what some backbones keep for the next call, such as positions.
+    return [
+        (name, type(module), id(module), seen(vars(module))) for name, module in model.named_modules()
+    ], model.config.to_dict()
 
 
 def start(name: str) -> tuple[Any, Any, torch.Tensor]:

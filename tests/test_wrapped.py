@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from backbones import ELP, answer, build, trained
-from families import FAMILIES
 from peft import get_peft_model
 from torch import nn, testing
 
@@ -37,12 +36,6 @@ def test_what_is_written_to_a_wrapped_module_changes_what_runs(write):
     write(model.get_base_model().wavlm.encoder)
     testing.assert_close(answer(model, "__base__"), expected)
     testing.assert_close(answer(model.unload()), expected)
-
-
-def test_the_layerdrop_of_whisper_can_be_written():
-    model: Any = FAMILIES["whisper"].adapted(**E_ONLY)
-    model.get_base_model().model.encoder.layerdrop = 0.5
-    assert model.unload().model.encoder.layerdrop == 0.5
 
 
 def test_a_wrappers_own_attributes_stay_its_own_and_those_of_the_part_stay_in_reach():
