@@ -34,12 +34,13 @@ class Features:
 
     Args:
         pooled: Their means over a recording's own frames, `(layers, recordings, hidden)`.
-        frames: For each recording the frames that the means are of, `(layers, frames, hidden)`, not normalised yet.
+        frames: For each recording, by its number, the frames that the means are of,
+            `(layers, frames, hidden)`, not normalised yet.
         own: How many of its frames are its own; the rest is padding.
     """
 
     pooled: Tensor
-    frames: Sequence[Any]
+    frames: Any
     own: list[int]
 
     def of(self, recording: int) -> Tensor:
@@ -170,7 +171,8 @@ class Base:
         """
         model = self.adapted(l_dim=0)
         cache = FeatureCache(model, folder, dtype=torch.float32 if self.size(rows) < IN_MEMORY else torch.float16)
-        cached = cache.read(rows.select_columns("audio"), self.collate, progress=progress)
+        recordings: Any = rows.select_columns("audio")
+        cached = cache.read(recordings, self.collate, progress=progress)
         pooled, frames, own = [], [], []
         fits = self.size(rows) < IN_MEMORY
         for number in range(len(cached)):

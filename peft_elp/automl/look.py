@@ -97,10 +97,10 @@ class Recordings:
     def table(self, most: int = 30) -> str:
         """Return the classes as a table of text."""
         classes = self.classes()
-        rows = [("class", "train", "validation", "test", "seconds", "each", "speakers", "Hz")]
+        rows: list[tuple[str, ...]] = [("class", "train", "validation", "test", "seconds", "each", "speakers", "Hz")]
         for one in classes[:most]:
             each = f"{one['shortest']:.1f}-{one['longest']:.1f}"
-            who, rates = one["speakers"] or "?", shortened(one["rates"], 2)
+            who, rates = str(one["speakers"] or "?"), shortened(one["rates"], 2)
             rows.append(
                 (one["class"][:30], *map(str, one["clips"].values()), f"{one['seconds']:.0f}", each, who, rates)
             )
@@ -237,10 +237,11 @@ def _columns(splits: Sequence[Dataset], label: str | None, speaker: str | None, 
         label = speaker = who = label or who or ("label" if "label" in filled else None)
     what = label or next((name for name in LABELS if name in filled), None)
     if what is None:
-        text = next((name for name in TEXTS if name in filled), None)
+        text = any(name in filled for name in TEXTS)
         raise ValueError(
             f"No column tells the classes; the data set has {', '.join(columns)}. "
             + ("Recognition of text is not trained here: use examples/run_speech_recognition.py. " if text else "")
+            + ("To compare voices, pass task='verify' (--task verify). " if who else "")
             + "Name the column of the classes with label (--label)."
         )
     return {"label": what, **({"speaker": who} if who else {})}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peft_elp.speech.metrics import equal_error_rate, min_dcf
 
-from .search import trials_of
+from .measures import confusion_matrix, metrics_of, trials_of
 
 DRAWS = 1000  # of the bootstrap
 DRAWS_OF_PAIRS = 200
@@ -60,29 +60,6 @@ class Report:
         environment.filters.update(percent=percent, line=line, link=lambda file: link(file, place or folder))
         template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
         (folder / "report.html").write_text(environment.from_string(template).render(self.facts), encoding="utf-8")
-
-
-def confusion_matrix(right: Any, answered: Any, classes: int) -> NDArray[np.int64]:
-    """Return how often each class (rows) was answered as each class (columns)."""
-    pairs = np.asarray(right) * classes + np.asarray(answered)
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
-
-
-def metrics_of(confusion: NDArray[Any]) -> dict[str, float]:
-    """Return accuracy, unweighted accuracy and macro F1 of a confusion matrix, over the classes that occur.
-
-    Examples:
-        >>> metrics_of(np.array([[3, 1], [0, 4]]))["accuracy"]
-        0.875
-    """
-    there, hits = confusion.sum(1) > 0, np.diag(confusion)
-    recall = hits[there] / confusion.sum(1)[there]
-    f1 = 2 * hits[there] / (confusion.sum(1) + confusion.sum(0))[there]
-    return {
-        "unweighted_accuracy": float(recall.mean()),
-        "accuracy": float(hits.sum() / confusion.sum()),
-        "f1": float(f1.mean()),
-    }
 
 
 def draws(count: int, groups: Sequence[str] | None, seed: int) -> tuple[list[NDArray[np.int64]], str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +18,15 @@ import numpy as np
 import optuna
 import torch
 from optuna.storages.journal import JournalFileBackend, JournalStorage
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from peft_elp.speech.metrics import equal_error_rate
 
+from .measures import confusion_matrix, metrics_of, trials_of
 from .reader import BATCH, FRAMES, Problem, Setting, train_reader
 from .split import Fold
 
-METRICS = ("unweighted_accuracy", "accuracy", "f1")
 OPERATIONS_PER_S = 1e10  # of one CPU core, at a guess: candidates that would take too long are left out
 SHARE = 0.04  # of the time that one candidate may take
 SINGLE = 24  # encoders with more layers are tried at every second one
@@ -71,7 +69,7 @@ class Search:
         folds: The folds.
         layers: The number of layers of the encoder.
         hidden: Its width.
-        metric: One of `METRICS`; voices are compared by 1 minus the equal error rate.
+        metric: A key of `metrics_of`; voices are compared by 1 minus the equal error rate.
         seconds: Wall-clock time.
         trials: How many candidates at most; None: as many as the time allows.
     """
@@ -127,7 +125,7 @@ class Search:
         right = self.problem.labels[list(rows)].numpy()
         if self.problem.verify:
             return 1 - equal_error_rate(*trials_of(right, answers))
-        return measure(self.metric, right, answers.argmax(-1).numpy())
+        return metrics_of(confusion_matrix(right, answers.argmax(-1).numpy(), self.problem.classes))[self.metric]
 
     def evaluate(self, setting: Setting, go_on: Callable[[int, float], bool] = lambda *_: True) -> Candidate:
         """Train a candidate on all folds.
@@ -136,16 +134,17 @@ class Search:
             setting: The setting.
             go_on: Called after each fold with the number of folds and the score so far; False stops.
         """
-        start, scores = time.monotonic(), []
-        for done, fold in enumerate(self.folds, 1):
+        start, scores, curve, done = time.monotonic(), [], np.zeros(0), 0
+        for fold in self.folds:
+            done += 1
             _, answers, _ = train_reader(self.problem, setting, fold.train, fold.held_out)
             ends = np.cumsum([len(part) for part in fold.parts])
             for part, end in zip(fold.parts, ends, strict=True):
                 scores.append([self.score(part, answer[end - len(part) : end]) for answer in answers])
             curve = np.mean(scores, axis=0)
-            stop = int(curve.argmax())
-            if done < len(self.folds) and not go_on(done, float(curve[stop])):
+            if done < len(self.folds) and not go_on(done, float(curve.max())):
                 break
+        stop = int(curve.argmax())
         parts = [float(one[stop]) for one in scores]
         took = time.monotonic() - start
         return Candidate(setting, stop + 1, parts, curve.tolist(), took, -1, complete=done == len(self.folds))
@@ -230,23 +229,6 @@ def choose(found: Sequence[Candidate], hidden: int) -> Candidate:
         if behind.mean() <= error:
             close.append(one)
     return min(close, key=lambda one: (one.setting.size(hidden), -one.score, one.number))
-
-
-def measure(metric: str, right: Any, answered: Any) -> float:
-    """Return a metric of classes, a share of 1."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # A part need not hold all classes.
-        if metric == "f1":
-            return float(f1_score(right, answered, labels=np.unique(right), average="macro", zero_division=0))
-        return float((accuracy_score if metric == "accuracy" else balanced_accuracy_score)(right, answered))
-
-
-def trials_of(speakers: Any, embeddings: Tensor) -> tuple[Any, Any]:
-    """Return for all pairs of recordings whether they are of one speaker, and the cosines of their embeddings."""
-    directions = torch.nn.functional.normalize(embeddings.float())
-    first, second = torch.triu_indices(len(directions), len(directions), 1)
-    cosines = (directions @ directions.T)[first, second]
-    return (np.asarray(speakers)[first] == np.asarray(speakers)[second]).astype(int), cosines.numpy()
 
 
 def _study(journal: Path, name: str, folds: int) -> Any:

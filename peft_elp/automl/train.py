@@ -26,8 +26,9 @@ from peft_elp.wording import shortened
 from . import report as measured
 from .features import Base
 from .look import Recordings, look
+from .measures import METRICS, trials_of
 from .reader import Problem, answer, place, train_reader
-from .search import METRICS, Candidate, Search, choose, trials_of
+from .search import Candidate, Search, choose
 from .split import make_folds
 
 TASKS = ("classify", "verify")
