@@ -4,7 +4,9 @@ Importing the package makes PEFT know the method: `get_peft_model(model, ELPConf
 encoder with any of its heads. See Inoue et al. 2024, [arXiv:2407.21066](https://arxiv.org/abs/2407.21066).
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from .backbones import Backbone, register_backbone
 from .config import ELPConfig
@@ -56,3 +58,10 @@ __all__ = [
     "speed_up_frozen",
     "write_card",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return `train`, which needs the packages of an extra, when it is asked for."""
+    if name == "train":
+        return import_module(".automl.train", __name__).train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
