@@ -11,18 +11,18 @@ import warnings
 import pytest
 import torch
 import yaml
-from on_disk import LABELS, adapted, record, save_base, save_tokenizer
+from on_disk import LABELS, save_base
 
-from peft_elp.cli import main
 from peft_elp.speech import demo
 from peft_elp.speech.inference import SpeechAdapter
+from peft_elp_command import main
 
+pytest_plugins = ["saved_adapters"]
 # gradio leaves event loops and sockets open.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
 )
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
-COMMANDS = {"ForCTC": "transcribe", "ForSequenceClassification": "classify", "ForXVector": "verify"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,23 +33,9 @@ def collected():
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    base = save_base(folder / "base")
-    for head in COMMANDS:
-        model = adapted(base, head)
-        model.peft_config["default"].verification_threshold = 0.25 if head == "ForXVector" else None
-        model.save_pretrained(folder / head)
-    save_tokenizer(folder / "ForCTC")
-    for seed in range(2):
-        record(folder / f"{seed}.wav", 3000 - 500 * seed, seed)
-    return folder
-
-
 @pytest.fixture
-def adapters(folder):
-    return {head: SpeechAdapter.from_pretrained(folder / head) for head in COMMANDS}
+def adapters(folders):
+    return {head: SpeechAdapter.from_pretrained(folder) for head, folder in folders.items()}
 
 
 def answers(page):
@@ -57,71 +43,101 @@ def answers(page):
     return {function.api_name: function.fn for function in page.fns.values()}
 
 
-def test_the_page_gives_the_answers_of_the_adapters(folder, adapters):
+def test_the_page_gives_the_answers_of_the_adapters(files, adapters, loaded):
     pytest.importorskip("gradio")
-    one, other = str(folder / "0.wav"), str(folder / "1.wav")
-    expected = {head: SpeechAdapter.from_pretrained(folder / head) for head in COMMANDS}
     found = answers(demo.make_page(adapters))
-    assert found["transcribe"](one) == expected["ForCTC"].transcribe(one)
-    labels = found["classify"](one)
-    assert list(labels) == [label["label"] for label in expected["ForSequenceClassification"].classify(one)]
+    assert found["transcribe"](files[0]) == loaded("ForCTC").transcribe(files[0])
+    labels = found["classify"](files[0])
+    assert list(labels) == [label["label"] for label in loaded("ForSequenceClassification").classify(files[0])]
     assert sorted(labels) == sorted(LABELS)
-    score, verdict = found["verify"](one, other)
-    comparison = expected["ForXVector"].verify(one, other)
+    score, verdict = found["verify"](*files[:2])
+    comparison = loaded("ForXVector").verify(*files[:2])
     assert score == pytest.approx(comparison.score, abs=1e-6)
     assert verdict == f"{'the same voice' if comparison.same else 'different voices'}, threshold 0.25"
 
 
-def test_adapters_on_one_base_have_one_backbone_in_memory(adapters, folder):
-    other = SpeechAdapter.from_pretrained(folder / "ForCTC", base=save_base(folder / "other", num_hidden_layers=3))
+def test_labels_of_one_name_keep_their_scores(files, adapters):
+    pytest.importorskip("gradio")
+    namer = adapters["ForSequenceClassification"]
+    scores = [one["score"] for one in namer.classify(files[0])]
+    namer.model.get_base_model().config.id2label = dict.fromkeys(range(3), "yes")
+    found = answers(demo.make_page({"words": namer}))["classify"](files[0])
+    assert found == dict(zip(["yes", "yes #2", "yes #3"], map(pytest.approx, scores), strict=True))
+
+
+def test_adapters_on_one_base_have_one_backbone_in_memory(adapters, folders, tmp_path):
+    base = save_base(tmp_path, num_hidden_layers=3)
+    other = SpeechAdapter.from_pretrained(folders["ForCTC"], base=base)
     with torch.no_grad():
         other.model.get_base_model().wavlm.feature_projection.projection.bias.add_(1)
     demo.share_backbones([*adapters.values(), other])
-    places = {
-        name: adapter.model.get_base_model().wavlm.feature_projection.projection.weight.data_ptr()
-        for name, adapter in {**adapters, "other": other}.items()
-    }
-    assert len({places[head] for head in COMMANDS}) == 1
-    assert places["other"] not in {places[head] for head in COMMANDS}
+    places = [
+        adapter.model.get_base_model().wavlm.feature_projection.projection.weight.data_ptr()
+        for adapter in [*adapters.values(), other]
+    ]
+    assert [places.count(place) for place in places] == [3, 3, 3, 1]
 
 
-def test_what_is_wrong_with_a_recording_is_shown(adapters, folder, tmp_path):
+def test_what_is_wrong_with_a_recording_is_one_sentence_without_the_paths_of_the_server(
+    adapters, files, tmp_path, monkeypatch
+):
     gradio = pytest.importorskip("gradio")
-    found = answers(demo.make_page(adapters))
-    (tmp_path / "broken.wav").write_bytes(b"RIFF")
-    with pytest.raises(gradio.Error, match="Record or upload a voice first"):
-        found["verify"](str(folder / "0.wav"), None)
-    with pytest.raises(gradio.Error, match=r"broken\.wav"):
-        found["classify"](str(tmp_path / "broken.wav"))
-
-
-def test_the_page_keeps_voices_to_itself_and_reads_no_html_of_others(adapters, tmp_path):
-    gradio = pytest.importorskip("gradio")
+    adapters["ForXVector"].max_duration_s = 0.2
+    monkeypatch.setattr(SpeechAdapter, "transcribe", lambda *_: torch.empty(2**60))
     page = demo.make_page(adapters)
+    found = answers(page)
     assert not page.analytics_enabled
     assert page.delete_cache
     (tmp_path / "<b>.wav").write_bytes(b"RIFF")
-    with pytest.raises(gradio.Error, match=r"&lt;b&gt;\.wav"):
-        answers(page)["classify"](str(tmp_path / "<b>.wav"))
+    for command, recordings, message in (
+        ("verify", (files[1], None), r"Record or upload a voice first\."),
+        ("verify", files[:2], r"0\.wav: it is too long, 0\.25 s; at most 0\.2 s are allowed \(max_duration_s\)\."),
+        ("classify", (str(tmp_path / "<b>.wav"),), r"&lt;b&gt;\.wav: [^/]*"),  # The page reads HTML.
+        ("transcribe", (files[0],), r"The recording could not be answered\."),
+    ):
+        with pytest.raises(gradio.Error) as raised:
+            found[command](*recordings)
+        assert re.fullmatch(message, raised.value.message)
+
+
+def test_the_page_names_the_base_without_its_place_on_the_server(adapters, folder):
+    pytest.importorskip("gradio")
+    shown = json.dumps(demo.make_page(adapters).get_config_file(), default=str)
+    assert '"value": "base"' in shown
+    assert str(folder) not in shown
+
+
+def test_an_upload_over_the_limit_is_refused(adapters, tmp_path):
+    pytest.importorskip("gradio")
+    httpx = pytest.importorskip("httpx")
+    page = demo.make_page(adapters)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, max_file_size="100kb")
+    try:
+        for size, status in ((1_000, 200), (300_000, 413)):
+            answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.wav", bytes(size))})
+            assert answer.status_code == status
+    finally:
+        page.close()
 
 
 def test_a_page_needs_adapters():
     pytest.importorskip("gradio")
-    with pytest.raises(ValueError, match="at least one adapter"):
+    with pytest.raises(ValueError, match="at least one adapter, got none"):
         demo.make_page({})
 
 
-def test_the_command_serves_this_machine_alone(folder, monkeypatch, capsys):
+def test_the_command_serves_this_machine_alone(folders, monkeypatch):
     gradio = pytest.importorskip("gradio")
     launched = []
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: launched.append((answers(self), options)))
-    assert main(["demo", str(folder / "ForCTC"), str(folder / "ForXVector"), "--port", "7999"]) == 0
+    assert main(["demo", folders["ForCTC"], folders["ForXVector"], "--port", "7999"]) == 0
     ((found, options),) = launched
     assert {*found} >= {"transcribe", "verify"}
-    assert options == {"server_name": "127.0.0.1", "server_port": 7999, "share": False}
+    limits = {"share": False, "max_file_size": demo.MAX_UPLOAD}
+    assert options == {"server_name": "127.0.0.1", "server_port": 7999, **limits}
 
 
-def test_a_visitor_gets_answers_in_a_real_browser(adapters, folder):
+def test_a_visitor_gets_answers_in_a_real_browser(adapters, files):
     pytest.importorskip("gradio")
     sync_api = pytest.importorskip("playwright.sync_api")
     program = next((program for name in BROWSERS if (program := shutil.which(name))), None)
@@ -141,18 +157,18 @@ def test_a_visitor_gets_answers_in_a_real_browser(adapters, folder):
                 tab.get_by_role("button", name=button).wait_for()
                 for place, upload in enumerate(uploads):
                     tab.get_by_label("Upload file").nth(place).click()
-                    tab.locator("input[type=file]").first.set_input_files(folder / upload)
+                    tab.locator("input[type=file]").first.set_input_files(upload)
                     tab.get_by_label("Play").nth(place).wait_for()
                 tab.get_by_role("button", name=button).click()
                 return tab
 
-            expect, one, other = sync_api.expect, folder / "0.wav", folder / "1.wav"
-            tab = answer("ForCTC", "Transcribe", "0.wav")
+            expect, (one, other) = sync_api.expect, files[:2]
+            tab = answer("ForCTC", "Transcribe", one)
             expect(tab.get_by_role("textbox", name="Text")).to_have_value(adapters["ForCTC"].transcribe(one))
-            tab = answer("ForSequenceClassification", "Classify", "0.wav")
+            tab = answer("ForSequenceClassification", "Classify", one)
             best = adapters["ForSequenceClassification"].classify(one)[0]
             expect(tab).to_contain_text(re.compile(rf"{best['label']}\s*{100 * best['score']:.0f}%"))
-            tab = answer("ForXVector", "Compare", "0.wav", "1.wav")
+            tab = answer("ForXVector", "Compare", one, other)
             same = adapters["ForXVector"].verify(one, other).same
             verdict = f"{'the same voice' if same else 'different voices'}, threshold 0.25"
             expect(tab.get_by_role("textbox", name="Answer")).to_have_value(verdict)
@@ -161,13 +177,13 @@ def test_a_visitor_gets_answers_in_a_real_browser(adapters, folder):
         page.close()
 
 
-def test_without_gradio_the_extra_is_named(folder, monkeypatch, capsys):
+def test_without_gradio_the_extra_is_named(folders, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main(["demo", str(folder / "ForCTC")]) == 1
+    assert main(["demo", folders["ForCTC"]]) == 1
     assert "pip install 'peft-elp[demo]'" in capsys.readouterr().err
 
 
-def test_a_space_is_written_and_quotes_what_others_wrote(folder, tmp_path, capsys):
+def test_a_space_is_written_and_quotes_what_others_wrote(tmp_path, capsys):
     space, evil = tmp_path / "space", "me/x\n---\nsdk: static"
     assert main(["demo", "me/emotions", evil, "--space", str(space)]) == 0
     assert demo.wheel_name() in capsys.readouterr().out
@@ -185,9 +201,11 @@ def test_a_space_is_written_and_quotes_what_others_wrote(folder, tmp_path, capsy
     assert "already has README.md" in capsys.readouterr().err
 
 
-def test_the_app_of_a_space_makes_the_page(folder, tmp_path, monkeypatch):
+def test_the_app_of_a_space_makes_the_page(folders, tmp_path):
     pytest.importorskip("gradio")
-    demo.write_space(tmp_path / "space", {"words": str(folder / "ForSequenceClassification")})
-    names = {"__file__": str(tmp_path / "space" / "app.py"), "__name__": "app"}
-    exec(compile((tmp_path / "space" / "app.py").read_text(), names["__file__"], "exec"), names)
+    demo.write_space(tmp_path / "space", {"words": folders["ForSequenceClassification"]})
+    app = tmp_path / "space" / "app.py"
+    names = {"__file__": str(app), "__name__": "app"}
+    exec(compile(app.read_text(), app, "exec"), names)
     assert "classify" in answers(names["page"])
+    assert "page.launch(max_file_size=MAX_UPLOAD)" in app.read_text()

@@ -14,31 +14,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_elp.multitask import MultiTaskModel
+from peft_elp.saved.folder import is_hub_id
 
 from .plots import layer_weights
 
 if TYPE_CHECKING:
     from .inference import SpeechAdapter
 
+MAX_UPLOAD = "50mb"  # 13 minutes of 16-bit stereo at 32 kHz; `max_duration_s` of the adapters limits the duration
 ONE_AT_A_TIME = "adapters"  # The tabs share a backbone, and the cores of one machine.
 APP = '''"""Try the adapters on a recording."""
 
 import json
 from pathlib import Path
 
-from peft_elp.speech.demo import make_page
+from peft_elp.speech.demo import MAX_UPLOAD, make_page
 from peft_elp.speech.inference import SpeechAdapter
 
 adapters = json.loads(Path(__file__).with_name("adapters.json").read_text(encoding="utf-8"))
 page = make_page({name: SpeechAdapter.from_pretrained(source) for name, source in adapters.items()})
 
 if __name__ == "__main__":
-    page.launch()
+    page.launch(max_file_size=MAX_UPLOAD)
 '''
 
 
 def import_gradio() -> Any:
-    """The module gradio.
+    """Import gradio.
 
     Raises:
         ImportError: It is not installed.
@@ -50,7 +52,7 @@ def import_gradio() -> Any:
 
 
 def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:
-    """A page with a tab for each adapter, where a voice is recorded or uploaded and the answer is shown.
+    """Make a page with a tab for each adapter, where a voice is recorded or uploaded and the answer is shown.
 
     A recogniser shows text, a classifier its labels with their scores, and an adapter for voices compares two of them.
     Beside the answer are the layer weights of the L-adapter. Adapters on the same base share one backbone in memory.
@@ -59,7 +61,8 @@ def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:
         adapters: The adapters by the name of their tab.
 
     Returns:
-        A `gradio.Blocks`. Call `launch()` to serve it.
+        A `gradio.Blocks`. Serve it with `launch(max_file_size=MAX_UPLOAD)`: without a limit, gradio takes uploads of
+        any size. Recordings longer than the adapter's `max_duration_s` are refused before they are decoded.
 
     Raises:
         ImportError: gradio is not installed.
@@ -67,11 +70,11 @@ def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:
 
     Examples:
         >>> page = make_page({"emotions": SpeechAdapter.from_pretrained("me/emotions")})  # doctest: +SKIP
-        >>> page.launch()  # doctest: +SKIP
+        >>> page.launch(max_file_size=MAX_UPLOAD)  # doctest: +SKIP
     """
     gradio = import_gradio()
     if not adapters:
-        raise ValueError("A demo page needs at least one adapter.")
+        raise ValueError("A demo page needs at least one adapter, got none.")
     tasks = {name: _task(name, adapter) for name, adapter in adapters.items()}
     share_backbones(list(adapters.values()))
     # What is recorded stays here: nothing is reported, and uploaded voices are deleted after an hour.
@@ -137,7 +140,7 @@ def write_space(folder: str | Path, adapters: Mapping[str, str], title: str = "S
 
 
 def wheel_name() -> str:
-    """The file name of the wheel of this version."""
+    """Return the file name of the wheel of this version."""
     return f"peft_elp-{version('peft-elp')}-py3-none-any.whl"
 
 
@@ -159,15 +162,20 @@ def _voice(gradio: Any, label: str) -> Any:
 
 
 def _answering(gradio: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """The answer to recordings; what is wrong with them is shown on the page."""
+    """Return the answer to recordings; what is wrong with them is shown on the page, in one sentence."""
 
     def answered(*recordings: str | None) -> Any:
         if not all(recordings):
             raise gradio.Error("Record or upload a voice first.")
         try:
             return answer(*recordings)
-        except (ValueError, OSError, RuntimeError) as error:
-            raise gradio.Error(escape(str(error))) from error  # It may quote a name, and the page reads HTML.
+        except ValueError as error:  # It names the file on the server, of which the visitor knows the last part.
+            message = str(error)
+            for recording in filter(None, recordings):
+                message = message.replace(recording, Path(recording).name)
+            raise gradio.Error(escape(message)) from error  # The page reads HTML.
+        except Exception as error:
+            raise gradio.Error("The recording could not be answered.") from error
 
     return answered
 
@@ -183,7 +191,11 @@ def _classifying(gradio: Any, adapter: SpeechAdapter) -> None:
     run = gradio.Button("Classify", variant="primary")
 
     def answer(recording: str) -> dict[str, float]:
-        return {one["label"]: one["score"] for one in adapter.classify(recording)}
+        scores: dict[str, float] = {}
+        for one in adapter.classify(recording):
+            same = sum(label.split(" #")[0] == one["label"] for label in scores)
+            scores[f"{one['label']} #{same + 1}" if same else one["label"]] = one["score"]
+        return scores
 
     run.click(_answering(gradio, answer), voice, labels, api_name="classify", concurrency_id=ONE_AT_A_TIME)
 
@@ -208,7 +220,8 @@ def _show(gradio: Any, adapter: SpeechAdapter) -> None:
     """Show what an adapter is: its base, and the layer weights of its L-adapter."""
     import pandas  # gradio brings it.
 
-    gradio.Textbox(str(adapter.saved.base), label="Base", interactive=False)
+    base = str(adapter.saved.base)
+    gradio.Textbox(base if is_hub_id(base) else Path(base).name, label="Base", interactive=False)
     if "L" in str(adapter.saved.config.get("adapters")):
         weights = pandas.DataFrame(layer_weights(adapter.model), columns=["layer", "share"])
         weights["layer"] = weights["layer"].astype(str)

@@ -1,0 +1,438 @@
+# ruff: noqa: T201  # printing is what a command does
+"""The command `peft-elp`: look at a saved adapter, and try it on recordings.
+
+It lies beside the package: importing any module of `peft_elp` imports PyTorch, for which a help text should not wait.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from peft_elp.speech.inference import SpeechAdapter
+
+BAR = 40  # characters, for the largest layer weight
+SHOWN = 100  # labels
+HIGHEST = 1 - 1e-6  # threshold that a configuration takes
+LONGEST = 2000  # characters of an error
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # A spreadsheet runs a cell that starts with one of them.
+
+Answer = Callable[[Sequence[str]], Sequence[Any]]
+Write = Callable[[str, Any], None]
+say = partial(print, flush=True)
+
+app = typer.Typer(
+    help="Look at a saved ELP-adapter, and try it on recordings.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _option(group: str, help_text: str, *names: str, **options: Any) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=group, **options)
+
+
+def _table(path: str | None) -> str | None:
+    if path is not None and Path(path).suffix not in (".csv", ".jsonl"):
+        raise typer.BadParameter(f"a .csv or .jsonl file is needed, got {path!r}")
+    return path
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"peft-elp {version('peft-elp')}")
+        raise typer.Exit
+
+
+Adapter = Annotated[str, typer.Argument(help="The folder of an adapter, or its name on the Hub.", show_default=False)]
+Files = Annotated[
+    list[str],
+    typer.Argument(help="Recordings (WAV, FLAC, MP3, OGG, ...), folders of them, or patterns.", metavar="FILE..."),
+]
+Recording = Annotated[str, typer.Argument(help="A recording.", show_default=False)]
+Subfolder = Annotated[str | None, _option("Adapter", "The folder inside of it, if it holds several adapters.")]
+Revision = Annotated[str | None, _option("Adapter", "A branch or a commit on the Hub.")]
+Base = Annotated[str | None, _option("Model", "Folder or Hub name of the base, if it is not where the adapter says.")]
+Device = Annotated[str | None, _option("Model", "Such as cpu, cuda or mps. Default: cuda if there is one, else cpu.")]
+Dtype = Annotated[str | None, _option("Model", "Such as float16 or bfloat16. Default: as in the base's checkpoint.")]
+MaxDuration = Annotated[float | None, _option("Model", "Seconds above which a recording is refused. Default: 120.")]
+BatchSize = Annotated[int, _option("Answers", "How many to answer at a time.", min=1)]
+AsJson = Annotated[bool, _option("Answers", "Print JSON, one object on each line.", "--json")]
+Output = Annotated[
+    str | None, _option("Answers", "Write the answers to a .csv or .jsonl file instead of printing.", callback=_table)
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: The arguments. Default: those of the process.
+
+    Returns:
+        0; 1 if something could not be answered, and standard error says what, or if the reader of a pipe stopped
+        reading; 2 for wrong arguments.
+
+    Examples:
+        >>> main(["info", "./nowhere"])
+        1
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # These are for programmers.
+            warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # Transformers' WavLM
+            warnings.showwarning = lambda message, *_: _complain(message)
+            app(argv, prog_name="peft-elp")
+    except SystemExit as left:
+        return int(left.code or 0)
+    except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
+        _complain(error)
+    return 1
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
+@app.command(rich_help_panel="Look")
+def info(adapter: Adapter, subfolder: Subfolder = None, revision: Revision = None, as_json: AsJson = False) -> None:
+    """Print what an adapter consists of; loads no model."""
+    from peft_elp.saved.card import read_results
+    from peft_elp.saved.folder import find_adapter, read_adapter
+    from peft_elp.wording import shortened
+
+    saved = read_adapter(find_adapter(adapter, subfolder, revision))
+    results = [
+        {"data": one.dataset_name, "split": one.dataset_split, "metric": one.metric_type, "value": one.metric_value}
+        for one in read_results(saved.folder)
+    ]
+    facts = {
+        "base": saved.base,
+        "model": saved.model_class,
+        "task": saved.task,
+        "adapters": saved.config.get("adapters"),
+    }
+    threshold = saved.config.get("verification_threshold")
+    if as_json:
+        parts = {"parameters": saved.counts, "labels": saved.labels, "layer_weights": saved.layer_weights}
+        say(_in_json({**facts, **parts, "verification_threshold": threshold, "results": results}))
+        return
+    for name, value in facts.items():
+        say(f"{name:12}{_shown(value) if value else 'unknown'}")
+    if saved.labels:
+        say(f"{'labels':12}{_shown(shortened(saved.labels, SHOWN))}")
+    elif saved.num_labels:
+        say(f"{'labels':12}{saved.num_labels:,}, without names")
+    if threshold is not None:
+        say(f"{'threshold':12}{threshold}")
+    say("\nparameters")
+    for part, what in saved.sizes().items():
+        say(f"  {part:11}{saved.counts[part]:>12,}  {_shown(what)}")
+    say(f"  {'all':11}{sum(saved.counts.values()):>12,}")
+    if saved.layer_weights:
+        say("\nlayer weights")
+        largest = max(share for _, share in saved.layer_weights)
+        for layer, share in saved.layer_weights:
+            say(f"  {layer:3} {share:.3f} {'#' * round(BAR * share / largest)}")
+    if results:
+        say("\nresults, according to its card")
+        for one in results:
+            say(" ", *(_shown(value) for value in one.values() if value is not None))
+
+
+@app.command(rich_help_panel="Answer for recordings")
+def transcribe(
+    adapter: Adapter,
+    files: Files,
+    batch_size: BatchSize = 1,
+    output: Output = None,
+    as_json: AsJson = False,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_duration: MaxDuration = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Write down what is said."""
+    loaded = _load(adapter, base, device, dtype, max_duration, subfolder, revision)
+    _each(files, partial(loaded.transcribe, batch_size=batch_size), "text", batch_size, output, as_json)
+
+
+@app.command(rich_help_panel="Answer for recordings")
+def classify(
+    adapter: Adapter,
+    files: Files,
+    top_k: Annotated[int, _option("Answers", "How many labels.", min=1)] = 1,
+    batch_size: BatchSize = 1,
+    output: Output = None,
+    as_json: AsJson = False,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_duration: MaxDuration = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Name the labels of recordings."""
+    loaded = _load(adapter, base, device, dtype, max_duration, subfolder, revision)
+    answer = partial(loaded.classify, batch_size=batch_size, top_k=top_k)
+    _each(files, answer, "labels", batch_size, output, as_json)
+
+
+@app.command(rich_help_panel="Compare voices")
+def verify(
+    adapter: Adapter,
+    file_a: Recording,
+    file_b: Recording,
+    threshold: Annotated[float | None, _option("Answers", "The score of one voice. Default: the adapter's.")] = None,
+    as_json: AsJson = False,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_duration: MaxDuration = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Compare the voices of two recordings."""
+    loaded = _load(adapter, base, device, dtype, max_duration, subfolder, revision)
+    found = loaded.verify(file_a, file_b, threshold=threshold)
+    if loaded.saved.labels and loaded.saved.config.get("verification_threshold") is None:
+        _complain("a warning: this adapter was trained to name labels, maybe not to tell voices apart.")
+    if as_json:
+        say(_in_json({"score": found.score, "threshold": found.threshold, "same": found.same}))
+    elif found.same is None:
+        say(f"{found.score:.3f}\tthe adapter names no threshold; give one with --threshold")
+    else:
+        say(f"{found.score:.3f}\t{'same voice' if found.same else 'different voices'}, threshold {found.threshold}")
+
+
+@app.command(rich_help_panel="Compare voices")
+def trials(
+    adapter: Adapter,
+    list_file: Annotated[
+        str, typer.Argument(help="Lines of `label file file`, or a .csv, .tsv or .jsonl table.", metavar="LIST")
+    ],
+    folder: Annotated[str | None, _option("Answers", "The folder of its paths. Default: its own folder.")] = None,
+    save_threshold: Annotated[
+        bool, _option("Answers", "Save the threshold at the equal error rate with the adapter.", "--save-threshold")
+    ] = False,
+    batch_size: BatchSize = 1,
+    as_json: AsJson = False,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_duration: MaxDuration = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Compare the voices of all pairs in a list, and measure the error rates."""
+    from peft_elp import ELPConfig
+    from peft_elp.speech.data import read_trials
+    from peft_elp.speech.metrics import cosine_scores, equal_error_rate, equal_error_threshold, min_dcf
+
+    pairs = read_trials(list_file, folder)
+    files = sorted({file for trial in pairs for file in trial[1:]})
+    loaded = _load(adapter, base, device, dtype, max_duration, subfolder, revision)
+    answer = partial(loaded.embed, batch_size=batch_size)
+    voices: dict[Any, Any] = dict(_answers(files, answer, batch_size))
+    scored = [trial for trial in pairs if trial.file_a in voices and trial.file_b in voices]
+    scores = cosine_scores(voices, [trial[1:] for trial in scored]) if scored else []
+    for trial, score in zip(scored, map(float, scores), strict=True):
+        if as_json:
+            say(_in_json({**trial._asdict(), "score": score}))
+        else:
+            say(f"{score:.3f}", *map(_shown, trial), sep="\t")
+    if lost := len(pairs) - len(scored):
+        raise ValueError(f"{lost} of {len(pairs)} trials have no score, so no error rate is given.")
+    labels = [trial.label for trial in pairs]
+    rates = {"trials": len(pairs), "eer": equal_error_rate(labels, scores), "min_dcf": min_dcf(labels, scores)}
+    rates["threshold"] = threshold = equal_error_threshold(labels, scores)
+    text = "{trials:,} trials: equal error rate {eer:.2%} at the threshold {threshold:.3f}, minDCF {min_dcf:.3f}"
+    say(_in_json(rates) if as_json else text.format(**rates))
+    if save_threshold:
+        config: Any = ELPConfig.from_pretrained(str(loaded.saved.folder))
+        config.verification_threshold = max(-1.0, min(HIGHEST, threshold))
+        config.save_pretrained(str(loaded.saved.folder))
+
+
+@app.command(rich_help_panel="Answer for recordings")
+def demo(
+    adapters: Annotated[list[str], typer.Argument(help="Folders of adapters, or their names on the Hub.")],
+    host: Annotated[str, _option("Page", "Where to serve it. Default: for this machine alone.")] = "127.0.0.1",
+    port: Annotated[int | None, _option("Page", "At which port. Default: a free one from 7860.", min=1)] = None,
+    space: Annotated[str | None, _option("Page", "Write the files of a Hugging Face Space there instead.")] = None,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_duration: MaxDuration = None,
+) -> None:
+    """Try adapters on your own voice, in the browser."""
+    from peft_elp.speech import demo
+
+    last = [Path(name).name or name for name in adapters]
+    names = {tab if last.count(tab) == 1 else name: name for tab, name in zip(last, adapters, strict=True)}
+    if space:
+        demo.write_space(space, names)
+        say(f"Wrote a Space to {_shown(space)}. Put {demo.wheel_name()} beside its files: pip wheel --no-deps .")
+        say(f"Then upload the folder: hf upload me/my-space {_shown(space)} . --repo-type space")
+        return
+    demo.import_gradio()  # Before the models, which take a while to load.
+    page = demo.make_page({tab: _load(name, base, device, dtype, max_duration) for tab, name in names.items()})
+    page.launch(server_name=host, server_port=port, share=False, max_file_size=demo.MAX_UPLOAD)
+
+
+def _load(
+    adapter: str,
+    base: str | None,
+    device: str | None,
+    dtype: str | None,
+    max_duration: float | None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> SpeechAdapter:
+    from transformers.utils import logging
+
+    from peft_elp.speech.inference import MAX_DURATION_S, SpeechAdapter
+
+    logging.set_verbosity_error()  # A base that comes with a new head is meant here.
+    logging.disable_progress_bar()
+    return SpeechAdapter.from_pretrained(
+        adapter,
+        base=base,
+        device=device,
+        dtype=dtype,
+        subfolder=subfolder,
+        revision=revision,
+        max_duration_s=max_duration or MAX_DURATION_S,
+    )
+
+
+def _each(files: Sequence[str], answer: Answer, what: str, batch_size: int, output: str | None, as_json: bool) -> None:
+    """Write the answer for each file."""
+    files = _recordings(files)
+    count = 0
+    with _writer(output, as_json, what) as write:
+        for file, one in _answers(files, answer, batch_size):
+            write(file, one)
+            count += 1
+            if output and sys.stderr.isatty():
+                print(f"\r{count:,} of {len(files):,}", end="\n" if count == len(files) else "", file=sys.stderr)
+    if count < len(files):
+        raise typer.Exit(1)
+
+
+def _answers(files: Sequence[str], answer: Answer, batch_size: int) -> Iterator[tuple[str, Any]]:
+    """Return each file with its answer. A file that cannot be answered is named, and costs no other its answer."""
+    for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        try:
+            yield from zip(batch, answer(batch), strict=True)
+        except Exception as error:
+            if len(batch) > 1:  # It may be one recording, or their number.
+                yield from _answers(batch, answer, batch_size=1)
+            else:
+                _complain(error, "" if str(error).startswith(batch[0]) else f"{batch[0]}: ")
+
+
+def _recordings(names: Sequence[str]) -> list[str]:
+    """Return the files that are meant by names of files, folders and patterns, in that order."""
+    from peft_elp.speech.audio import AUDIO_SUFFIXES
+
+    files: list[str] = []
+    for name in names:
+        if os.path.isdir(name):
+            inside = [os.path.join(place, file) for place, _, found in os.walk(name) for file in found]
+            found = sorted(file for file in inside if file.lower().endswith(AUDIO_SUFFIXES))
+            if not found:
+                raise ValueError(f"There are no recordings in the folder {name!r}.")
+            files += found
+        elif glob.has_magic(name) and not os.path.lexists(name):
+            files += sorted(glob.glob(name, recursive=True)) or [name]
+        else:
+            files.append(name)
+    return files
+
+
+@contextmanager
+def _writer(output: str | None, as_json: bool, what: str) -> Iterator[Write]:
+    """Make a function that writes one answer, to where and in the form that the options ask for."""
+    if not output:
+        yield lambda file, one: say(_in_json({"file": file, what: one}) if as_json else _line(file, one))
+        return
+    with open(output, "w", encoding="utf-8", errors="backslashreplace", newline="") as table:
+        if output.endswith(".jsonl"):
+            yield lambda file, one: say(_in_json({"file": file, what: one}), file=table)
+            return
+        rows = csv.writer(table)
+        rows.writerow(["file", "text"] if what == "text" else ["file", "label", "score"])
+
+        def write(file: str, one: Any) -> None:
+            answers = [[one]] if what == "text" else [[label["label"], label["score"]] for label in one]
+            rows.writerows([_cell(file), *map(_cell, answer)] for answer in answers)
+            table.flush()
+
+        yield write
+
+
+def _cell(value: Any) -> Any:
+    """Escape text that a spreadsheet would run, by an apostrophe, as OWASP advises."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+def _line(file: str, one: Any) -> str:
+    words = [one] if isinstance(one, str) else [f"{label['label']} {label['score']:.3f}" for label in one]
+    return "\t".join(map(_shown, [file, *words]))
+
+
+def _complain(problem: object, about: str = "") -> None:
+    """Say on one line of standard error what went wrong."""
+    message = " ".join(str(problem).split())[:LONGEST] or type(problem).__name__
+    if isinstance(problem, Exception) and not isinstance(problem, (ValueError, ImportError, OSError, Warning)):
+        message = f"{type(problem).__name__}: {message}"
+    say(f"peft-elp: {_shown(about + message)}", file=sys.stderr)
+
+
+def _shown(value: Any) -> str:
+    """Escape what would not print on a terminal, such as the start of a command to it."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in str(value))
+
+
+def _in_json(value: Mapping[str, Any]) -> str:
+    """Return JSON, also where a number is not finite, and without characters that act on a terminal."""
+    ascii_alone = not (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(_finite(value), ensure_ascii=ascii_alone, allow_nan=False, default=str)
+    return re.sub(r"[^\x20-\x7e]", lambda one: one[0] if one[0].isprintable() else json.dumps(one[0])[1:-1], text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
