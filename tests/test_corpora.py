@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from datasets import ClassLabel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -15,11 +14,9 @@ from corpora import fluent_speech_commands, iemocap, librilight, librispeech, vo
 from peft_elp.speech.data import (
     check_audio,
     check_disjoint,
-    from_rows,
     leave_one_group_out,
     read_dataset,
     read_trials,
-    write_table,
 )
 
 
@@ -108,23 +105,14 @@ def test_voxceleb1_verification_tests_on_the_speakers_of_its_trials(vox):
     assert {file for trial in trials for file in trial[1:]} == {entry["path"] for entry in test["audio"]}
 
 
-def test_a_corpus_becomes_a_table_that_is_read_with_its_trials(vox, tmp_path):
+def test_a_corpus_is_saved_for_the_recipes_and_read_with_its_trials(vox, tmp_path):
+    (tmp_path / "voices").mkdir()
     for split in ("train", "test"):
-        write_table(voxceleb1(vox, split), tmp_path / f"voices/{split}.csv")
+        voxceleb1(vox, split).to_parquet(tmp_path / f"voices/{split}.parquet")
     train, test = (check_audio(read_dataset(tmp_path / "voices", split)) for split in ("train", "test"))
     assert train["speaker"][:] == ["id10001", "id10001", "id10002"]
     files = {file for trial in read_trials(vox / "veri_test.txt", vox / "wav") for file in trial[1:]}
     assert files == {entry["path"] for entry in test["audio"]}
-    named = from_rows([{"audio": "a.wav", "label": "yes"}, {"audio": "b.wav", "label": "no"}])
-    write_table(named.cast_column("label", ClassLabel(names=["no", "yes"])), tmp_path / "named.csv")
-    assert read_dataset(tmp_path / "named.csv", None)["label"][:] == ["yes", "no"]
-    write_table(named.select_columns("audio"), tmp_path / "bare.csv")
-    assert read_dataset(tmp_path / "bare.csv", None).column_names == ["audio"]
-    with pytest.raises(ValueError, match=r"written to a \.csv file"):
-        write_table(train, tmp_path / "voices")
-    inside = from_rows([{"audio": "a.wav"}]).map(lambda row: {"audio": {"bytes": b"RIFF", "path": "a.wav"}})
-    with pytest.raises(ValueError, match="The recording in row 0 is not a file"):
-        write_table(inside, tmp_path / "inside.csv")
 
 
 def test_voxceleb1_identification_follows_its_list(vox):

@@ -153,41 +153,6 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_table(dataset: Dataset, path: str | Path) -> None:
-    """Write a data set whose recordings are files as a table, which `read_dataset` and the recipes read.
-
-    Args:
-        dataset: A data set such as the readers of `examples/corpora.py` return.
-        path: A `.csv` file. With the name `<folder>/<split>.csv`, `read_dataset` takes it as that split of `<folder>`.
-
-    Raises:
-        ValueError: The path does not end in `.csv`, or a recording is not a file.
-
-    Examples:
-        >>> from corpora import voxceleb1  # doctest: +SKIP
-        >>> write_table(voxceleb1("VoxCeleb1", "train"), "voices/train.csv")  # doctest: +SKIP
-        >>> read_dataset("voices", "train")  # doctest: +SKIP
-    """
-    path = Path(path)
-    if path.suffix != ".csv":
-        raise ValueError(f"A table is written to a .csv file, got {str(path)!r}.")
-    files: list[str] = []
-    for row, entry in enumerate(dataset["audio"]):
-        if not entry or not entry["path"] or entry["bytes"] is not None:
-            raise ValueError(
-                f"The recording in row {row} is not a file. A table names files: save this data set with to_parquet."
-            )
-        files.append(str(Path(entry["path"]).absolute()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns: dict[str, list[Any]] = {"file_name": files}
-    for name in (name for name in dataset.column_names if name not in ("audio", "file_name")):
-        values, feature = list(dataset[name]), dataset.features[name]
-        if isinstance(feature, ClassLabel):  # names instead of numbers, as in `read_column`
-            values = ["" if value is None or value < 0 else feature.int2str(value) for value in values]
-        columns[name] = values
-    Dataset.from_dict(columns).to_csv(path)
-
-
 def check_audio(
     dataset: Dataset,
     config: Any = None,
