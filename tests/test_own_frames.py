@@ -1,5 +1,6 @@
 """A head that averages over a fixed window averages over a recording's own frames, in every way of calling it."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -7,9 +8,10 @@ from backbones import shaken
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import WhisperConfig, WhisperForAudioClassification
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudioClassification
 
 from peft_elp import ELPConfig, FeatureCache, count_parameters, pool_own_frames
+from peft_elp.speech.inference import SpeechAdapter
 
 pytestmark = [
     pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="the head may pass on no mask"),
@@ -125,6 +127,22 @@ def test_a_normalised_sum_of_layers_trains_one_number_a_layer():
         y = sum(share * nn.functional.layer_norm(x, x.shape[-1:]) for share, x in zip(shares, layers, strict=True))
         means = [base.projector(y[row, : steps // 2]).mean(0) for row, steps in enumerate(OWN)]
         torch.testing.assert_close(model(**inputs).logits, base.classifier(torch.stack(means)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_adapter_answers_by_the_recordings_own_frames(tmp_path):
+    base = whisper()
+    base.save_pretrained(tmp_path / "base")
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    extractor.save_pretrained(tmp_path / "base")
+    model = adapted()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    speech = np.random.default_rng(0).normal(size=6000).astype(np.float32) / 10
+    inputs = extractor([speech], sampling_rate=16_000, return_attention_mask=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits.softmax(-1).sort(descending=True).values[0]
+    found = SpeechAdapter.from_pretrained(tmp_path / "adapter").classify(speech, 16_000)
+    assert [label["score"] for label in found] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_training_without_a_mask_is_told_once(recwarn):

@@ -160,6 +160,8 @@ class SpeechAdapter:
                 f"The sampling rate of the feature extractor in {source!r} must be from 1,000 to 1,000,000 Hz, got "
                 f"{rate_hz!r}."
             )
+        if saved.config.get("pool_own_frames"):
+            extractor.return_attention_mask = True
         tokenizer = None
         has_own = saved.holds(*TOKENIZER)
         # Without a trained head, the adapter writes with the vocabulary of its base.
