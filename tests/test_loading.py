@@ -61,8 +61,9 @@ MISFITS = {
         lambda tensors: tensors.update({E: torch.ones(4, 24)}),
         r"1 of another shape \(.*down\.weight \(4, 24\) in place of \(8, 24\)\)",
     ),
-    "E is not a number": (with_value(E, float("nan")), r"1 not finite \(.*down\.weight\)"),
-    "the head is infinite": (with_value(HEAD, float("inf")), r"1 not finite \(.*lm_head.*bias\)"),
+    "E is not a number": (with_value(E, float("nan")), r"1 not finite or too large \(.*down\.weight\)"),
+    "E is huge": (with_value(E, 3e38), r"1 not finite or too large \(.*down\.weight\)"),
+    "the head is infinite": (with_value(HEAD, float("inf")), r"1 not finite or too large \(.*lm_head.*bias\)"),
     "the backbone's": (more("base_model.model.wavlm.feature_projection.projection.weight"), "1 left over"),
     "the backbone's, without prefix": (more("wavlm.feature_projection.projection.weight"), "1 left over"),
     "a wrapped module's": (more("base_model.model.wavlm.encoder.base_layer.layer_norm.weight"), "1 left over"),
@@ -75,7 +76,7 @@ MISFITS = {
     },
     "E beyond float32": (
         lambda tensors: tensors.update({E: torch.full((8, 24), 1e300, dtype=torch.float64)}),
-        r"1 not finite \(.*down\.weight\)",
+        r"1 not finite or too large \(.*down\.weight\)",
     ),
 }
 
@@ -112,7 +113,7 @@ def test_values_that_overflow_in_a_model_of_half_precision_are_refused(dtype, va
     folder = changed(lambda tensors: tensors.update({HEAD: torch.full((9,), value, dtype=dtype)}))
     base = build().half()
     before = snapshot(base)
-    with pytest.raises(ValueError, match=r"1 not finite \("):
+    with pytest.raises(ValueError, match=r"1 not finite or too large \("):
         PeftModel.from_pretrained(base, folder)
     assert_untouched(base, before)
 

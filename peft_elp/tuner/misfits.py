@@ -31,10 +31,10 @@ def find_misfits(expected: Mapping[str, Tensor], given: Mapping[str, SavedTensor
         "of a wrong dtype": [
             f"{name} {saved.dtype}" for name, own, saved in both if (saved.dtype in FLOATS) != own.is_floating_point()
         ],
-        "not finite": [
+        "not finite or too large": [
             name
             for name, own, saved in both
-            if saved.dtype in FLOATS and own.is_floating_point() and not saved.largest <= torch.finfo(own.dtype).max
+            if saved.dtype in FLOATS and own.is_floating_point() and not saved.largest <= _limit(own.dtype)
         ],
     }
     return "; ".join(f"{len(names)} {what} ({shortened(names, shown=4)})" for what, names in found.items() if names)
@@ -59,6 +59,11 @@ def refuse_misfits(
             "was loaded. Load the adapter into the backbone that it was trained on (base_model_name_or_path in its "
             "adapter_config.json), from the folder that save_pretrained wrote."
         )
+
+
+def _limit(dtype: torch.dtype) -> float:
+    """Return the largest value that a tensor may have: its square, as in a norm, is finite in float32."""
+    return min(torch.finfo(dtype).max, 1e18)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
