@@ -30,6 +30,7 @@ def test_every_method_is_measured(family, tmp_path, capsys):
     out = capsys.readouterr().out
     expected = [name for name in measure_cost.METHODS if family != "wavlm" or name != common.Q_AND_V]
     assert re.findall(r"^\| ([^|]+) \| [\d,]+ \|", out, flags=re.MULTILINE) == expected
+    assert len({line.count("|") for line in out.splitlines() if line.startswith("|")}) == 1
     costs = {cost["method"]: cost for cost in json.loads((tmp_path / "cost.json").read_text())["costs"]}
     assert list(costs) == expected
     assert "E+L+P" in (tmp_path / "cost.svg").read_text()

@@ -276,15 +276,7 @@ def table(costs: Sequence[Cost]) -> str:
     """Return the costs as a Markdown table, relative to full fine-tuning and to a head alone where these were run."""
     by_name = {cost.method: cost for cost in costs}
     full, lora, head = by_name.get(FULL), by_name.get(LORA), by_name.get(HEAD)
-    header = [
-        "method",
-        "trained",
-        "kept, MiB",
-        "kept / full",
-        "kept / LoRA",
-        "GFLOP forward + backward",
-        "step / full",
-    ]
+    header = ["method", "trained", "kept, MiB", "kept / full", "kept / LoRA", "GFLOP forward + backward"]
     header += ["step / full", "step / LoRA", "inference / head only", "step, ms", "inference, ms", "peak, MiB"]
     rows = []
     for cost in costs:
