@@ -179,6 +179,11 @@ def look(
     return found
 
 
+def printable(text: str) -> str:
+    """Return text in which characters that act on a terminal are escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
 def _splits(place: Path) -> Iterator[tuple[str, Dataset]]:
     """Yield the splits of a folder, a table or a Hub data set; without splits, everything is for training."""
     if not place.exists():

@@ -25,7 +25,7 @@ from peft_elp.wording import shortened
 
 from . import report as measured
 from .features import Base
-from .look import Recordings, look
+from .look import Recordings, look, printable
 from .measures import METRICS, trials_of
 from .reader import Problem, answer, place, train_reader
 from .search import Candidate, Search, choose
@@ -128,7 +128,9 @@ def train(
     folds, how = make_folds(found, seed, verify)
     say(f"Held out: {how}")
     encoder = Base(base, names, max(found.durations_s), device)
-    found.warnings += encoder.cut(found.durations_s)
+    for warning in encoder.cut(found.durations_s):
+        found.warnings.append(warning)
+        say(f"Warning: {warning}")
     work = folder.with_name(f"{folder.name}.search")
     say(f"Features: {encoder.layers} layers, {encoder.size(found.rows) / 1e9:.2g} GB in {work / 'features'}")
     features = encoder.read(found.rows, work / "features", progress)
@@ -152,9 +154,9 @@ def show(found: Recordings, verify: bool, say: Any) -> None:
     """Print what was found in a folder."""
     say(found.table())
     columns = ", ".join(f"{what} from {column!r}" for what, column in found.columns.items())
-    say(f"Task: {'compare voices' if verify else 'name classes'} ({columns}).")
+    say(f"Task: {'compare voices' if verify else 'name classes'} ({printable(columns)}).")
     for warning in found.warnings:
-        say(f"Warning: {warning}")
+        say(f"Warning: {printable(warning)}")
 
 
 def _silent(*_: Any) -> None: ...
