@@ -307,6 +307,42 @@ def demo(
     page.launch(server_name=host, server_port=port, share=False, max_file_size=demo.MAX_UPLOAD)
 
 
+@app.command(rich_help_panel="Train")
+def train(
+    recordings: Annotated[str, typer.Argument(help="A folder <label>/*.wav, one with splits, or a table.")],
+    base: Annotated[str | None, _option("Model", "Folder or Hub name of the encoder.")] = None,
+    output: Annotated[str | None, _option("Output", "The folder for the adapter and its report.")] = None,
+    task: Annotated[str | None, _option("Data", "classify, or verify to compare voices. Default: classify.")] = None,
+    label: Annotated[str | None, _option("Data", "The column of the classes. Default: found by its name.")] = None,
+    speaker: Annotated[str | None, _option("Data", "The column of the speakers. Default: found by its name.")] = None,
+    check_only: Annotated[bool, _option("Data", "Look at the recordings and stop.", "--check-only")] = False,
+    skip_bad: Annotated[bool, _option("Data", "Leave out recordings that cannot be read.", "--skip-bad")] = False,
+    minutes: Annotated[float, _option("Search", "How long to search.")] = 10,
+    trials: Annotated[int | None, _option("Search", "How many candidates at most. Default: as time allows.")] = None,
+    jobs: Annotated[int, _option("Search", "How many processes search side by side.")] = 1,
+    metric: Annotated[str, _option("Search", "unweighted_accuracy, accuracy or f1.")] = "unweighted_accuracy",
+    seed: Annotated[int, _option("Search", "Seed of folds, search and trainings.")] = 0,
+    device: Device = None,
+    overwrite: Annotated[bool, _option("Output", "Replace the output if it exists.", "--overwrite")] = False,
+) -> None:
+    """Train an adapter on a folder of labelled recordings, and report what it is worth."""
+    if not check_only and not (base and output):
+        raise typer.BadParameter("training needs --base and --output; --check-only needs neither")
+    from peft_elp.automl.look import look
+    from peft_elp.automl.train import show
+    from peft_elp.automl.train import train as run
+
+    data: dict[str, Any] = {"label": label, "speaker": speaker, "skip_bad": skip_bad}
+    if check_only:
+        show(look(recordings, verify=task == "verify", **data), task == "verify", say)
+        return
+    search: dict[str, Any] = {"minutes": minutes, "trials": trials, "jobs": jobs, "metric": metric, "seed": seed}
+    try:
+        run(recordings, str(base), str(output), task=task, device=device, overwrite=overwrite, **data, **search)
+    except KeyboardInterrupt:
+        raise RuntimeError("interrupted. The same command goes on where this one was.") from None
+
+
 def _load(
     adapter: str,
     base: str | None,
