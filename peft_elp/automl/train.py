@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -326,8 +326,17 @@ def _facts(
         "losses": final.losses,
         "temperature": final.temperature,
         "threshold": final.threshold,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": _peak_memory_mb(),
     }
+
+
+def _peak_memory_mb() -> float | None:
+    """Return the most memory that the process has held; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _row(one: Candidate, search: Search) -> dict[str, Any]:
