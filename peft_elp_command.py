@@ -1,4 +1,3 @@
-# ruff: noqa: T201  # printing is what a command does
 """The command `peft-elp`: look at a saved adapter, and try it on recordings.
 
 It lies beside the package: importing any module of `peft_elp` imports PyTorch, for which a help text should not wait.
@@ -9,9 +8,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
-import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -377,8 +374,6 @@ def _each(files: Sequence[str], answer: Answer, what: str, batch_size: int, outp
         for file, one in _answers(files, answer, batch_size):
             write(file, one)
             count += 1
-            if output and sys.stderr.isatty():
-                print(f"\r{count:,} of {len(files):,}", end="\n" if count == len(files) else "", file=sys.stderr)
     if count < len(files):
         raise typer.Exit(1)
 
@@ -462,13 +457,6 @@ def _shown(value: Any) -> str:
 def _in_json(value: Mapping[str, Any]) -> str:
     """Return JSON, also where a number is not finite, and without characters that act on a terminal."""
     ascii_alone = not (sys.stdout.encoding or "").lower().startswith("utf")
-    text = json.dumps(_finite(value), ensure_ascii=ascii_alone, allow_nan=False, default=str)
-    return re.sub(r"[^\x20-\x7e]", lambda one: one[0] if one[0].isprintable() else json.dumps(one[0])[1:-1], text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None)
+    text = json.dumps(finite, ensure_ascii=ascii_alone)
+    return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)

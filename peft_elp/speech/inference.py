@@ -66,10 +66,11 @@ class Verification:
 class SpeechAdapter:
     """A saved adapter with its base, ready for recordings.
 
-    A recording is a path, an entry of a `datasets.Audio` column, or an array of floats, mono, with `sampling_rate`.
-    Files are mixed down to mono, and all recordings are resampled to the rate of the base. One recording gives one
+    A recording is a path, an entry of a `datasets.Audio` column, or an array of floats, mono, with `sampling_rate` in
+    Hz. Files are mixed down to mono, and all recordings are resampled to the rate of the base. One recording gives one
     answer, a list gives a list. How many are answered at a time (`batch_size`) changes no answer: where padding would
-    (see `is_padding_invariant`), only recordings of the same length share a pass.
+    (see `is_padding_invariant`), only recordings of the same length share a pass. What cannot be answered raises a
+    `ValueError`: a task that is not the head's, or a recording that is missing, broken, empty, too short or too long.
 
     A pickled `SpeechAdapter` holds the name of its folder, not its weights: a worker process loads it from there.
     Changes that were made in memory do not travel.
@@ -182,18 +183,7 @@ class SpeechAdapter:
         return self.feature_extractor.sampling_rate
 
     def read(self, recording: Recording, sampling_rate: int | None = None) -> np.ndarray:
-        """Return the waveform of a recording as the base reads it.
-
-        Args:
-            recording: A file or an array.
-            sampling_rate: The rate of an array in Hz; files state their own.
-
-        Returns:
-            float32 `(samples,)`, mono, at `self.sampling_rate`.
-
-        Raises:
-            ValueError: It is missing, broken, empty, too short or too long, or an array comes without a sampling rate.
-        """
+        """Return the waveform of a recording as the base reads it: float32 `(samples,)`, at `self.sampling_rate`."""
         entry: Any = recording
         if isinstance(recording, (np.ndarray, Tensor)):
             entry = {"array": recording, "sampling_rate": sampling_rate}
@@ -229,13 +219,8 @@ class SpeechAdapter:
     ) -> Any:
         """Return what is said in each recording, as text.
 
-        Args:
-            recordings: One or a list.
-            sampling_rate: The rate of arrays in Hz.
-            batch_size: How many to answer at a time.
-
         Raises:
-            ValueError: The head does not write text, no tokenizer is beside it, or a recording cannot be used.
+            ValueError: No tokenizer is beside the adapter, or as for the class.
 
         Examples:
             >>> SpeechAdapter.from_pretrained("english").transcribe(["a.wav", "b.wav"])  # doctest: +SKIP
@@ -258,14 +243,7 @@ class SpeechAdapter:
     ) -> Any:
         """Return the labels of each recording with their scores, the likeliest first, as `transformers.pipeline` does.
 
-        Args:
-            recordings: One or a list.
-            sampling_rate: The rate of arrays in Hz.
-            batch_size: How many to answer at a time.
-            top_k: How many labels, None for all.
-
-        Raises:
-            ValueError: The head does not have labels, or a recording cannot be used.
+        With `top_k`, only so many labels.
 
         Examples:
             >>> SpeechAdapter.from_pretrained("emotions").classify("a.wav", top_k=1)  # doctest: +SKIP
@@ -281,14 +259,6 @@ class SpeechAdapter:
     ) -> Any:
         """Return the embedding of each voice, float32 `(width,)`; see `speaker_embeddings`.
 
-        Args:
-            recordings: One or a list.
-            sampling_rate: The rate of arrays in Hz.
-            batch_size: How many to answer at a time.
-
-        Raises:
-            ValueError: The head does not have embeddings, or a recording cannot be used.
-
         Examples:
             >>> SpeechAdapter.from_pretrained("voices").embed("a.wav").shape  # doctest: +SKIP
             (512,)
@@ -302,15 +272,7 @@ class SpeechAdapter:
         """Compare the voices of two recordings.
 
         This is for adapters that were trained to tell speakers apart. One that tells emotions apart compares emotions.
-
-        Args:
-            first: A recording.
-            second: Another one.
-            sampling_rate: The rate of arrays in Hz.
-            threshold: The score from which they count as one voice. Default: the adapter's `verification_threshold`.
-
-        Raises:
-            ValueError: The head does not have embeddings, or a recording cannot be used.
+        They count as one voice from the score `threshold`, by default the adapter's `verification_threshold`.
 
         Examples:
             >>> SpeechAdapter.from_pretrained("voices").verify("a.wav", "b.wav", threshold=0.3).same  # doctest: +SKIP
@@ -391,7 +353,10 @@ class SpeechAdapter:
         return [self.tokenizer.decode(row[valid.bool()]) for row, valid in zip(tokens, mask, strict=True)]
 
     def _name(self, waveforms: Sequence[np.ndarray], top_k: int | None) -> list[list[dict[str, Any]]]:
-        answers = self._piped(waveforms, top_k=top_k)
+        # By default, the pipelines of earlier versions of Transformers apply a softmax to whatever the problem is.
+        functions = {"multi_label_classification": "sigmoid", "regression": "none"}
+        function = functions.get(self._base.config.problem_type, "softmax")
+        answers = self._piped(waveforms, top_k=top_k, function_to_apply=function)
         _finite(torch.tensor([label["score"] for labels in answers for label in labels]))
         return answers
 
