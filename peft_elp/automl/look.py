@@ -102,7 +102,14 @@ class Recordings:
             each = f"{one['shortest']:.1f}-{one['longest']:.1f}"
             who, rates = str(one["speakers"] or "?"), shortened(one["rates"], 2)
             rows.append(
-                (one["class"][:30], *map(str, one["clips"].values()), f"{one['seconds']:.0f}", each, who, rates)
+                (
+                    printable(one["class"])[:30],
+                    *map(str, one["clips"].values()),
+                    f"{one['seconds']:.0f}",
+                    each,
+                    who,
+                    rates,
+                )
             )
         widths = [max(len(str(row[column])) for row in rows) for column in range(8)]
         lines = ["  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
