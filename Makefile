@@ -14,8 +14,8 @@ QUICK := -m "not gate and not exhaustive"
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -n auto $(QUICK)
 
-gate: .venv/ready-dev
-	$(BIN)/python -m pytest -n auto
+gate: test
+	$(BIN)/python -m pytest -n auto -m gate
 
 # What all else is built on, with the lowest PEFT and Transformers that pyproject.toml allows, and with what
 # `pip install` gives today.
