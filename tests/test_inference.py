@@ -49,6 +49,11 @@ def noise(samples, seed=0):
     return np.random.default_rng(seed).normal(scale=0.1, size=samples).astype(np.float32)
 
 
+def refuses(message, call, *args, **options):
+    with pytest.raises(ValueError, match=message):
+        call(*args, **options)
+
+
 # Answers ------------------------------------------------------------------------------------------------------------
 
 
@@ -252,20 +257,15 @@ def test_two_voices_are_compared_by_the_cosine_of_their_embeddings(files, loaded
 
 def test_the_wrong_task_is_named_with_the_right_one(base, tmp_path, files, loaded):
     writer, namer, comparer = map(loaded, ("ForCTC", "ForSequenceClassification", "ForXVector"))
-    with pytest.raises(ValueError, match=r"cannot classify: it was trained with the head of WavLMForCTC.*transcribe"):
-        writer.classify(files[0])
-    with pytest.raises(ValueError, match=r"cannot verify.*can transcribe"):
-        writer.verify(files[0], files[1])
-    with pytest.raises(ValueError, match=r"cannot transcribe.*WavLMForSequenceClassification.*classify and verify"):
-        namer.transcribe(files[0])
-    with pytest.raises(ValueError, match=r"cannot classify.*WavLMForXVector, which can verify"):
-        comparer.classify(files[0])
+    refuses(r"cannot classify: it was trained with the head of WavLMForCTC.*transcribe", writer.classify, files[0])
+    refuses(r"cannot verify.*can transcribe", writer.verify, files[0], files[1])
+    refuses(r"cannot transcribe.*WavLMForSequenceClassification.*classify and verify", namer.transcribe, files[0])
+    refuses(r"cannot classify.*WavLMForXVector, which can verify", comparer.classify, files[0])
     adapted(base, "Model").save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"cannot classify.*WavLMModel\. For that head, use its model directly"):
-        load(tmp_path / "bare").classify(files[0])
+    bare = load(tmp_path / "bare")
+    refuses(r"cannot classify.*WavLMModel\. For that head, use its model directly", bare.classify, files[0])
     adapted(base, "ForCTC").save_pretrained(tmp_path / "mute")
-    with pytest.raises(ValueError, match=r"has no tokenizer.*tokenizer\.save_pretrained\(folder\)"):
-        load(tmp_path / "mute").transcribe(files[0])
+    refuses(r"has no tokenizer.*tokenizer\.save_pretrained\(folder\)", load(tmp_path / "mute").transcribe, files[0])
 
 
 def test_a_bad_recording_is_named_with_what_is_wrong(tmp_path, files, loaded):
@@ -283,15 +283,13 @@ def test_a_bad_recording_is_named_with_what_is_wrong(tmp_path, files, loaded):
         "a\0b.wav": "there is no such file",
         "": "no recording is given",
     }.items():
-        with pytest.raises(ValueError, match=message):
-            loaded("ForSequenceClassification").classify([files[0], file], batch_size=2)
+        refuses(message, loaded("ForSequenceClassification").classify, [files[0], file], batch_size=2)
 
 
 def test_the_shortest_recording_that_a_model_can_answer_is_answered(loaded):
     for head, least in (("ForSequenceClassification", 45), ("ForXVector", 185)):
         assert np.isfinite(loaded(head).embed(noise(least), sampling_rate=16000)).all()
-        with pytest.raises(ValueError, match="The array: it is too short"):
-            loaded(head).embed(noise(least - 1), sampling_rate=16000)
+        refuses("The array: it is too short", loaded(head).embed, noise(least - 1), sampling_rate=16000)
     with pytest.warns(
         UserWarning, match="degrees of freedom"
     ):  # no deviation can be taken of the frames that are left
@@ -307,8 +305,7 @@ def test_a_recording_over_the_limit_is_refused_before_memory_is_gone(tmp_path, f
     answer(files[1])
     message = r"0\.wav: it is too long, 0\.25 s; at most 0\.2 s are allowed \(max_duration_s\)\."
     monkeypatch.setattr("soundfile.SoundFile.read", pytest.fail)
-    with pytest.raises(ValueError, match=message):
-        answer(files[0])
+    refuses(message, answer, files[0])
 
 
 @pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
@@ -341,8 +338,7 @@ def test_a_recording_longer_than_the_window_is_refused_where_its_rest_would_be_c
     ],
 )
 def test_an_array_that_could_be_misread_is_refused(loaded, array, sampling_rate, message):
-    with pytest.raises(ValueError, match=f"The array: .*{message}"):
-        loaded("ForSequenceClassification").classify(array, sampling_rate)
+    refuses(f"The array: .*{message}", loaded("ForSequenceClassification").classify, array, sampling_rate)
 
 
 def test_choices_out_of_range_are_refused(files, loaded):
@@ -352,20 +348,15 @@ def test_choices_out_of_range_are_refused(files, loaded):
 
 
 def test_a_folder_without_an_adapter_is_refused(folders, base, tmp_path):
-    with pytest.raises(ValueError, match=r"There is no folder '\./nowhere'"):
-        load("./nowhere")
-    with pytest.raises(ValueError, match=r"no folder 'me/nothing', and no adapter of that name .* from the Hub"):
-        load("me/nothing")
-    with pytest.raises(ValueError, match=r"holds no adapter: there is no adapter_config\.json in it"):
-        load(base)
+    refuses(r"There is no folder '\./nowhere'", load, "./nowhere")
+    refuses(r"no folder 'me/nothing', and no adapter of that name .* from the Hub", load, "me/nothing")
+    refuses(r"holds no adapter: there is no adapter_config\.json in it", load, base)
     shutil.copytree(folders["ForXVector"], tmp_path / "several/calls")
-    with pytest.raises(ValueError, match=r"These folders inside of it do: calls\."):
-        load(tmp_path / "several")
+    refuses(r"These folders inside of it do: calls\.", load, tmp_path / "several")
     assert load(tmp_path / "several", subfolder="calls")
     model = transformers.WavLMForCTC.from_pretrained(base)
     get_peft_model(model, LoraConfig(target_modules=["intermediate_dense"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="of the method 'LORA', not of ELP"):
-        load(tmp_path / "lora")
+    refuses("of the method 'LORA', not of ELP", load, tmp_path / "lora")
 
 
 def test_a_base_that_moved_can_be_named(tmp_path, files):
@@ -374,8 +365,7 @@ def test_a_base_that_moved_can_be_named(tmp_path, files):
     expected = load(tmp_path / "adapter").classify(files[0])
     (tmp_path / "old").rename(tmp_path / "new")
     message = rf"The base '{re.escape(base)}' .* cannot be used: there is no such folder\. .*base=\.\.\. in Python"
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path / "adapter")
+    refuses(message, load, tmp_path / "adapter")
     assert load(tmp_path / "adapter", base=tmp_path / "new").classify(files[0]) == expected
 
 
@@ -429,8 +419,7 @@ def test_a_base_that_lacks_weights_is_refused(own_base, tmp_path, change, count)
     else:
         change_config(own_base, num_hidden_layers=4)
     message = rf"The base .* lacks {count} weights .*: [\w.]+, [\w.]+, [\w.]+ and {count - 3} more\. Was it trained on"
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path / "adapter")
+    refuses(message, load, tmp_path / "adapter")
 
 
 @pytest.mark.filterwarnings("ignore:'projector' of .* newly initialised and stay frozen:UserWarning")
@@ -438,8 +427,7 @@ def test_what_an_adapter_does_not_bring_the_base_must_have(base, tmp_path, files
     model = WavLMForSequenceClassification.from_pretrained(base, num_labels=4)
     config = ELPConfig(**ELP, l_output="project", modules_to_save=["classifier"])
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"lacks 2 weights .*: projector\.bias, projector\.weight\. Was"):
-        load(tmp_path / "adapter")
+    refuses(r"lacks 2 weights .*: projector\.bias, projector\.weight\. Was", load, tmp_path / "adapter")
     WavLMForSequenceClassification.from_pretrained(base, num_labels=4).save_pretrained(tmp_path / "whole")
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "whole")
     assert len(load(tmp_path / "adapter", base=tmp_path / "whole").classify(files[0])) == 4
@@ -486,8 +474,7 @@ def test_whisper_in_half_precision_writes_and_names(tmp_path, files, dtype):
 
 @pytest.mark.parametrize("dtype", ["int8", "Tensor", "half a byte"])
 def test_a_dtype_is_one_of_floating_point(folders, dtype):
-    with pytest.raises(ValueError, match=r"The base .* cannot be used: .*"):
-        load(folders["ForXVector"], dtype=dtype)
+    refuses(r"The base .* cannot be used: .*", load, folders["ForXVector"], dtype=dtype)
 
 
 def test_answers_that_are_not_numbers_are_errors(folders, files):
@@ -495,8 +482,7 @@ def test_answers_that_are_not_numbers_are_errors(folders, files):
         adapter = load(folders[head])
         with torch.no_grad():
             adapter.model.get_base_model().wavlm.feature_projection.projection.weight.fill_(float("nan"))
-        with pytest.raises(ValueError, match="values that are not finite"):
-            getattr(adapter, task)(files[0])
+        refuses("values that are not finite", getattr(adapter, task), files[0])
 
 
 def test_a_base_is_looked_for_beside_the_adapter(own_base, tmp_path, files, monkeypatch):
@@ -534,8 +520,7 @@ def test_no_code_beside_an_adapter_or_a_base_is_run(own_base, tmp_path, monkeypa
 def test_the_class_of_the_base_is_a_model_class_of_transformers(folders, tmp_path, name):
     shutil.copytree(folders["ForCTC"], tmp_path / "adapter")
     change_config(tmp_path / "adapter", "adapter_config.json", auto_mapping={"base_model_class": name})
-    with pytest.raises(ValueError, match=f"names the class {name!r}, which is not a model class of Transformers"):
-        load(tmp_path / "adapter")
+    refuses(f"names the class {name!r}, which is not a model class of Transformers", load, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("rate", [0, -1, 10**12, "16000", None, [], 1.5])
@@ -543,8 +528,7 @@ def test_a_sampling_rate_without_meaning_is_refused(folders, tmp_path, rate):
     shutil.copytree(folders["ForCTC"], tmp_path / "adapter")
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "adapter")
     change_config(tmp_path / "adapter", "preprocessor_config.json", sampling_rate=rate)
-    with pytest.raises(ValueError, match="must be from 1,000 to 1,000,000 Hz, got"):
-        load(tmp_path / "adapter")
+    refuses("must be from 1,000 to 1,000,000 Hz, got", load, tmp_path / "adapter")
 
 
 def test_a_recording_that_does_not_fit_into_memory_is_named(tmp_path, loaded, monkeypatch):
