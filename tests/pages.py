@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import torch
@@ -48,7 +49,7 @@ from transformers import (
 )
 
 from peft_elp import ELPConfig
-from peft_elp.cli import main as peft_elp_command
+from peft_elp_command import main as peft_elp_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -230,14 +231,6 @@ def load_without_import() -> None:
     raise RuntimeError(done.stderr)
 
 
-def load_from_nowhere() -> None:
-    PeftModel.from_pretrained(build(), "no-such-folder")
-
-
-def call_half_with_float() -> None:
-    get_peft_model(build().half(), ELPConfig(**ELP))(torch.randn(1, 4_000))
-
-
 def train_without_the_column() -> None:
     def collate(rows: list) -> dict:
         return {"input_values": torch.tensor([row["audio"] for row in rows])}
@@ -248,25 +241,9 @@ def train_without_the_column() -> None:
     Trainer(model, arguments, train_dataset=data, data_collator=collate).train()
 
 
-def call_whisper_with_a_second() -> None:
-    tiny_whisper()(torch.randn(1, 80, 100), labels=torch.tensor([[3, 4]]))
-
-
 def load_with_other_labels() -> None:
     build(head="ForSequenceClassification").save_pretrained("base")
     AutoModelForAudioClassification.from_pretrained("base", num_labels=3)
-
-
-def call_with_a_short_utterance() -> None:
-    get_peft_model(build(), ELPConfig(**ELP))(torch.randn(1, 20))
-
-
-def adapt_text() -> None:
-    get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), ELPConfig())
-
-
-def load_into_another_base() -> None:
-    PeftModel.from_pretrained(build(head="ForSequenceClassification", hidden_size=32), "emotions")
 
 
 def checkpoint_reentrantly() -> None:
@@ -275,21 +252,25 @@ def checkpoint_reentrantly() -> None:
     get_peft_model(model, ELPConfig(**ELP)).train()(torch.randn(1, 4_000))
 
 
-def merge() -> None:
-    get_peft_model(build(), ELPConfig(**ELP)).merge_and_unload()
+def adapted_noise(samples: int, **to: Any) -> Any:
+    return get_peft_model(build().to(**to), ELPConfig(**ELP))(torch.randn(1, samples))
 
 
-ERRORS: dict[str, Callable[[], None]] = {
+ERRORS: dict[str, Callable[[], Any]] = {
     "KeyError: 'ELP'": load_without_import,
-    "Can't find 'adapter_config.json'": load_from_nowhere,
-    "should be the same": call_half_with_float,
+    "Can't find 'adapter_config.json'": lambda: PeftModel.from_pretrained(build(), "no-such-folder"),
+    "should be the same": lambda: adapted_noise(4_000, dtype=torch.half),
     "KeyError: 'audio'": train_without_the_column,
-    "the mel input features to be of length 3000": call_whisper_with_a_second,
+    "the mel input features to be of length 3000": lambda: tiny_whisper()(
+        torch.randn(1, 80, 100), labels=torch.tensor([[3, 4]])
+    ),
     "You set `ignore_mismatched_sizes` to `False`": load_with_other_labels,
-    "is too short for": call_with_a_short_utterance,
-    "cannot be merged": merge,
-    "contains no speech encoder that ELP can adapt": adapt_text,
-    "The saved tensors are not those of adapter": load_into_another_base,
+    "is too short for": lambda: adapted_noise(20),
+    "cannot be merged": lambda: get_peft_model(build(), ELPConfig(**ELP)).merge_and_unload(),
+    "contains no speech encoder that ELP can adapt": lambda: get_peft_model(torch.nn.Linear(2, 2), ELPConfig()),
+    "The saved tensors are not those of adapter": lambda: PeftModel.from_pretrained(
+        build(head="ForSequenceClassification", hidden_size=32), "emotions"
+    ),
     "never returns under re-entrant gradient checkpointing": checkpoint_reentrantly,
 }
 
@@ -303,19 +284,3 @@ def message(heading: str, folder: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def count_blocks() -> None:
-    """Print how many blocks each page has and how many of them are run, and why the others are not."""
-    totals = [0, 0]
-    for page in PAGES:
-        number = sum(isinstance(example.region.parsed, str) for example in read(page).examples())
-        why = reasons(page)
-        totals = [totals[0] + number, totals[1] + number - len(why)]
-        for line in (f"{page}: {number - len(why)} of {number}", *(f"    not run: {reason}" for reason in why)):
-            print(line)  # noqa: T201
-    print(f"\n{totals[1]} of {totals[0]} blocks are run.")  # noqa: T201
-
-
-if __name__ == "__main__":
-    count_blocks()

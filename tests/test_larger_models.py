@@ -5,21 +5,14 @@ import torch
 import transformers as t
 from backbones import ELP, TwoEncoders, build, shaken, trained, with_adapters
 from families import FAMILIES, OF_WHISPER, SPEECH_T5, WHISPER
-from family import Around, features, wave
+from family import WIDTH, Around, features, wave
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from peft_elp import Backbone, ELPConfig, backbones, register_backbone
 
-SMALL_TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 40,
-}
+SMALL_TEXT = WIDTH | {"num_key_value_heads": 2, "vocab_size": 40}
 
 
 def audio_language_model():
@@ -55,15 +48,7 @@ def test_the_text_loss_of_an_audio_language_model_reaches_the_adapters_and_nothi
 
 def test_the_speech_tower_of_an_encoder_decoder_is_adapted_and_the_decoder_left_alone():
     torch.manual_seed(0)
-    decoder = t.BertConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        vocab_size=30,
-        is_decoder=True,
-        add_cross_attention=True,
-    )
+    decoder = t.BertConfig(**WIDTH, vocab_size=30, is_decoder=True, add_cross_attention=True)
     base = t.SpeechEncoderDecoderModel(encoder=build("wav2vec2", "Model"), decoder=t.BertLMHeadModel(decoder))
     base.config.decoder_start_token_id, base.config.pad_token_id = 1, 0
     model = get_peft_model(base, ELPConfig(**ELP)).train()
