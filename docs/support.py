@@ -264,6 +264,7 @@ def tested() -> set[str]:
         | {
             type(family.model()).__name__
             for family in families.FAMILIES.values()
+            if family.available
         }
     )
 
