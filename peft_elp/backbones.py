@@ -353,8 +353,8 @@ def register_backbone(stack_class: type, backbone: Backbone) -> None:
     """
     if not isinstance(stack_class, type):
         raise TypeError(
-            f"register_backbone takes a class, got {stack_class!r}. Pass the class of the module that runs the encoder "
-            "layers, such as type(model.encoder)."
+            f"register_backbone takes a class, got {stack_class!r}. Pass the class of the module that runs the "
+            "encoder layers, such as type(model.encoder)."
         )
     known = family(stack_class)
     if known is not None and known != backbone:

@@ -28,9 +28,7 @@ def check_gradients(model: nn.Module) -> None:
         RuntimeError: 1 trained parameters got no gradient (0.bias): nothing that the loss depends on comes after them.
     """
     unreached = [
-        canonical(name)
-        for name, p in model.named_parameters()
-        if p.requires_grad and p.grad is None and p.numel()
+        canonical(name) for name, p in model.named_parameters() if p.requires_grad and p.grad is None and p.numel()
     ]
     if not unreached:
         return

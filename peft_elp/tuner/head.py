@@ -34,7 +34,7 @@ class Head(KeepsTrained, ModulesToSaveWrapper):
         super().__init__(module, "")
         self._active_adapter = []
 
-    def update(self, adapter_name: str, **kwargs: Any) -> None:
+    def update(self, adapter_name: str, tied_module: Any = None, **kwargs: Any) -> None:
         """Do nothing: PEFT would copy the module here, and `place` is given the copy."""
 
     def place(self, container: str, adapter_name: str, copy: nn.Module) -> None:

@@ -43,7 +43,7 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
         stack.own_frames.add(adapter_name)
     if "L" in config.adapters:
         stack.tapped_layers[adapter_name] = config.l_layers or []
-    heads = [model.get_submodule(path) for path in config.modules_to_save or ()]
+    heads: list[Any] = [model.get_submodule(path) for path in config.modules_to_save or ()]
     stack.task_head.join(model, adapter_name, config.head_config, heads)
     stack.follow_adapters()
     return model
@@ -124,7 +124,8 @@ def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
             if any(child is module for module in idle):
                 inner = child.original_module if isinstance(child, ModulesToSaveWrapper) else child.base_layer
                 setattr(parent, name, inner)
-    return model.base_layer if any(model is module for module in idle) else model
+    whole: Any = model
+    return whole.base_layer if any(model is module for module in idle) else model
 
 
 def _is_used(module: nn.Module) -> bool:

@@ -240,6 +240,7 @@ def _sites_in_layers(model: nn.Module, encoder: Encoder, config: ELPConfig) -> I
             "unless l_output is 'residual', and exclude_modules may exclude the others. "
             "Name layers in e_layers, or leave E out of adapters."
         )
+    assert config.e_dim is not None  # `_choose_layers` has chosen it.
     make = partial(
         EAdapter,
         encoder.hidden_size,
@@ -285,6 +286,8 @@ def _excluded(
 def _sites_of_stack(encoder: Encoder, config: ELPConfig) -> Iterator[Site]:
     """Return the L- and the P-adapter."""
     if "L" in config.adapters:
+        assert config.l_dim is not None  # `_choose_layers` and `_resolve_l_output` have chosen these.
+        assert config.l_output is not None
         make = partial(
             LAdapter,
             encoder.hidden_size,
@@ -298,6 +301,7 @@ def _sites_of_stack(encoder: Encoder, config: ELPConfig) -> Iterator[Site]:
         )
         yield Site(encoder.stack_path, ELPStack, "elp_l", _without_values(make), make)
     if "P" in config.adapters:
+        assert config.p_length is not None  # `_check_family` has chosen it.
         make = partial(PAdapter, encoder.hidden_size, config.p_length, config.p_position, config.p_init_std)
         yield Site(encoder.stack_path, ELPStack, "elp_p", _without_values(make), make)
 
