@@ -484,7 +484,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     option("--recordings", type=Path, required=True, help="Folder with the folders of the tasks.")
     option("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     option("--methods", nargs="+", choices=[*METHODS, *CHOICES])
-    option("--steps", type=int, help="Training steps; default: those of the task.")
+    option("--steps", type=int, help="Training steps; default: the number of the task.")
     option("--head_rate", type=float, help="Rate of all heads beside something trained; default: of the head alone.")
     option("--seeds", type=int, help="Seeds after the choice of rates; default: those of the method.")
     option("--no_bf16", action="store_true", help="Compute in float32, on a CPU that has no bfloat16.")

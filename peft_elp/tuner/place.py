@@ -111,21 +111,21 @@ def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
     Returns:
         The model. It is another object only if the model was a wrapped encoder stack itself.
     """
-    idle = [
+    idle = {
         module
         for module in model.modules()
         if isinstance(module, (ELPLayer, FrontEnd, ModulesToSaveWrapper)) and not (only_unused and _is_used(module))
-    ]
+    }
     for module in idle:
         if isinstance(module, ELPStack):
             module.release()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if any(child is module for module in idle):
+            if child in idle:
                 inner = child.original_module if isinstance(child, ModulesToSaveWrapper) else child.base_layer
                 setattr(parent, name, inner)
     whole: Any = model
-    return whole.base_layer if any(model is module for module in idle) else model
+    return whole.base_layer if model in idle else model
 
 
 def _is_used(module: nn.Module) -> bool:
