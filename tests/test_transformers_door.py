@@ -46,7 +46,10 @@ def logits(model):
 def based(folder, family="wavlm", head="ForCTC", **options):
     """A base checkpoint on disk, loaded the usual way."""
     build(family, head).save_pretrained(folder / "base")
-    return AUTO[head].from_pretrained(folder / "base", ignore_mismatched_sizes=bool(options), **options)
+    model = AUTO[head].from_pretrained(folder / "base", ignore_mismatched_sizes=bool(options), **options)
+    if head == "ForXVector" and options:  # Transformers 5.0 leaves whatever was in memory
+        torch.nn.init.normal_(model.objective.weight)
+    return model
 
 
 def peft_folder(folder, family="wavlm", head="ForCTC", **options):
