@@ -150,9 +150,18 @@ class SpeechAdapter:
         backbone = _load_base(saved, name, token=token, **options)
         with _named_errors(f"The adapter in {str(saved.folder)!r}"):
             model = PeftModel.from_pretrained(backbone, str(saved.folder), torch_device=str(target)).eval().to(target)
+        loaded = cls._around(model, saved, name, token, max_duration_s)
+        loaded._options = {"base": base, "device": device, "dtype": dtype, "max_duration_s": max_duration_s}
+        return loaded
+
+    @classmethod
+    def _around(
+        cls, model: PeftModel, saved: SavedAdapter, base: str, token: str | bool | None, max_duration_s: float
+    ) -> SpeechAdapter:
+        """Load the feature extractor and the tokenizer that belong to an adapter."""
         window = {"chunk_length": seconds} if (seconds := saved.config.get("chunk_length")) else {}
-        source = str(saved.folder) if saved.holds(*EXTRACTOR) else name
-        options = {"token": token, "trust_remote_code": False}
+        source = str(saved.folder) if saved.holds(*EXTRACTOR) else base
+        options: dict[str, Any] = {"token": token, "trust_remote_code": False}
         with _named_errors(f"The feature extractor in {source!r}"):
             extractor: Any = AutoFeatureExtractor.from_pretrained(source, **options, **window)
         rate_hz = getattr(extractor, "sampling_rate", None)
@@ -167,12 +176,10 @@ class SpeechAdapter:
         has_own = saved.holds(*TOKENIZER)
         # Without a trained head, the adapter writes with the vocabulary of its base.
         if saved.task == "automatic-speech-recognition" and (has_own or not saved.counts["head"]):
-            source = str(saved.folder) if has_own else name
+            source = str(saved.folder) if has_own else base
             with _named_errors(f"The tokenizer in {source!r}"):
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded = cls(model, saved, extractor, tokenizer, max_duration_s)
-        loaded._options = {"base": base, "device": device, "dtype": dtype, "max_duration_s": max_duration_s}
-        return loaded
+        return cls(model, saved, extractor, tokenizer, max_duration_s)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return partial(type(self).from_pretrained, self.saved.folder.resolve(), **self._options), ()
