@@ -309,33 +309,52 @@ def train(
     recordings: Annotated[str, typer.Argument(help="A folder <label>/*.wav, one with splits, or a table.")],
     base: Annotated[str | None, _option("Model", "Folder or Hub name of the encoder.")] = None,
     output: Annotated[str | None, _option("Output", "The folder for the adapter and its report.")] = None,
-    task: Annotated[str | None, _option("Data", "classify, or verify to compare voices. Default: classify.")] = None,
-    label: Annotated[str | None, _option("Data", "The column of the classes. Default: found by its name.")] = None,
+    task: Annotated[
+        str | None, _option("Data", "classify, verify or transcribe. Default: what the data have.")
+    ] = None,
+    label: Annotated[
+        str | None, _option("Data", "The column of classes or texts. Default: found by its name.")
+    ] = None,
     speaker: Annotated[str | None, _option("Data", "The column of the speakers. Default: found by its name.")] = None,
     check_only: Annotated[bool, _option("Data", "Look at the recordings and stop.", "--check-only")] = False,
     skip_bad: Annotated[bool, _option("Data", "Leave out recordings that cannot be read.", "--skip-bad")] = False,
     minutes: Annotated[float, _option("Search", "How long to search.")] = 10,
     trials: Annotated[int | None, _option("Search", "How many candidates at most. Default: as time allows.")] = None,
     jobs: Annotated[int, _option("Search", "How many processes search side by side.")] = 1,
+    engine: Annotated[str, _option("Search", "Where they run: local, or ray for Ray's cluster.")] = "local",
     metric: Annotated[str, _option("Search", "unweighted_accuracy, accuracy or f1.")] = "unweighted_accuracy",
     seed: Annotated[int, _option("Search", "Seed of folds, search and trainings.")] = 0,
+    live: Annotated[
+        bool | None,
+        _option("Search", "Train further on the recordings, if it helps. Default: on a GPU.", "--live/--no-live"),
+    ] = None,
     device: Device = None,
+    dtype: Annotated[str, _option("Model", "Of the encoder, such as bfloat16.")] = "float32",
+    chunk_length: Annotated[
+        int | None, _option("Model", "Whisper's window in seconds. Default: that of the longest recording.")
+    ] = None,
+    language: Annotated[str | None, _option("Model", "Of the texts, for a multilingual Whisper.")] = None,
     overwrite: Annotated[bool, _option("Output", "Replace the output if it exists.", "--overwrite")] = False,
 ) -> None:
     """Train an adapter on a folder of labelled recordings, and report what it is worth."""
-    if not check_only and not (base and output):
+    options = dict(locals())  # by the names that `Training` has for them
+    if not options.pop("check_only") and not (base and output):
         raise typer.BadParameter("training needs --base and --output; --check-only needs neither")
+    from transformers.utils import logging
+
+    from peft_elp.automl.features import check_base, check_window
     from peft_elp.automl.look import look
-    from peft_elp.automl.train import show
     from peft_elp.automl.train import train as run
 
-    data: dict[str, Any] = {"label": label, "speaker": speaker, "skip_bad": skip_bad}
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if check_only:
-        show(look(recordings, verify=task == "verify", **data), task == "verify", say)
+        found = look(recordings, task=task, label=label, speaker=speaker, skip_bad=skip_bad)
+        found.warnings += check_window(check_base(base)[1], found) if base else []
+        found.show(say)
         return
-    search: dict[str, Any] = {"minutes": minutes, "trials": trials, "jobs": jobs, "metric": metric, "seed": seed}
     try:
-        run(recordings, str(base), str(output), task=task, device=device, overwrite=overwrite, **data, **search)
+        run(**options)
     except KeyboardInterrupt:
         raise RuntimeError("interrupted. The same command goes on where this one was.") from None
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import pytest
 import soundfile
@@ -18,10 +19,10 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 pytest.importorskip("optuna")
 
 from peft_elp.automl import features as features_module
-from peft_elp.automl import measures, report, search, split
+from peft_elp.automl import live, measures, report, search, split, transcribe
 from peft_elp.automl.features import Base
 from peft_elp.automl.look import look
-from peft_elp.automl.reader import Problem, Setting, answer, place, train_reader
+from peft_elp.automl.reader import Problem, Setting, answer, cool, place, train_reader
 from peft_elp.automl.split import make_folds
 from peft_elp.automl.train import train
 from peft_elp.speech.inference import SpeechAdapter
@@ -105,15 +106,7 @@ def test_tones_are_learned_and_the_verdict_says_so(made):
 
 def test_the_saved_adapter_answers_as_the_search_did(made):
     recordings, trained = made
-    wrong = trained.report.facts["result"]["confusion"]
-    adapter = SpeechAdapter.from_pretrained(trained.folder, base=trained.base, dtype="float32")
-    found = look(recordings, progress=False)
-    names = found.names
-    confusion = np.zeros_like(wrong)
-    for number in found.where("test"):
-        best = adapter.classify(found.file(number), top_k=1)[0]
-        confusion[names.index(found.labels[number]), names.index(best["label"])] += 1
-    assert confusion.tolist() == wrong
+    assert answers_as_reported(recordings, trained)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +124,15 @@ def test_a_reader_and_its_saved_adapter_give_the_same_logits(
 ):
     monkeypatch.setattr(features_module, "IN_MEMORY", in_memory)
     found = look(folders(tmp_path / "tones", clips=4), progress=False)
-    base = Base(bases[name], found.names, max(found.durations_s))
+    base = Base(bases[name], found.names, found.longest_s)
     features = base.read(found.rows, tmp_path / "features", progress=False)
     labels = torch.tensor([found.names.index(label) for label in found.labels])
     problem, rows = Problem(features, labels, 3, width=base.width), list(range(12))
     reader, _, _ = train_reader(problem, Setting((0, 1), l_dim, steps=10), rows)
     expected = answer(problem, reader, rows) / 2.0
     model = base.adapted(l_dim=l_dim, l_layers=[0, 1], l_input_norm=True)
-    place(reader.folded(temperature=2.0), model)
+    place(reader.folded(), model)
+    cool(model, 2.0)
     with torch.no_grad():
         logits = [model(**base.collate([found.rows[row]])).logits[0] for row in rows]
     torch.testing.assert_close(torch.stack(logits), expected, atol=tolerance, rtol=tolerance)
@@ -219,6 +213,75 @@ def test_voices_are_compared_on_other_speakers(bases, tmp_path):
     assert np.isfinite(embeddings[0]).all()
 
 
+# Trained on the recordings themselves --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_epoch(monkeypatch):
+    monkeypatch.setattr(live, "EPOCHS", 1)
+
+
+def answers_as_reported(recordings, trained):
+    wrong = trained.report.facts["result"]["confusion"]
+    adapter = SpeechAdapter.from_pretrained(trained.folder, base=trained.base, dtype="float32")
+    found = look(recordings, progress=False)
+    names = found.names
+    confusion = np.zeros_like(wrong)
+    for number in found.where("test"):
+        best = adapter.classify(found.table["file"][number], top_k=1)[0]
+        confusion[names.index(found.labels[number]), names.index(best["label"])] += 1
+    return confusion.tolist() == wrong
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("name", ["wav2vec2", "whisper"])
+def test_what_is_trained_on_recordings_is_kept_if_it_is_better(bases, tmp_path, one_epoch, monkeypatch, kept, name):
+    monkeypatch.setattr(live, "is_better", lambda *_: kept)
+    recordings = table(tmp_path / "recordings")
+    trained = run(recordings, bases[name], tmp_path / "adapter", trials=1, live=True)
+    assert trained.adapter.saved.config["adapters"] == ("EL" if kept else "L")
+    assert ("That was kept." if kept else "was not kept") in trained.report.summary()
+    assert answers_as_reported(recordings, trained)
+
+
+def test_augmentation_changes_a_recording_and_makes_it_no_longer():
+    sound = np.sin(np.arange(8000, dtype=np.float32))
+    one, other = (live.augmented(sound, RATE_HZ, np.random.default_rng(seed)) for seed in (0, 1))
+    assert max(len(one), len(other)) <= 8000
+    assert one.dtype == np.float32
+    assert not np.allclose(one[:4000], other[:4000])
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "whisper"])
+def test_texts_are_trained_measured_before_and_after_and_written_by_the_adapter(bases, tmp_path, one_epoch, name):
+    recordings = table(tmp_path / "recordings", {"a bad dog": 300, "no lid": 2000})
+    (recordings / "metadata.csv").write_text((recordings / "metadata.csv").read_text().replace("label", "text"))
+    trained = run(recordings, bases[name], tmp_path / "adapter", minutes=0.01)
+    facts = trained.report.facts
+    files = [recordings / f"{number}-{clip}.wav" for number in range(2) for clip in range(8, 12)]
+    written = trained.adapter.transcribe(files)
+    assert jiwer.wer(["a bad dog"] * 4 + ["no lid"] * 4, written) == pytest.approx(
+        facts["result"]["metrics"]["wer"]["value"]
+    )
+    assert facts["before"] == ("writing nothing" if name == "wav2vec2" else "the base before training")
+    assert "than writing nothing (100.0 %): word error rate" in trained.report.summary()
+    assert "a bad dog" in (trained.folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("written", "what"),
+    [
+        (["", "", "", "a"], "3 of 4 texts are empty"),
+        (["a b", "a b", "a b", "c"], "3 of 4 texts are 'a b'"),
+        (["no no no no no no no", "a b a b a b a b a b", "c"], "2 of 3 texts repeat their words"),
+        (["one", "two", "three"], None),
+    ],
+)
+def test_a_model_that_writes_only_padding_or_repeats_is_told(written, what):
+    said = list(transcribe._degenerate(written))
+    assert (what in said[0]) if what else not said
+
+
 # What is in a folder -------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +349,7 @@ def only_text(place):
         (one_clip_each, "3 of 3 classes have a single recording"),
         (many_classes_few_files, "200 of 200 classes have a single recording"),
         (broken, "2 of 26 recordings cannot be used"),
-        (only_text, "No column tells the classes.*Recognition of text is not trained here"),
+        (only_text, "needs at least two texts, got 'hello'"),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on_is_refused(tmp_path, make, message):
@@ -309,10 +372,13 @@ def test_broken_files_are_left_out_on_request(tmp_path):
 
 def test_a_link_out_of_the_folder_and_mixed_formats_are_read(tmp_path):
     folders(tmp_path / "tones", clips=3, classes={**TONES, "\x1b[31mred": 500})
-    assert "\x1b" not in look(tmp_path / "tones", progress=False).table()
+    said: list[str] = []
+    look(tmp_path / "tones", progress=False).show(said.append)
+    assert r"\x1b[31mred" in "".join(said)
+    assert "\x1b" not in "".join(said)
     tone(tmp_path / "elsewhere.flac", 300, 7, rate_hz=8000)
     (tmp_path / "tones" / "low" / "link.flac").symlink_to(tmp_path / "elsewhere.flac")
-    assert sorted(set(look(tmp_path / "tones", progress=False).rates_hz)) == [8000, 16_000]
+    assert sorted(set(look(tmp_path / "tones", progress=False).table["rate_hz"])) == [8000, 16_000]
 
 
 def warned(place, **options):
@@ -342,10 +408,12 @@ def test_what_speaks_against_the_data_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "transcribe"}, "Recognition is not trained here"),
         ({"task": "rank"}, "task must be one of"),
         ({"metric": "bleu"}, "metric must be one of unweighted_accuracy, accuracy, f1, got 'bleu'"),
         ({"minutes": 0}, "minutes must be above 0, got 0"),
+        ({"chunk_length": 0}, "chunk_length must be at least 1, got 0"),
+        ({"dtype": "int8"}, "dtype must be one of float32"),
+        ({"engine": "spark"}, "engine must be one of local, ray, got 'spark'"),
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
         ({"base": "no/such base"}, "The base 'no/such base' cannot be used"),
     ],

@@ -1,15 +1,23 @@
-"""The measures of answers: of classes that are named, and of voices that are compared."""
+"""The measures of answers: of classes that are named, of voices that are compared, of texts that are written.
+
+A measure is a function of answers and of the numbers of the recordings that count, each as often as it is there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jiwer
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from peft_elp.speech.metrics import equal_error_rate, min_dcf
+
 METRICS = ("unweighted_accuracy", "accuracy", "f1")
+Measure = Callable[[NDArray[Any], NDArray[Any]], dict[str, float]]
 
 
 def confusion_matrix(right: Any, answered: Any, classes: int) -> NDArray[np.int64]:
@@ -35,9 +43,55 @@ def metrics_of(confusion: NDArray[Any]) -> dict[str, float]:
     }
 
 
-def trials_of(speakers: Any, embeddings: Tensor) -> tuple[Any, Any]:
-    """Return for all pairs of recordings whether they are of one speaker, and the cosines of their embeddings."""
+def of_classes(right: Any, classes: int) -> Measure:
+    """Return the measure of answered classes, `(recordings,)`."""
+    right = np.asarray(right)
+    return lambda answered, rows: metrics_of(confusion_matrix(right[rows], answered[rows], classes))
+
+
+def of_voices(speakers: Any) -> Measure:
+    """Return the measure of the cosines of all pairs of recordings, `(recordings, recordings)`."""
+
+    def measure(cosines: NDArray[Any], rows: NDArray[Any]) -> dict[str, float]:
+        trials = trials_of(speakers, cosines, rows)
+        return {"eer": equal_error_rate(*trials), "min_dcf": min_dcf(*trials)}
+
+    return measure
+
+
+def of_texts(errors: NDArray[Any], rows: NDArray[Any]) -> dict[str, float]:
+    """Return word and character error rates of what `text_errors` counts."""
+    words, of_words, characters, of_characters = errors[rows].sum(0).tolist()
+    return {"wer": words / of_words, "cer": characters / of_characters}
+
+
+def text_errors(right: Sequence[str], written: Sequence[str]) -> NDArray[np.int64]:
+    """Return for each text the wrong words, the words, the wrong characters and the characters, `(recordings, 4)`.
+
+    Examples:
+        >>> text_errors(["one two"], ["one too"]).tolist()
+        [[1, 2, 1, 7]]
+    """
+    rows = []
+    for texts in zip(right, written, strict=True):
+        row = []
+        for found in (jiwer.process_words(*texts), jiwer.process_characters(*texts)):
+            missed = found.substitutions + found.deletions
+            row += [missed + found.insertions, missed + found.hits]
+        rows.append(row)
+    return np.array(rows)
+
+
+def cosines_of(embeddings: Tensor) -> NDArray[Any]:
+    """Return the cosines of all pairs of embeddings, `(recordings, recordings)`."""
     directions = torch.nn.functional.normalize(embeddings.float())
-    first, second = torch.triu_indices(len(directions), len(directions), 1)
-    cosines = (directions @ directions.T)[first, second]
-    return (np.asarray(speakers)[first] == np.asarray(speakers)[second]).astype(int), cosines.numpy()
+    return (directions @ directions.T).numpy()
+
+
+def trials_of(speakers: Any, cosines: NDArray[Any], rows: Any = slice(None)) -> tuple[Any, Any]:
+    """Return for all pairs of different recordings whether they are of one speaker, and their cosines."""
+    rows = np.arange(len(cosines))[rows]
+    first, second = (rows[side] for side in np.triu_indices(len(rows), 1))
+    first, second = first[first != second], second[first != second]
+    speakers = np.asarray(speakers)
+    return (speakers[first] == speakers[second]).astype(int), cosines[first, second]

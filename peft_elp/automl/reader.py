@@ -51,6 +51,15 @@ class Setting:
         """Return the number of trained parameters in the encoder."""
         return len(self.layers) * (1 + (self.l_dim and hidden * self.l_dim + 3 * self.l_dim))
 
+    def elp(self) -> dict[str, Any]:
+        """Return the settings of an `ELPConfig` that has the same L-adapter."""
+        return {
+            "l_dim": self.l_dim,
+            "l_layers": list(self.layers),
+            "l_input_norm": True,
+            "l_dropout": self.dropout / 2,
+        }
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -126,7 +135,7 @@ class Reader(nn.Module):
         """Return what the projector makes of each recording, `(recordings, width)`."""
         return self.projector(dropout(self.means(rows, generator), self.setting.dropout, self.training))
 
-    def folded(self, temperature: float = 1.0) -> dict[str, Tensor]:
+    def folded(self) -> dict[str, Tensor]:
         """Return the weights of an ELP-adapter and its head that answer as this reader does, by name.
 
         The adapter of the model normalises each frame, and does not centre or scale it.
@@ -137,8 +146,6 @@ class Reader(nn.Module):
                 _fold(state, f"adapter.taps.{tap}.down", centre, scale)
         else:
             _fold(state, "projector", self.shares.detach() @ self.centre, self.scale[0])
-        for key in ("classifier.weight", "classifier.bias"):
-            state[key] /= temperature
         return state
 
 
@@ -172,8 +179,7 @@ def train_reader(
         reader = Reader(problem, setting, rows)
         if problem.verify:
             reader.classifier.bias.requires_grad_(False).zero_()
-        counts = torch.bincount(labels, minlength=problem.classes).clamp(min=1)
-        weight = len(rows) / (counts * (counts > 0).sum())  # 1 where all classes are as frequent
+        weight = class_weights(problem, rows)
         layer_weights = [reader.adapter.layer_weights]
         matrices = [p for name, p in reader.named_parameters() if p.dim() > 1]
         others = [p for p in reader.parameters() if p.dim() == 1 and p is not layer_weights[0] and p.requires_grad]
@@ -206,6 +212,12 @@ def train_reader(
                 if len(held_out):
                     answers.append(answer(problem, reader, held_out))
         return reader.eval(), answers, losses
+
+
+def class_weights(problem: Problem, rows: Sequence[int]) -> Tensor:
+    """Return the weight of each class in a loss over some recordings: 1 where all are as frequent."""
+    counts = torch.bincount(problem.labels[list(rows)], minlength=problem.classes)
+    return len(rows) / (counts.clamp(min=1) * (counts > 0).sum())
 
 
 def _loss(
@@ -242,3 +254,10 @@ def place(state: Mapping[str, Tensor], adapted: Any) -> None:
         if len(found) != 1 or found[0].shape != value.shape:
             raise RuntimeError(f"{len(found)} parameters of the model are {wanted}; one is needed.")
         found[0].data.copy_(value)
+
+
+def cool(adapted: Any, temperature: float) -> None:
+    """Divide the logits of an adapted model by a temperature."""
+    for name, x in adapted.named_parameters():
+        if x.requires_grad and "classifier." in name:
+            x.data.div_(temperature)

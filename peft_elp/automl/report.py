@@ -12,21 +12,23 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import torch
 from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from peft_elp.speech.metrics import equal_error_rate, min_dcf
+from .measures import METRICS, Measure, confusion_matrix, cosines_of, of_classes, of_voices, trials_of
 
-from .measures import confusion_matrix, metrics_of, trials_of
-
-DRAWS = 1000  # of the bootstrap
-DRAWS_OF_PAIRS = 200
+DRAWS_OF_PAIRS = 200  # of the bootstrap
 LEAST_SPEAKERS = 5  # With fewer, the bootstrap draws recordings.
 BINS = 10
 WRONG = 20
+LOWER = ("eer", "min_dcf", "wer", "cer")  # is better
 METRIC_NAMES = {"unweighted_accuracy": "unweighted accuracy", "accuracy": "accuracy", "f1": "macro F1"}
+METRIC_NAMES |= {"eer": "equal error rate", "wer": "word error rate"}
+CHANCE = {"wer": "writing nothing"}
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,49 @@ class Report:
         (folder / "report.html").write_text(environment.from_string(template).render(self.facts), encoding="utf-8")
 
 
-def draws(count: int, groups: Sequence[str] | None, seed: int) -> tuple[list[NDArray[np.int64]], str]:
-    """Return samples of recordings for a bootstrap, and what was drawn: speakers where there are enough of them."""
-    generator = np.random.default_rng(seed)
-    if groups is None or len(set(groups)) < LEAST_SPEAKERS:
-        return [generator.integers(count, size=count) for _ in range(DRAWS)], "recordings"
-    of = [np.flatnonzero(np.asarray(groups) == name) for name in sorted(set(groups))]
-    return [
-        np.concatenate([of[i] for i in generator.integers(len(of), size=len(of))]) for _ in range(DRAWS)
-    ], "speakers"
+def compare(
+    measure: Measure,
+    own: NDArray[Any],
+    other: NDArray[Any],
+    metric: str,
+    groups: Sequence[str] | None,
+    seed: int,
+    draws: int = 1000,
+) -> dict[str, Any]:
+    """Measure answers and those that they are compared with, with the 95 % intervals of a bootstrap.
+
+    Args:
+        measure: The measure.
+        own: The answers.
+        other: The answers that they are compared with.
+        metric: The metric by which they are compared.
+        groups: The speaker of each recording. With five or more, the bootstrap draws speakers, else recordings.
+        seed: The seed of the bootstrap.
+        draws: How often it draws.
+    """
+    random, count = np.random.default_rng(seed), len(own)
+    of = [np.array([row]) for row in range(count)]
+    unit = "recordings"
+    if groups is not None and len(set(groups)) >= LEAST_SPEAKERS:
+        unit, of = "speakers", [np.flatnonzero(np.asarray(groups) == name) for name in sorted(set(groups))]
+    samples = [np.concatenate([of[i] for i in random.integers(len(of), size=len(of))]) for _ in range(draws)]
+    everything, sign = np.arange(count), -1 if metric in LOWER else 1
+    found = {}
+    for name, answers in (("metrics", own), ("head", other)):
+        drawn = [measure(answers, rows) for rows in samples]
+        found[name] = {key: (x, [one[key] for one in drawn]) for key, x in measure(answers, everything).items()}
+    (value, drawn), (beside, drawn_beside) = found["metrics"][metric], found["head"][metric]
+    gains = [sign * (x - y) for x, y in zip(drawn, drawn_beside, strict=True)]
+    return {
+        "unit": unit,
+        **{name: {key: _interval(*x) for key, x in metrics.items()} for name, metrics in found.items()},
+        "gain": _interval(sign * (value - beside), gains),
+    }
 
 
-def interval(value: float, drawn: Sequence[float]) -> dict[str, float]:
-    """Return a value with the 95 % interval of its bootstrap."""
+def _interval(value: float, drawn: Sequence[float]) -> dict[str, float]:
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    return {"value": value + 0.0, "low": float(low) + 0.0, "high": float(high) + 0.0}  # -0.0 becomes 0.0.
 
 
 def classification(
@@ -99,96 +129,51 @@ def classification(
         metric: The metric of the verdict.
         seed: The seed of the bootstrap.
     """
-    truth, answered, other = np.asarray(right), logits.argmax(-1).numpy(), head.argmax(-1).numpy()
-    classes = len(names)
-    confusion = confusion_matrix(truth, answered, classes)
-    samples, unit = draws(len(truth), groups, seed)
-    drawn = [metrics_of(confusion_matrix(truth[rows], answered[rows], classes)) for rows in samples]
-    beside = [metrics_of(confusion_matrix(truth[rows], other[rows], classes)) for rows in samples]
-    own, alone = metrics_of(confusion), metrics_of(confusion_matrix(truth, other, classes))
-    common = metrics_of(confusion_matrix(truth, np.full_like(truth, np.bincount(truth).argmax()), classes))
-    chance = {"unweighted_accuracy": 1 / classes, "accuracy": 1 / classes, "f1": 1 / classes}
-    gain = [one[metric] - two[metric] for one, two in zip(drawn, beside, strict=True)]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.nan_to_num(np.diag(confusion) / confusion.sum(0))
-        recall = np.nan_to_num(np.diag(confusion) / confusion.sum(1))
+    truth, answered, classes = np.asarray(right), logits.argmax(-1).numpy(), len(names)
+    measure, confusion = of_classes(truth, classes), confusion_matrix(truth, answered, classes)
+    commonest = np.full_like(truth, np.bincount(truth).argmax())
+    precision, recall, _, clips = precision_recall_fscore_support(
+        truth, answered, labels=range(classes), zero_division=0
+    )
     probability = logits.softmax(-1).numpy()
-    return {
-        "unit": unit,
-        "metrics": {key: interval(own[key], [one[key] for one in drawn]) for key in own},
-        "chance": chance,
-        "commonest": common,
-        "head": {key: interval(alone[key], [one[key] for one in beside]) for key in alone},
-        "gain": interval(own[metric] - alone[metric], gain),
+    return compare(measure, answered, head.argmax(-1).numpy(), metric, groups, seed) | {
+        "chance": dict.fromkeys(METRICS, 1 / classes),
+        "commonest": measure(commonest, np.arange(len(truth))),
         "confusion": confusion.tolist(),
         "names": list(names),
         "classes": [
-            {
-                "class": name,
-                "clips": int(confusion[i].sum()),
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-            }
-            for i, name in enumerate(names)
+            dict(zip(("class", "clips", "precision", "recall"), row, strict=True))
+            for row in zip(names, clips.tolist(), precision.tolist(), recall.tolist(), strict=True)
         ],
         "calibration": calibration(truth, probability),
         "rejection": rejection(truth, probability),
-        "wrong": most_wrong(truth, probability),
+        "wrong": most_wrong(truth, probability, names),
     }
 
 
 def verification(right: Sequence[str], embeddings: Tensor, head: Tensor, seed: int) -> dict[str, Any]:
     """Measure comparisons of voices, over all pairs of recordings."""
-    speakers = np.asarray(right)
-    labels, scores = trials_of(speakers, embeddings)
-    _, beside = trials_of(speakers, head)
-    first, second = np.triu_indices(len(speakers), 1)
-    of = [np.flatnonzero(speakers == name) for name in sorted(set(speakers.tolist()))]
-    generator = np.random.default_rng(seed)
-    eers: list[float] = []
-    costs: list[float] = []
-    gains: list[float] = []
-    alone: list[float] = []
-    for _ in range(DRAWS_OF_PAIRS):
-        times = np.zeros(len(speakers))
-        for group in generator.integers(len(of), size=len(of)):
-            times[of[group]] += 1
-        kept = np.repeat(np.arange(len(labels)), (times[first] * times[second]).astype(int))
-        if 0 < labels[kept].sum() < len(kept):
-            eers.append(equal_error_rate(labels[kept], scores[kept]))
-            costs.append(min_dcf(labels[kept], scores[kept]))
-            alone.append(equal_error_rate(labels[kept], beside[kept]))
-            gains.append(alone[-1] - eers[-1])
-    eer, head_eer = equal_error_rate(labels, scores), equal_error_rate(labels, beside)
-    return {
-        "unit": "speakers",
-        "metrics": {"eer": interval(eer, eers), "min_dcf": interval(min_dcf(labels, scores), costs)},
-        "chance": {"eer": 0.5, "min_dcf": 1.0},
-        "head": {"eer": interval(head_eer, alone)},
-        "gain": interval(head_eer - eer, gains),
-        "trials": len(labels),
-    }
+    cosines = cosines_of(embeddings)
+    found = compare(of_voices(right), cosines, cosines_of(head), "eer", right, seed, draws=DRAWS_OF_PAIRS)
+    return found | {"chance": {"eer": 0.5, "min_dcf": 1.0}, "wrong": [], "trials": len(trials_of(right, cosines)[0])}
 
 
 def fit_temperature(logits: Tensor, right: Tensor) -> float:
     """Return the number by which logits are divided so that their softmax fits the right answers best.
 
     Examples:
+        >>> import torch
         >>> sure, right = torch.tensor([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 0, 0, 1])
         >>> fit_temperature(sure, right) > 5
         True
     """
-    log = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([log], max_iter=100, line_search_fn="strong_wolfe")
+    logits, right = logits.double(), right.long()
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        found = torch.nn.functional.cross_entropy(logits / log.exp(), right)
-        found.backward()
-        return found
+    def loss(log: float) -> float:
+        return float(cross_entropy(logits / math.exp(log), right))
 
-    optimizer.step(loss)  # pyright: ignore[reportArgumentType]
-    return min(100.0, max(0.01, math.exp(float(log.detach()))))
+    bounds = (math.log(0.01), math.log(100.0))
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def calibration(right: NDArray[Any], probability: NDArray[Any]) -> dict[str, Any]:
@@ -196,13 +181,8 @@ def calibration(right: NDArray[Any], probability: NDArray[Any]) -> dict[str, Any
     score, hit = probability.max(1), probability.argmax(1) == right
     bins = np.minimum((score * BINS).astype(int), BINS - 1)
     found = [
-        {
-            "clips": int((bins == b).sum()),
-            "score": float(score[bins == b].mean()),
-            "right": float(hit[bins == b].mean()),
-        }
-        for b in range(BINS)
-        if (bins == b).any()
+        {"clips": int(there.sum()), "score": float(score[there].mean()), "right": float(hit[there].mean())}
+        for there in (bins == b for b in np.unique(bins))
     ]
     error = sum(one["clips"] * abs(one["score"] - one["right"]) for one in found) / len(right)
     return {"error": float(error), "bins": found}
@@ -221,34 +201,40 @@ def rejection(right: NDArray[Any], probability: NDArray[Any]) -> list[dict[str, 
     return rows
 
 
-def most_wrong(right: NDArray[Any], probability: NDArray[Any]) -> list[dict[str, Any]]:
+def most_wrong(right: NDArray[Any], probability: NDArray[Any], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the wrong answers with the largest scores."""
     answered, score = probability.argmax(1), probability.max(1)
     wrong = [row for row in np.argsort(-score, kind="stable") if answered[row] != right[row]]
     return [
-        {"row": int(row), "answer": int(answered[row]), "score": float(score[row]), "right": int(right[row])}
+        {"row": int(row), "answer": names[answered[row]], "score": float(score[row]), "right": names[right[row]]}
         for row in wrong[:WRONG]
     ]
 
 
-def verdict(measured: Mapping[str, Any], metric: str, clips: int, where: str, is_head: bool) -> str:
-    """Say in one sentence what the adapter is worth: against chance, and against the head alone."""
+def verdict(
+    measured: Mapping[str, Any], metric: str, clips: int, where: str, other: str = "the head alone", same: bool = False
+) -> str:
+    """Say in one sentence what the adapter is worth: against chance, and against other answers.
+
+    Args:
+        measured: What `compare` measured, with `chance`.
+        metric: The metric.
+        clips: The number of recordings.
+        where: What they are: "test" or "held-out".
+        other: What the answers are compared with.
+        same: Whether these are the same answers.
+    """
     value, chance, gain = measured["metrics"][metric], measured["chance"][metric], measured["gain"]
-    lower = metric in ("eer", "min_dcf")
-    beats = value["high"] < chance if lower else value["low"] > chance
-    name = "equal error rate" if lower else METRIC_NAMES[metric]
+    beats = value["high"] < chance if metric in LOWER else value["low"] > chance
     text = (
-        f"{'Better' if beats else 'Not clearly better'} than chance ({percent(chance)}): {name} {percent(value)} on "
-        f"{clips} {where} recordings"
+        f"{'Better' if beats else 'Not clearly better'} than {CHANCE.get(metric, 'chance')} ({percent(chance)}): "
+        f"{METRIC_NAMES[metric]} {percent(value)} on {clips} {where} recordings"
     )
-    if is_head:
-        return f"{text}; the head alone was chosen, since more layers gave no clear gain."
+    if same:
+        return f"{text}; {other} was chosen, since more layers gave no clear gain."
     points = f"{100 * gain['value']:+.1f} points, 95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
-    if gain["low"] > 0:
-        return f"{text}; better than the head alone ({points})."
-    if gain["high"] < 0:
-        return f"{text}; worse than the head alone ({points})."
-    return f"{text}; not clearly different from the head alone ({points})."
+    found = "better than" if gain["low"] > 0 else "worse than" if gain["high"] < 0 else "not clearly different from"
+    return f"{text}; {found} {other} ({points})."
 
 
 def percent(value: Any) -> str:

@@ -6,29 +6,30 @@ the seed and on the trials so far alone, so that a search with one process gives
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-import torch
+from joblib import Parallel, delayed, parallel_config
 from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.study import MaxTrialsCallback
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from peft_elp.speech.metrics import equal_error_rate
 
-from .measures import confusion_matrix, metrics_of, trials_of
+from .measures import confusion_matrix, cosines_of, metrics_of, trials_of
 from .reader import BATCH, FRAMES, Problem, Setting, train_reader
 from .split import Fold
 
 OPERATIONS_PER_S = 1e10  # of one CPU core, at a guess: candidates that would take too long are left out
 SHARE = 0.04  # of the time that one candidate may take
+ENGINES = ("local", "ray")
 SINGLE = 24  # encoders with more layers are tried at every second one
 
 
@@ -124,7 +125,7 @@ class Search:
         """Return the score of answers for some recordings, a share of 1."""
         right = self.problem.labels[list(rows)].numpy()
         if self.problem.verify:
-            return 1 - equal_error_rate(*trials_of(right, answers))
+            return 1 - equal_error_rate(*trials_of(right, cosines_of(answers)))
         return metrics_of(confusion_matrix(right, answers.argmax(-1).numpy(), self.problem.classes))[self.metric]
 
     def evaluate(self, setting: Setting, go_on: Callable[[int, float], bool] = lambda *_: True) -> Candidate:
@@ -149,13 +150,16 @@ class Search:
         took = time.monotonic() - start
         return Candidate(setting, stop + 1, parts, curve.tolist(), took, -1, complete=done == len(self.folds))
 
-    def run(self, journal: Path, name: str, jobs: int = 1, progress: bool = True) -> tuple[list[Candidate], bool]:
+    def run(
+        self, journal: Path, name: str, jobs: int = 1, engine: str = "local", progress: bool = True
+    ) -> tuple[list[Candidate], bool]:
         """Search, and go on where an earlier search of the same name stopped.
 
         Args:
             journal: The file of the trials.
             name: The name of the search in it, which tells its data and settings.
             jobs: How many processes work side by side.
+            engine: Where they run: "local", or "ray" for the cluster that Ray is connected to.
             progress: Show a progress bar.
 
         Returns:
@@ -164,35 +168,36 @@ class Search:
         Raises:
             KeyboardInterrupt: It was interrupted before the first candidate was complete.
         """
-        end = time.time() + self.seconds
+        end, state = time.time() + self.seconds, optuna.trial.TrialState
         study = _study(journal, name, len(self.folds))
-        for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # of a process that was killed
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        there = {t.user_attrs.get("always") for t in study.trials if t.state != optuna.trial.TrialState.FAIL}
+        for trial in study.get_trials(states=(state.RUNNING,)):  # of a process that was killed
+            study.tell(trial.number, state=state.FAIL)
+        there = {trial.user_attrs.get("always") for trial in study.trials if trial.state != state.FAIL}
         for number, params in enumerate(self.always()):
             if number not in there:
                 study.enqueue_trial(params, user_attrs={"always": number})
-        context = multiprocessing.get_context("spawn")
-        threads = torch.get_num_threads()
-        workers = [context.Process(target=_work, args=(self, journal, name, end, True)) for _ in range(jobs - 1)]
         interrupted = False
         try:
-            for worker in workers:
-                worker.start()
-            torch.set_num_threads(max(1, threads // jobs))
-            _work(self, journal, name, end, False, progress)
-            for worker in workers:
-                worker.join()
+            with _engine(engine):
+                work = (delayed(_work)(self, journal, name, end, job, progress and not job) for job in range(jobs))
+                Parallel(n_jobs=jobs)(work)
         except KeyboardInterrupt:
             interrupted = True
-            for worker in workers:
-                worker.terminate()
-        finally:
-            torch.set_num_threads(threads)
         found = candidates(study)
         if interrupted and not any(one.complete for one in found):
             raise KeyboardInterrupt
         return found, interrupted
+
+
+def _engine(name: str) -> Any:
+    if name == "local":
+        return nullcontext()
+    try:
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        raise ImportError(f"The engine ray is not installed ({error}): pip install 'peft-elp[train,ray]'") from error
+    register_ray()
+    return parallel_config(backend="ray")
 
 
 def candidates(study: Any) -> list[Candidate]:
@@ -242,45 +247,30 @@ def _study(journal: Path, name: str, folds: int) -> Any:
     )
 
 
-def _work(search: Search, journal: Path, name: str, end: float, is_helper: bool, progress: bool = False) -> None:
+def _work(search: Search, journal: Path, name: str, end: float, job: int, progress: bool) -> None:
     """Train candidates until the time is over or there are enough."""
-    if is_helper:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # The main process ends this one.
-        torch.set_num_threads(1)
-    study = _study(journal, name, len(search.folds))
-    start, bar = time.time(), tqdm(total=round(search.seconds), desc="Search", unit="s", disable=not progress)
-    best = 0.0
-    with bar:
-        while time.time() < end:
-            if search.trials is not None and sum(t.state.is_finished() for t in study.trials) >= search.trials:
-                break
-            number = len(study.trials)
-            study.sampler = optuna.samplers.TPESampler(
-                seed=search.problem.seed * 100_003 + number, n_startup_trials=20
-            )
-            trial = study.ask()
-            candidate = _try(search, study, trial)
-            best = max(best, candidate.score if candidate.complete else 0.0)
-            bar.n = min(bar.total, round(time.time() - start))
-            bar.set_postfix_str(f"{trial.number + 1} candidates, best {100 * best:.1f} %")
+    study, state = _study(journal, name, len(search.folds)), optuna.trial.TrialState
+    finished = (state.COMPLETE, state.PRUNED, state.FAIL)
+    # A search that goes on must not draw again what it has drawn.
+    seed = 100_003 * search.problem.seed + 1009 * job + len(study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=20)
+    enough: list[Any] = []
+    if search.trials is not None:
+        if len(study.get_trials(states=finished)) >= search.trials:
+            return
+        enough = [MaxTrialsCallback(search.trials, states=finished)]
+    options: dict[str, Any] = {"timeout": end - time.time(), "callbacks": enough, "show_progress_bar": progress}
+    study.optimize(partial(_objective, search), **options)
 
 
-def _try(search: Search, study: Any, trial: Any) -> Candidate:
+def _objective(search: Search, trial: Any) -> float:
     def go_on(folds: int, score: float) -> bool:
         trial.report(score, folds)
         return is_fixed or not trial.should_prune()
 
-    state = optuna.trial.TrialState
-    try:
-        setting = search.suggest(trial)
-        is_fixed = trial.user_attrs.get("always") in (0, 1)  # The head alone and all layers are in every report.
-        candidate = search.evaluate(setting, go_on)
-    except BaseException:
-        study.tell(trial, state=state.FAIL)
-        raise
+    is_fixed = trial.user_attrs.get("always") in (0, 1)  # The head alone and all layers are in every report.
+    candidate = search.evaluate(search.suggest(trial), go_on)
     trial.set_user_attr("candidate", {key: value for key, value in asdict(candidate).items() if key != "number"})
-    if candidate.complete:
-        study.tell(trial, candidate.score)
-    else:
-        study.tell(trial, state=state.PRUNED)
-    return candidate
+    if not candidate.complete:
+        raise optuna.TrialPruned
+    return candidate.score

@@ -33,7 +33,7 @@ class Fold:
         return [number for part in self.parts for number in part]
 
 
-def make_folds(found: Recordings, seed: int, verify: bool = False) -> tuple[list[Fold], str]:
+def make_folds(found: Recordings, seed: int) -> tuple[list[Fold], str]:
     """Return the folds by which the search chooses, and a sentence that says how they were made.
 
     A validation split of its own is used as it is, unless it has fewer than 100 clips or fewer than four speakers.
@@ -42,9 +42,8 @@ def make_folds(found: Recordings, seed: int, verify: bool = False) -> tuple[list
     Args:
         found: The recordings.
         seed: The seed.
-        verify: Whether voices are compared: each fold then holds speakers out.
     """
-    train, validation = found.where("train"), found.where("validation")
+    train, validation, verify = found.where("train"), found.where("validation"), found.task == "verify"
     speakers = found.speakers
     known = None if speakers is None else Counter(speakers[i] for i in validation)
     if len(validation) >= LEAST and (known is None or len(known) >= LEAST_SPEAKERS) and not verify:

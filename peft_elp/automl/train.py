@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,20 +18,22 @@ import torch
 from huggingface_hub import EvalResult
 from torch import Tensor
 
+from peft_elp.recipes.arguments import DTYPES
 from peft_elp.saved.card import describe
 from peft_elp.speech.inference import SpeechAdapter
 from peft_elp.speech.metrics import equal_error_threshold
 from peft_elp.wording import shortened
 
 from . import report as measured
-from .features import Base
-from .look import Recordings, look, printable
-from .measures import METRICS, trials_of
-from .reader import Problem, answer, place, train_reader
-from .search import Candidate, Search, choose
-from .split import make_folds
+from .features import Base, check_base, check_window
+from .live import train_live
+from .look import TASKS, Recordings, look
+from .measures import METRICS, cosines_of, trials_of
+from .reader import Problem, answer, cool, place, train_reader
+from .search import ENGINES, Candidate, Search, choose
+from .split import Fold, make_folds
+from .transcribe import transcribe
 
-TASKS = ("classify", "verify")
 SHOWN = 20  # candidates in the report
 
 
@@ -60,29 +62,96 @@ class Trained:
         return SpeechAdapter.from_pretrained(self.folder, base=self.base)
 
 
-def train(
-    recordings: str | Path,
-    base: str,
-    output: str | Path,
-    *,
-    task: str | None = None,
-    label: str | None = None,
-    speaker: str | None = None,
-    minutes: float = 10.0,
-    trials: int | None = None,
-    jobs: int = 1,
-    metric: str = "unweighted_accuracy",
-    seed: int = 0,
-    device: str | None = None,
-    skip_bad: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> Trained:
+@dataclass(frozen=True)
+class Training:
+    """The arguments of `train`.
+
+    Args:
+        recordings: A folder `<label>/*.wav`, one with splits, or one with a table; see `peft_elp.automl.look.look`.
+        base: The encoder: a Hub id or folder.
+        output: The folder for the adapter, `report.html` and `report.json`. It must not exist.
+        task: "classify" names classes, "verify" compares voices, "transcribe" writes texts. None: what the data have.
+        label: The column of the classes or texts. None finds it.
+        speaker: The column of the speakers. None finds it.
+        minutes: How long the search may take, without the time for the features and the report. Also how long a
+            training on the recordings themselves may take.
+        trials: How many candidates at most. The same number with the same seed and one job gives the same adapter.
+        jobs: How many processes search side by side.
+        engine: Where they run: "local", or "ray" for the cluster that Ray is connected to, with a shared folder.
+        metric: "unweighted_accuracy", "accuracy" or "f1": what candidates are chosen by.
+        live: Whether the chosen setting is trained further on the recordings themselves, with E-adapters and
+            augmentation, and kept if it is better. None: where the device is not the CPU.
+        seed: The seed of the folds, the search and the trainings.
+        device: Where the encoder runs. None: a CUDA device if there is one, else the CPU.
+        language: The language of the texts, such as "de", where the base is a multilingual Whisper.
+        dtype: The dtype of the encoder.
+        chunk_length: The window of an encoder such as Whisper's, in whole seconds. None: that of the longest
+            recording.
+        skip_bad: Whether recordings that cannot be read are left out.
+        overwrite: Whether `output` may be replaced.
+        progress: Print what is done, with progress bars.
+
+    Raises:
+        ValueError: An argument is wrong.
+        FileExistsError: `output` holds something.
+    """
+
+    recordings: str | Path
+    base: str
+    output: str | Path
+    _: KW_ONLY
+    task: str | None = None
+    label: str | None = None
+    speaker: str | None = None
+    minutes: float = 10.0
+    trials: int | None = None
+    jobs: int = 1
+    engine: str = "local"
+    metric: str = "unweighted_accuracy"
+    live: bool | None = None
+    seed: int = 0
+    device: str | None = None
+    language: str | None = None
+    dtype: str = "float32"
+    chunk_length: int | None = None
+    skip_bad: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        known = {"task": (None, *TASKS), "metric": METRICS, "engine": ENGINES, "dtype": DTYPES}
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, values))}, got {value!r}.")
+        if not 0 < self.minutes < float("inf"):
+            raise ValueError(f"minutes must be above 0, got {self.minutes!r}.")
+        for name in ("trials", "jobs", "chunk_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}.")
+        folder = Path(self.output)
+        if folder.exists() and not self.overwrite and not (folder.is_dir() and not any(folder.iterdir())):
+            raise FileExistsError(
+                f"{folder} exists. Choose another output, or replace it with overwrite (--overwrite)."
+            )
+
+    @property
+    def work(self) -> Path:
+        """The folder beside the output with what a search that was stopped goes on from."""
+        return Path(self.output).with_name(f"{Path(self.output).name}.search")
+
+    def say(self, *words: Any) -> None:
+        """Print words, unless nothing is to be printed."""
+        if self.progress:
+            print(*words)  # noqa: T201
+
+
+def train(recordings: str | Path, base: str, output: str | Path, **options: Any) -> Trained:
     """Train an adapter on a folder of labelled recordings, and report what it is worth.
 
     The encoder reads each recording once. A search then trains many settings of an L-adapter without layer norms on
     its features, by folds, and chooses the smallest one within one standard error of the best. The adapter is trained
-    on everything but the test split, which is answered once, at the end.
+    on everything but the test split, which is answered once, at the end. Texts are trained without a search, on the
+    recordings themselves.
 
     Beside `output` lies `<output>.search` with the features and the trials: a search that was stopped goes on there,
     and a second one finds the features. Delete it when you no longer need it.
@@ -91,18 +160,7 @@ def train(
         recordings: A folder `<label>/*.wav`, one with splits, or one with a table; see `peft_elp.automl.look.look`.
         base: The encoder: a Hub id or folder.
         output: The folder for the adapter, `report.html` and `report.json`. It must not exist.
-        task: "classify" names classes, "verify" compares voices. None: "classify" if there are labels.
-        label: The column of the classes. None finds it.
-        speaker: The column of the speakers. None finds it.
-        minutes: How long the search may take, without the time for the features and the report.
-        trials: How many candidates at most. The same number with the same seed and one job gives the same adapter.
-        jobs: How many processes search side by side.
-        metric: "unweighted_accuracy", "accuracy" or "f1": what candidates are chosen by.
-        seed: The seed of the folds, the search and the trainings.
-        device: Where the encoder runs. Default: a CUDA device if there is one, else the CPU.
-        skip_bad: Whether recordings that cannot be read are left out.
-        overwrite: Whether `output` may be replaced.
-        progress: Print what is done, with progress bars.
+        options: Further arguments of `Training`, such as `minutes=10` or `task="verify"`.
 
     Returns:
         The folder, the report, and the adapter, ready for recordings.
@@ -118,65 +176,56 @@ def train(
         >>> trained.adapter.classify("new.wav", top_k=1)  # doctest: +SKIP
         [{'label': 'happy', 'score': 0.93}]
     """
-    start, say, folder = time.monotonic(), print if progress else _silent, Path(output)
-    _check(task, metric, minutes, trials, jobs, folder, overwrite)
-    Base.check(base)
-    verify = task == "verify"
-    found = look(recordings, label, speaker, verify, skip_bad, progress)
-    show(found, verify, say)
-    names = found.names
-    folds, how = make_folds(found, seed, verify)
-    say(f"Held out: {how}")
-    encoder = Base(base, names, max(found.durations_s), device)
-    for warning in encoder.cut(found.durations_s):
-        found.warnings.append(warning)
-        say(f"Warning: {warning}")
-    work = folder.with_name(f"{folder.name}.search")
-    say(f"Features: {encoder.layers} layers, {encoder.size(found.rows) / 1e9:.2g} GB in {work / 'features'}")
-    features = encoder.read(found.rows, work / "features", progress)
+    start, training = time.monotonic(), Training(recordings, base, output, **options)
+    check_base(base)
+    columns = {"task": training.task, "label": training.label, "speaker": training.speaker}
+    found = look(recordings, **columns, skip_bad=training.skip_bad, progress=training.progress)
+    found.show(training.say)
+    model, parts, facts = (transcribe if found.task == "transcribe" else _search)(training, found)
+    seconds = time.monotonic() - start
+    facts |= {"base": base, "seed": training.seed, "minutes": training.minutes, "jobs": training.jobs}
+    facts |= {"warnings": found.warnings, "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
+    facts["data"] = {
+        "overview": found.overview().reset_index().to_dict("records"),
+        "columns": found.columns,
+        "held_out": facts.pop("held_out"),
+        "speakers": len(set(found.speakers)) if found.speakers else None,
+        "clips": len(found.labels),
+        "seconds": float(found.table["duration_s"].sum()),
+    }
+    result = measured.Report(facts)
+    _save(training, model, parts, result)
+    training.say(f"{result.summary()}\nSaved in {output}: {Path(output, 'report.html')} tells the rest.")
+    return Trained(Path(output), result, base)
+
+
+def _search(training: Training, found: Recordings) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Return the adapted model for the chosen setting, what is saved beside it, and what was measured."""
+    names, seed = found.names, training.seed
+    folds, how = make_folds(found, seed)
+    training.say(f"Held out: {how}")
+    encoder = Base(training.base, names, found.longest_s, training.device, training.dtype, training.chunk_length)
+    if too_long := check_window(encoder.extractor, found):
+        raise ValueError(too_long[0])
+    size, work = encoder.size(found.rows), training.work
+    training.say(f"Features: {encoder.layers} layers, {size / 1e9:.2g} GB in {work / 'features'}")
+    features = encoder.read(found.rows, work / "features", training.progress)
     numbers = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([numbers.get(name, -1) for name in found.labels])
-    problem = Problem(features, labels, len(names), verify, encoder.width, seed)
-    search = Search(problem, folds, encoder.layers, encoder.hidden, metric, 60 * minutes, trials)
-    candidates, interrupted = search.run(work / "trials.log", _fingerprint(search), jobs, progress)
+    problem = Problem(features, labels, len(names), found.task == "verify", encoder.width, seed)
+    search = Search(
+        problem, folds, encoder.layers, encoder.hidden, training.metric, 60 * training.minutes, training.trials
+    )
+    candidates, interrupted = search.run(
+        work / "trials.log", _fingerprint(search), training.jobs, training.engine, training.progress
+    )
     chosen, head = choose(candidates, encoder.hidden), _head(candidates, encoder.layers)
-    say(f"Chosen among {len(candidates)}: {_in_words(chosen, encoder.layers)}. Training it on everything but test.")
-    final = _finish(search, found, chosen, head)
-    facts = _facts(search, found, final, chosen, head, candidates, interrupted, how)
-    facts |= {"base": base, "seed": seed, "minutes": minutes, "jobs": jobs, "seconds": time.monotonic() - start}
-    result = measured.Report(facts)
-    _save(encoder, chosen, final, result, folder, overwrite)
-    say(f"{result.summary()}\nSaved in {folder}: report.html tells the rest.")
-    return Trained(folder, result, base)
-
-
-def show(found: Recordings, verify: bool, say: Any) -> None:
-    """Print what was found in a folder."""
-    say(found.table())
-    columns = ", ".join(f"{what} from {column!r}" for what, column in found.columns.items())
-    say(f"Task: {'compare voices' if verify else 'name classes'} ({printable(columns)}).")
-    for warning in found.warnings:
-        say(f"Warning: {printable(warning)}")
-
-
-def _silent(*_: Any) -> None: ...
-
-
-def _check(
-    task: str | None, metric: str, minutes: float, trials: int | None, jobs: int, folder: Path, overwrite: bool
-) -> None:
-    if task == "transcribe":
-        raise ValueError("Recognition is not trained here: use examples/run_speech_recognition.py.")
-    for name, value, known in (("task", task, (None, *TASKS)), ("metric", metric, METRICS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}.")
-    if not 0 < minutes < float("inf"):
-        raise ValueError(f"minutes must be above 0, got {minutes!r}.")
-    for name, value in (("trials", trials), ("jobs", jobs)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value!r}.")
-    if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists. Choose another output, or replace it with overwrite (--overwrite).")
+    training.say(f"Chosen among {len(candidates)}: {_in_words(chosen, encoder.layers)}. Training it on everything.")
+    final = _finish(training, search, encoder, found, chosen, head)
+    facts = _facts(search, found, final, chosen, head, candidates)
+    if interrupted:
+        facts["notes"].append("The search was interrupted; this is the best candidate so far.")
+    return final.model, [encoder.extractor], facts | {"held_out": how}
 
 
 def _fingerprint(search: Search) -> str:
@@ -196,21 +245,17 @@ def _head(candidates: Sequence[Candidate], layers: int) -> Candidate:
 
 def _in_words(one: Candidate, layers: int) -> str:
     setting = one.setting
-    which = (
-        "all layers"
-        if len(setting.layers) == layers
-        else f"layer{'s' * (len(setting.layers) > 1)} {shortened(setting.layers, 12)}"
-    )
-    if setting.layers == (layers - 1,):
-        which = "the last layer"
+    which = f"layer{'s' * (len(setting.layers) > 1)} {shortened(setting.layers, 12)}"
+    which = "all layers" if len(setting.layers) == layers else which
+    which = "the last layer" if setting.layers == (layers - 1,) else which
     return f"{which}, {f'taps of width {setting.l_dim}' if setting.l_dim else 'no matrices'}"
 
 
 @dataclass(frozen=True)
 class _Final:
-    """The trained adapter, and answers for the recordings that it is measured on."""
+    """The adapted model, and answers for the recordings that it is measured on."""
 
-    state: dict[str, Tensor]
+    model: Any
     rows: list[int]
     answers: Tensor
     head: Tensor
@@ -219,47 +264,60 @@ class _Final:
     layer_weights: list[float]
     temperature: float
     threshold: float | None
-    folds: Tensor  # the chosen setting's answers for held-out recordings, before the temperature
+    is_live: bool
+    notes: list[str]
 
 
-def _finish(search: Search, found: Recordings, chosen: Candidate, head: Candidate) -> _Final:
-    problem = search.problem
-    held_out = [i for fold in search.folds for i in fold.held_out]
-    folds, folds_head = _out_of_fold(search, chosen), _out_of_fold(search, head)
+def _finish(
+    training: Training, search: Search, encoder: Base, found: Recordings, chosen: Candidate, head: Candidate
+) -> _Final:
+    problem, folds, setting = search.problem, search.folds, chosen.setting
+    rows, test = found.where("train", "validation"), found.where("test")
+    live, notes = None, []
+    if encoder.device.type != "cpu" if training.live is None else training.live:
+        live, note = train_live(training, search, encoder, found, chosen)
+        notes.append(note)
+    folds = folds[:1] if live else folds  # It was validated on one.
+    held_out = [i for fold in folds for i in fold.held_out]
+    held = live[1] if live else _out_of_fold(search, folds, chosen)
     temperature, threshold = 1.0, None
     if problem.verify:
-        parts = folds.split([len(part) for fold in search.folds for part in fold.parts])
+        parts = held.split([len(part) for fold in folds for part in fold.parts])
         speakers = problem.labels[held_out].split([len(part) for part in parts])
-        pairs = [trials_of(who.numpy(), part) for who, part in zip(speakers, parts, strict=True)]
+        pairs = [trials_of(who.numpy(), cosines_of(part)) for who, part in zip(speakers, parts, strict=True)]
         threshold = float(np.mean([equal_error_threshold(*pair) for pair in pairs]))
     else:
-        temperature = measured.fit_temperature(folds, problem.labels[held_out])
-    rows = found.where("train", "validation")
-    reader, _, losses = train_reader(problem, chosen.setting, rows, stop=chosen.stop)
-    test = found.where("test")
+        temperature = measured.fit_temperature(held, problem.labels[held_out])
+    reader, _, losses = train_reader(problem, setting, rows, stop=chosen.stop)
     if test:
         alone, _, _ = train_reader(problem, head.setting, rows, stop=head.stop)
-        answers, answers_head = answer(problem, reader, test), answer(problem, alone, test)
+        answers, beside = live[2] if live else answer(problem, reader, test), answer(problem, alone, test)
     else:
-        answers, answers_head = folds, folds_head
+        answers, beside = held, _out_of_fold(search, folds, head)
+    model = live[0] if live else encoder.adapted(**setting.elp())
+    if not live:
+        place(reader.folded(), model)
+    cool(model, temperature)
+    model.peft_config["default"].verification_threshold = threshold
     return _Final(
-        state=reader.folded(temperature),
+        model=model,
         rows=test or held_out,
-        answers=answers / temperature if not problem.verify else answers,
-        head=answers_head,
+        answers=answers / temperature,
+        head=beside,
         where="test" if test else "held-out",
         losses=losses,
         layer_weights=reader.shares.tolist(),
         temperature=temperature,
         threshold=threshold,
-        folds=folds,
+        is_live=live is not None,
+        notes=notes,
     )
 
 
-def _out_of_fold(search: Search, one: Candidate) -> Tensor:
+def _out_of_fold(search: Search, folds: Sequence[Fold], one: Candidate) -> Tensor:
     """Return a candidate's answers for all recordings that were held out, in the order of the folds."""
     answers = []
-    for fold in search.folds:
+    for fold in folds:
         reader, _, _ = train_reader(search.problem, one.setting, fold.train, stop=one.stop)
         answers.append(answer(search.problem, reader, fold.held_out))
     return torch.cat(answers)
@@ -272,8 +330,6 @@ def _facts(
     chosen: Candidate,
     head: Candidate,
     candidates: Sequence[Candidate],
-    interrupted: bool,
-    how: str,
 ) -> dict[str, Any]:
     problem, names = search.problem, found.names
     metric = "eer" if problem.verify else search.metric
@@ -285,48 +341,35 @@ def _facts(
         right = problem.labels[final.rows].tolist()
         result = measured.classification(right, final.answers, final.head, names, groups, metric, problem.seed)
         for one in result["wrong"]:
-            one |= {"file": found.file(final.rows[one["row"]])}
-            one |= {"answer": names[one["answer"]], "right": names[one["right"]]}
-    notes = []
+            one["file"] = found.table["file"][final.rows[one["row"]]]
+    notes = list(final.notes)
     if final.where != "test":
         notes.append(
             "There is no test split: the figures are of recordings that were held out in turn. The setting was "
             f"chosen among {len(candidates)} by the same recordings, so they are somewhat too good."
         )
-    if interrupted:
-        notes.append("The search was interrupted; this is the best candidate so far.")
     best = sorted((one for one in candidates if one.complete), key=lambda one: -one.score)
+    shares = zip(chosen.setting.layers, final.layer_weights, strict=True)
     return {
-        "verdict": measured.verdict(result, metric, len(final.rows), final.where, chosen.number == head.number),
+        "verdict": measured.verdict(
+            result, metric, len(final.rows), final.where, same=chosen.number == head.number and not final.is_live
+        ),
         "notes": notes,
-        "task": "verify" if problem.verify else "classify",
+        "task": found.task,
         "metric": metric,
         "measured_on": final.where,
         "clips": len(final.rows),
         "result": result,
-        "data": {
-            "classes": found.classes(),
-            "columns": found.columns,
-            "held_out": how,
-            "speakers": len(set(found.speakers)) if found.speakers else None,
-            "clips": len(found.labels),
-            "seconds": sum(found.durations_s),
-        },
-        "warnings": found.warnings,
         "chosen": _row(chosen, search),
         "head": _row(head, search),
         "tried": len(candidates),
         "complete": len(best),
         "candidates": [_row(one, search) for one in best[:SHOWN]],
-        "layer_weights": [
-            {"layer": layer, "share": share}
-            for layer, share in zip(chosen.setting.layers, final.layer_weights, strict=True)
-        ],
+        "layer_weights": [{"layer": layer, "share": share} for layer, share in shares],
         "curve": [1 - x if problem.verify else x for x in chosen.curve],
         "losses": final.losses,
         "temperature": final.temperature,
         "threshold": final.threshold,
-        "peak_memory_mb": _peak_memory_mb(),
     }
 
 
@@ -340,58 +383,38 @@ def _peak_memory_mb() -> float | None:
 
 
 def _row(one: Candidate, search: Search) -> dict[str, Any]:
-    setting = one.setting
     spread = float(np.std(one.scores, ddof=1)) / len(one.scores) ** 0.5 if len(one.scores) > 1 else 0.0
-    return {
+    return asdict(one.setting) | {
         "trial": one.number,
         "reads": _in_words(one, search.layers),
-        "layers": list(setting.layers),
-        "l_dim": setting.l_dim,
-        "parameters": setting.size(search.hidden),
-        "rate": setting.rate,
-        "steps": round(setting.steps * one.stop / len(one.curve)),
-        "dropout": setting.dropout,
-        "weight_decay": setting.weight_decay,
-        "smoothing": setting.smoothing,
+        "parameters": one.setting.size(search.hidden),
+        "steps": round(one.setting.steps * one.stop / len(one.curve)),
         "score": 1 - one.score if search.problem.verify else one.score,
         "standard_error": spread,
         "seconds": one.seconds,
     }
 
 
-def _save(
-    encoder: Base, chosen: Candidate, final: _Final, result: measured.Report, folder: Path, overwrite: bool
-) -> None:
+def _save(training: Training, model: Any, parts: Sequence[Any], result: measured.Report) -> None:
     """Write the adapter and its report, all or nothing."""
-    setting, facts = chosen.setting, result.facts
-    adapted = encoder.adapted(
-        l_dim=setting.l_dim,
-        l_layers=list(setting.layers),
-        l_input_norm=True,
-        l_dropout=setting.dropout / 2,
-        verification_threshold=final.threshold,
-    )
-    place(final.state, adapted)
+    facts, folder = result.facts, Path(training.output)
+    kind = "automatic-speech-recognition" if facts["task"] == "transcribe" else "audio-classification"
     metric, value = facts["metric"], facts["result"]["metrics"][facts["metric"]]["value"]
     split = "test" if facts["measured_on"] == "test" else "held-out folds"
     describe(
-        adapted,
-        metrics=[
-            EvalResult(
-                "audio-classification", "folder", "own recordings", metric, round(100 * value, 1), dataset_split=split
-            )
-        ],
+        model,
+        metrics=[EvalResult(kind, "folder", "own recordings", metric, round(100 * value, 1), dataset_split=split)],
         protocol=f"Trained by `peft-elp train`; `report.html` has the details. {facts['verdict']}",
-        seed=facts["seed"],
+        seed=training.seed,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         made = Path(beside, folder.name)
-        adapted.save_pretrained(str(made))
-        encoder.extractor.save_pretrained(str(made))
+        for part in (model, *parts):
+            part.save_pretrained(str(made))
         result.save(made, folder)
         if folder.exists():
-            if not overwrite and any(folder.iterdir()):
+            if not training.overwrite and any(folder.iterdir()):
                 raise FileExistsError(f"{folder} was made by something else in the meantime.")
             shutil.rmtree(folder)
         made.rename(folder)

@@ -1,0 +1,173 @@
+"""The chosen setting, trained further on the recordings themselves: with E-adapters and augmentation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from peft_elp import recipes
+from peft_elp.speech.audio import decode
+
+from .features import Base
+from .look import Recordings
+from .reader import answer, class_weights, place, train_reader
+from .report import percent
+from .search import Candidate, Search
+
+EPOCHS = 30  # at most
+PATIENCE = 3  # epochs without a better answer for what is held out
+BATCH_SIZE = 16
+RATES = {"head": 3e-4, "L": 3e-4, "layer weights": 3e-3, "E": 1e-3}
+TELEPHONE_HZ = 8_000  # a rate that leaves the band of telephones
+
+
+def augmented(waveform: NDArray[Any], rate_hz: int, random: np.random.Generator) -> NDArray[Any]:
+    """Change speed, band, loudness and noise of a recording at random; it gets no longer.
+
+    Speed changes by up to 5 % and loudness by up to 10 dB; every fourth recording gets the band of a telephone; white
+    noise lies 10 to 40 dB below the recording.
+    """
+    x = soxr.resample(waveform, rate_hz * random.uniform(0.95, 1.05), rate_hz)[: len(waveform)]
+    if random.random() < 0.25:
+        x = soxr.resample(soxr.resample(x, rate_hz, TELEPHONE_HZ), TELEPHONE_HZ, rate_hz)[: len(waveform)]
+    noise = random.normal(size=len(x)) * np.sqrt(np.square(x).mean()) * 10 ** (-random.uniform(10, 40) / 20)
+    return ((x + noise) * 10 ** (random.uniform(-10, 10) / 20)).astype(np.float32)
+
+
+def until_best(training: Any, metric: str, is_cpu: bool, **options: Any) -> dict[str, Any]:
+    """Return the training arguments and callbacks with which a trainer keeps the best of its epochs.
+
+    Args:
+        training: The `Training`: its time, seed and folder for work.
+        metric: The metric of what is held out.
+        is_cpu: Whether to train on the CPU.
+        options: Further training arguments.
+    """
+    return {
+        "output_dir": str(training.work / "live"),
+        "num_train_epochs": EPOCHS,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 10,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "seed": training.seed,
+        "use_cpu": is_cpu,
+        "disable_tqdm": not training.progress,
+        **options,
+    }
+
+
+def is_better(after: float, before: float, count: int) -> bool:
+    """Return whether a score of some recordings is better than another by more than one standard error.
+
+    Examples:
+        >>> is_better(0.6, 0.5, count=100), is_better(0.54, 0.5, count=100)
+        (True, False)
+    """
+    return after > before + (before * (1 - before) / count) ** 0.5
+
+
+class Until(TrainerCallback):
+    """Ends a training after the first evaluation past a time.
+
+    Args:
+        seconds: The time from now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= time.monotonic() > self.end
+
+
+def train_live(
+    training: Any, search: Search, encoder: Base, found: Recordings, chosen: Candidate
+) -> tuple[tuple[Any, Tensor, Tensor] | None, str]:
+    """Train the chosen setting further on what the first fold trains on, and say what came of it.
+
+    It has to be better than the chosen setting by more than one standard error on what the fold holds out.
+
+    Args:
+        training: The `Training`: its time, seed and folder for work.
+        search: The search, with the problem and the folds.
+        encoder: The encoder.
+        found: The recordings.
+        chosen: The candidate that was chosen.
+
+    Returns:
+        The model with its answers for what is held out and for the test split, or None where it is not better; and a
+        sentence for the report.
+    """
+    problem, fold, setting = search.problem, search.folds[0], chosen.setting
+    reader, _, _ = train_reader(problem, setting, fold.train, stop=chosen.stop)
+    before = search.score(fold.held_out, answer(problem, reader, fold.held_out))
+    strongest = reader.shares.argsort(descending=True)[: -(-len(setting.layers) // 2)]
+    layers = sorted(setting.layers[i] for i in strongest)
+    model = encoder.adapted(adapters="EL", e_dim=max(8, encoder.hidden // 6), e_layers=layers, **setting.elp())
+    place(reader.folded(), model)
+
+    def rows(numbers: Sequence[int]) -> Any:
+        return recipes.training_columns(found.rows.select(numbers), problem.labels[list(numbers)].tolist())
+
+    random, rate_hz = np.random.default_rng(training.seed), encoder.extractor.sampling_rate
+    weight = class_weights(problem, fold.train).to(encoder.device)
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return cross_entropy(outputs.logits.float(), labels, weight, label_smoothing=setting.smoothing)
+
+    def collate(batch: Sequence[Any]) -> dict[str, Any]:
+        return encoder.collate(
+            [{**row, "audio": augmented(decode(row["audio"], rate_hz), rate_hz, random)} for row in batch]
+        )
+
+    def measure(predicted: Any) -> dict[str, float]:
+        return {"score": search.score(fold.held_out, torch.tensor(predicted.predictions))}
+
+    options = until_best(training, "score", encoder.device.type == "cpu", per_device_train_batch_size=BATCH_SIZE)
+    kind, more = (
+        (recipes.SpeakerTrainer, {}) if problem.verify else (recipes.RecipeTrainer, {"compute_loss_func": loss})
+    )
+    with redirect_stdout(StringIO()):
+        trainer = kind(
+            model,
+            recipes.RecipeTrainingArguments(**options),
+            rates={part: rate for part, rate in RATES.items() if setting.l_dim or part != "L"},
+            train_dataset=rows(fold.train),
+            eval_dataset=rows(fold.held_out),
+            data_collator=collate,
+            processing_class=encoder.extractor,
+            compute_metrics=measure,
+            callbacks=[EarlyStoppingCallback(PATIENCE), Until(60 * training.minutes)],
+            **more,
+        )
+    trainer.eval_collator = encoder.collate  # Answers are for the recordings as they are.
+    where = f"on the recordings themselves, with E-adapters in layers {', '.join(map(str, layers))} and augmentation"
+    training.say(f"Training it further {where}.")
+    try:
+        with redirect_stdout(StringIO()):  # its log
+            trainer.train()
+    except KeyboardInterrupt:
+        return None, f"A further training {where}, was interrupted."
+    answers = [
+        torch.tensor(trainer.predict(rows(one)).predictions) for one in (fold.held_out, found.where("test")) if one
+    ]
+    after = search.score(fold.held_out, answers[0])
+    said = f"Trained {where}: {percent(after)} against {percent(before)} on {len(fold.held_out)} held-out recordings"
+    if not is_better(after, before, len(fold.held_out)):
+        return None, f"{said}. That is not clearly better, and was not kept."
+    return (trainer.model.eval(), answers[0], answers[-1]), f"{said}. That was kept."
