@@ -33,7 +33,7 @@ WHEN = {
         # In a process of their own: what test_compile.py runs with "every family".
         r"compiled\.py::.*(hubert|wavlm-(bare|frames|xvector|stable|ForCTC))",
         r"test_(inference|starts)\.py::test_(how_many|whisper_|a_fresh_adapter_costs)",
-        r"test_automl\.py::test_(a_killed_search|processes_side_by_side|the_same_seed)",
+        r"test_automl\.py::test_(a_killed_search|a_thousand|processes_side_by_side|the_same_seed)",
         r"test_docs\.py::test_(the_blocks|an_error|the_page|every_model|no_model)",
         r"conformance/.*\[.*(LoRA|LN-Tuning|hubert-bare|wavlm-classification)",
     ],

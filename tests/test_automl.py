@@ -13,13 +13,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import Audio, Dataset
 from on_disk import save_base, save_whisper
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+import peft_elp
+from peft_elp_command import main
 
 pytest.importorskip("optuna")
 
 from peft_elp.automl import features as features_module
 from peft_elp.automl import live, measures, report, search, split, transcribe
+from peft_elp.automl import look as look_module
 from peft_elp.automl.features import Base
 from peft_elp.automl.look import look
 from peft_elp.automl.reader import Problem, Setting, answer, cool, place, train_reader
@@ -169,8 +175,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_other_folds(bases
     recordings = folders(tmp_path / "tones")
     one, two = (run(recordings, bases["wav2vec2"], tmp_path / name).report.facts for name in ("one", "two"))
     for facts in (one, two):
-        for key in ("seconds", "peak_memory_mb"):
-            facts.pop(key)
+        facts.pop("seconds")
         for row in [*facts["candidates"], facts["chosen"], facts["head"]]:
             row.pop("seconds")
     assert one == two
@@ -381,6 +386,37 @@ def test_a_link_out_of_the_folder_and_mixed_formats_are_read(tmp_path):
     assert sorted(set(look(tmp_path / "tones", progress=False).table["rate_hz"])) == [8000, 16_000]
 
 
+def test_parquet_files_are_read(tmp_path):
+    found = look(table(tmp_path / "tones"), progress=False)
+    (tmp_path / "parquet").mkdir()
+    for name in ("train", "test"):
+        rows = found.where(name)
+        audio = [{"path": f"{i}.wav", "bytes": Path(found.table["file"][i]).read_bytes()} for i in rows]
+        data = Dataset.from_dict({"audio": audio, "label": [found.labels[i] for i in rows]})
+        data.cast_column("audio", Audio(decode=False)).to_parquet(tmp_path / "parquet" / f"{name}.parquet")
+    again = look(tmp_path / "parquet", progress=False)
+    assert again.labels == [found.labels[i] for i in found.where("train") + found.where("test")]
+    assert again.table["split"].value_counts().to_dict() == {"train": 24, "test": 12}
+
+
+def test_what_is_neither_a_folder_nor_on_the_hub_is_told(monkeypatch):
+    def missing(name):
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(look_module, "get_dataset_split_names", missing)
+    with pytest.raises(
+        ValueError, match=r"me/no-such-data is not a folder, and datasets cannot load it: Couldn't reach"
+    ):
+        look("me/no-such-data", progress=False)
+
+
+def test_a_thousand_classes_are_trained(bases, tmp_path):
+    names = {f"class {number}": 200 + 7 * number for number in range(1000)}
+    trained = run(folders(tmp_path / "many", 2, names, seconds=0.05), bases["wav2vec2"], tmp_path / "a", trials=1)
+    assert trained.report.facts["clips"] == 2000
+    assert "And 900 more classes in report.json" in (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+
+
 def warned(place, **options):
     return " ".join(look(place, progress=False, **options).warnings)
 
@@ -421,6 +457,74 @@ def test_what_speaks_against_the_data_is_said(tmp_path):
 def test_wrong_arguments_are_refused_before_any_work(tmp_path, bases, options, message):
     with pytest.raises(ValueError, match=message):
         run(**{"recordings": tmp_path / "nowhere", "base": bases["wav2vec2"], "output": tmp_path / "out", **options})
+
+
+def test_recordings_beyond_the_window_of_the_encoder_are_refused_by_number(bases, tmp_path, capsys):
+    recordings = folders(tmp_path / "long", clips=2, seconds=1.2)
+    message = "6 of 6 recordings are longer than the 1 s that the encoder reads: .*0.wav"
+    with pytest.raises(ValueError, match=message):
+        run(recordings, bases["whisper"], tmp_path / "adapter")
+    assert main(["train", str(recordings), "--check-only", "--base", bases["whisper"]]) == 0
+    assert re.search(f"Warning: {message}", capsys.readouterr().out)
+
+
+def test_a_head_that_does_not_average_over_frames_is_refused(tmp_path):
+    config = ASTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, num_mel_bins=16, max_length=64
+    )
+    ASTForAudioClassification(config).save_pretrained(tmp_path / "ast")
+    ASTFeatureExtractor(num_mel_bins=16, max_length=64).save_pretrained(tmp_path / "ast")
+    with pytest.raises(ValueError, match=r"ASTForAudioClassification does not average over frames .* Choose another"):
+        run(folders(tmp_path / "tones", clips=2), str(tmp_path / "ast"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("wav2vec2", {"chunk_length": 1}, "chunk_length shortens a fixed window, such as Whisper's"),
+        ("wav2vec2", {"label": "loudness"}, "There is no column 'loudness'; the data set has audio, label"),
+        ("wav2vec2", {"task": "transcribe"}, "No column tells the texts; the data set has audio, label"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(bases, tmp_path, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(folders(tmp_path / "tones", clips=2), bases[name], tmp_path / "adapter", **options)
+
+
+@pytest.mark.parametrize(("name", "options"), [("wav2vec2", {"dtype": "bfloat16"}), ("whisper", {"chunk_length": 1})])
+def test_dtype_and_window_can_be_chosen(bases, tmp_path, name, options):
+    trained = run(table(tmp_path / "recordings"), bases[name], tmp_path / "adapter", trials=2, **options)
+    assert trained.report.facts["result"]["metrics"]["accuracy"]["value"] > 0.5
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_trains_and_says_what_the_adapter_is_worth(bases, tmp_path, capsys):
+    recordings, output = table(tmp_path / "recordings"), tmp_path / "adapter"
+    words = ["train", str(recordings), "--base", bases["wav2vec2"], "--output", str(output)]
+    assert main([*words, "--trials", "2", "--no-live"]) == 0
+    said = capsys.readouterr().out
+    assert "Task: name classes (label from 'label', speaker from 'speaker')." in said
+    assert re.search(
+        r"Better than chance \(33.3 %\): unweighted accuracy .*\nSaved in .*report.html tells the rest", said
+    )
+    assert main(words) == 1
+    assert "exists. Choose another output, or replace it with overwrite (--overwrite)." in capsys.readouterr().err
+
+
+def test_the_command_names_the_extra_that_is_missing(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("peft_elp.automl")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(peft_elp, "automl")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(["train", str(tmp_path), "--check-only"]) == 1
+    assert "pip install 'peft-elp[train]'" in capsys.readouterr().err
+
+
+def test_the_command_needs_a_base_and_an_output(tmp_path, capsys):
+    assert main(["train", str(tmp_path)]) == 2
+    assert "training needs --base and --output" in capsys.readouterr().err
 
 
 # The search ----------------------------------------------------------------------------------------------------------
@@ -480,8 +584,12 @@ def test_a_killed_search_goes_on_and_an_interrupted_one_is_saved(bases, tmp_path
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_processes_side_by_side_share_the_trials(bases, tmp_path):
-    trained = run(folders(tmp_path / "tones"), bases["wav2vec2"], tmp_path / "adapter", trials=5, jobs=2, minutes=5)
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_processes_side_by_side_share_the_trials(bases, tmp_path, engine):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    options = {"trials": 5, "jobs": 2, "minutes": 5, "engine": engine}
+    trained = run(folders(tmp_path / "tones"), bases["wav2vec2"], tmp_path / "adapter", **options)
     numbers = [row["trial"] for row in trained.report.facts["candidates"]]
     assert len(set(numbers)) == len(numbers)
     assert 5 <= trained.report.facts["tried"] <= 6  # Both may have one in hand at the end.

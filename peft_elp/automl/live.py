@@ -46,14 +46,7 @@ def augmented(waveform: NDArray[Any], rate_hz: int, random: np.random.Generator)
 
 
 def until_best(training: Any, metric: str, is_cpu: bool, **options: Any) -> dict[str, Any]:
-    """Return the training arguments and callbacks with which a trainer keeps the best of its epochs.
-
-    Args:
-        training: The `Training`: its time, seed and folder for work.
-        metric: The metric of what is held out.
-        is_cpu: Whether to train on the CPU.
-        options: Further training arguments.
-    """
+    """Return the training arguments with which a trainer keeps its best epoch, by a metric of what is held out."""
     return {
         "output_dir": str(training.work / "live"),
         "num_train_epochs": EPOCHS,
@@ -82,11 +75,7 @@ def is_better(after: float, before: float, count: int) -> bool:
 
 
 class Until(TrainerCallback):
-    """Ends a training after the first evaluation past a time.
-
-    Args:
-        seconds: The time from now.
-    """
+    """Ends a training after the first evaluation past some seconds from now."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -100,18 +89,9 @@ def train_live(
 ) -> tuple[tuple[Any, Tensor, Tensor] | None, str]:
     """Train the chosen setting further on what the first fold trains on, and say what came of it.
 
-    It has to be better than the chosen setting by more than one standard error on what the fold holds out.
-
-    Args:
-        training: The `Training`: its time, seed and folder for work.
-        search: The search, with the problem and the folds.
-        encoder: The encoder.
-        found: The recordings.
-        chosen: The candidate that was chosen.
-
-    Returns:
-        The model with its answers for what is held out and for the test split, or None where it is not better; and a
-        sentence for the report.
+    It has to be better than the chosen setting by more than one standard error on what the fold holds out. Returned
+    are the model with its answers for what is held out and for the test split, or None where it is not better; and a
+    sentence for the report.
     """
     problem, fold, setting = search.problem, search.folds[0], chosen.setting
     reader, _, _ = train_reader(problem, setting, fold.train, stop=chosen.stop)

@@ -119,9 +119,9 @@ def look(
     Args:
         folder: A folder `<label>/*.wav`, `<label>/<speaker>/*.wav`, or such a folder for each split; a folder or file
             with a table; or whatever else `peft_elp.speech.data.read_dataset` reads.
-        task: "classify", "verify" or "transcribe". With "verify", the classes are the speakers, and those of the test
-            split are others. None: what the first column allows that there is of labels, texts and speakers.
-        label: The column of the classes or texts. None finds it.
+        task: As for `Training`, like the others. With "verify", the classes are the speakers, and those of the test
+            split are others. None: the first of "classify", "transcribe" and "verify" that has a column.
+        label: The column of the classes or texts.
         speaker: The column of the speakers. None finds it, or takes the folders inside those of the labels.
         skip_bad: Whether recordings that cannot be read are left out, with a warning.
         progress: Show a progress bar.

@@ -83,13 +83,7 @@ class Problem:
 
 
 class Reader(nn.Module):
-    """An L-adapter and the two linear layers of a head, on normalised features.
-
-    Args:
-        problem: The problem, whose features give the sizes.
-        setting: The setting.
-        rows: The recordings of training, whose features give centre and scale.
-    """
+    """An L-adapter and the two linear layers of a head, on features with the centre and scale of those of `rows`."""
 
     centre: Tensor
     scale: Tensor
@@ -159,17 +153,9 @@ def _fold(state: dict[str, Tensor], layer: str, centre: Tensor, scale: Tensor) -
 def train_reader(
     problem: Problem, setting: Setting, rows: Sequence[int], held_out: Sequence[int] = (), stop: int = CHECKS
 ) -> tuple[Reader, list[Tensor], list[float]]:
-    """Train a candidate.
+    """Train a candidate, up to the check `stop` of the whole schedule.
 
-    Args:
-        problem: The problem.
-        setting: The setting.
-        rows: The recordings to train on.
-        held_out: The recordings to answer at each check.
-        stop: After which check to stop; the schedule is that of the whole training.
-
-    Returns:
-        The reader; for each check the answers for `held_out`, logits or embeddings; and the loss up to each check.
+    Returned are the reader; for each check the answers for `held_out`, logits or embeddings; and the loss up to it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(problem.seed)

@@ -73,16 +73,9 @@ def compare(
     seed: int,
     draws: int = 1000,
 ) -> dict[str, Any]:
-    """Measure answers and those that they are compared with, with the 95 % intervals of a bootstrap.
+    """Measure answers and others that a metric compares them with, with the 95 % intervals of a bootstrap.
 
-    Args:
-        measure: The measure.
-        own: The answers.
-        other: The answers that they are compared with.
-        metric: The metric by which they are compared.
-        groups: The speaker of each recording. With five or more, the bootstrap draws speakers, else recordings.
-        seed: The seed of the bootstrap.
-        draws: How often it draws.
+    It draws speakers (`groups`) where there are five or more, else recordings.
     """
     random, count = np.random.default_rng(seed), len(own)
     of = [np.array([row]) for row in range(count)]
@@ -118,17 +111,7 @@ def classification(
     metric: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Measure named classes.
-
-    Args:
-        right: The number of the right class of each recording.
-        logits: The answers, calibrated.
-        head: The answers of the head alone.
-        names: The classes.
-        groups: The speaker of each recording.
-        metric: The metric of the verdict.
-        seed: The seed of the bootstrap.
-    """
+    """Measure named classes by calibrated logits, beside those of the head alone; `groups` are the speakers."""
     truth, answered, classes = np.asarray(right), logits.argmax(-1).numpy(), len(names)
     measure, confusion = of_classes(truth, classes), confusion_matrix(truth, answered, classes)
     commonest = np.full_like(truth, np.bincount(truth).argmax())
@@ -214,16 +197,7 @@ def most_wrong(right: NDArray[Any], probability: NDArray[Any], names: Sequence[s
 def verdict(
     measured: Mapping[str, Any], metric: str, clips: int, where: str, other: str = "the head alone", same: bool = False
 ) -> str:
-    """Say in one sentence what the adapter is worth: against chance, and against other answers.
-
-    Args:
-        measured: What `compare` measured, with `chance`.
-        metric: The metric.
-        clips: The number of recordings.
-        where: What they are: "test" or "held-out".
-        other: What the answers are compared with.
-        same: Whether these are the same answers.
-    """
+    """Say in one sentence what the adapter is worth: against chance, and against other answers, maybe the same."""
     value, chance, gain = measured["metrics"][metric], measured["chance"][metric], measured["gain"]
     beats = value["high"] < chance if metric in LOWER else value["low"] > chance
     text = (

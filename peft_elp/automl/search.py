@@ -22,6 +22,7 @@ from optuna.study import MaxTrialsCallback
 from torch import Tensor
 
 from peft_elp.speech.metrics import equal_error_rate
+from peft_elp.wording import shortened
 
 from .measures import confusion_matrix, cosines_of, metrics_of, trials_of
 from .reader import BATCH, FRAMES, Problem, Setting, train_reader
@@ -129,12 +130,7 @@ class Search:
         return metrics_of(confusion_matrix(right, answers.argmax(-1).numpy(), self.problem.classes))[self.metric]
 
     def evaluate(self, setting: Setting, go_on: Callable[[int, float], bool] = lambda *_: True) -> Candidate:
-        """Train a candidate on all folds.
-
-        Args:
-            setting: The setting.
-            go_on: Called after each fold with the number of folds and the score so far; False stops.
-        """
+        """Train a candidate on all folds, unless `go_on` says no to the number of folds and the score so far."""
         start, scores, curve, done = time.monotonic(), [], np.zeros(0), 0
         for fold in self.folds:
             done += 1
@@ -150,20 +146,39 @@ class Search:
         took = time.monotonic() - start
         return Candidate(setting, stop + 1, parts, curve.tolist(), took, -1, complete=done == len(self.folds))
 
+    def head(self, found: Sequence[Candidate]) -> Candidate:
+        """Return the best candidate that reads the last layer alone, without matrices."""
+        complete = [one for one in found if one.complete]
+        heads = [one for one in complete if one.setting.layers == (self.layers - 1,) and not one.setting.l_dim]
+        return max(heads or complete, key=lambda one: one.score)
+
+    def in_words(self, one: Candidate) -> str:
+        """Return what a candidate reads, and how."""
+        layers, l_dim = one.setting.layers, one.setting.l_dim
+        which = f"layer{'s' * (len(layers) > 1)} {shortened(layers, 12)}"
+        which = "all layers" if len(layers) == self.layers else which
+        which = "the last layer" if layers == (self.layers - 1,) else which
+        return f"{which}, {f'taps of width {l_dim}' if l_dim else 'no matrices'}"
+
+    def row(self, one: Candidate) -> dict[str, Any]:
+        """Return what a report says of a candidate."""
+        spread = float(np.std(one.scores, ddof=1)) / len(one.scores) ** 0.5 if len(one.scores) > 1 else 0.0
+        return asdict(one.setting) | {
+            "trial": one.number,
+            "reads": self.in_words(one),
+            "parameters": one.setting.size(self.hidden),
+            "steps": round(one.setting.steps * one.stop / len(one.curve)),
+            "score": 1 - one.score if self.problem.verify else one.score,
+            "standard_error": spread,
+            "seconds": one.seconds,
+        }
+
     def run(
         self, journal: Path, name: str, jobs: int = 1, engine: str = "local", progress: bool = True
     ) -> tuple[list[Candidate], bool]:
-        """Search, and go on where an earlier search of the same name stopped.
+        """Search, and go on where an earlier search of the same name stopped by what is in its journal.
 
-        Args:
-            journal: The file of the trials.
-            name: The name of the search in it, which tells its data and settings.
-            jobs: How many processes work side by side.
-            engine: Where they run: "local", or "ray" for the cluster that Ray is connected to.
-            progress: Show a progress bar.
-
-        Returns:
-            The candidates in the order of their trials, and whether the search was interrupted by Ctrl-C.
+        Returned are the candidates in the order of their trials, and whether the search was interrupted by Ctrl-C.
 
         Raises:
             KeyboardInterrupt: It was interrupted before the first candidate was complete.
@@ -214,10 +229,6 @@ def choose(found: Sequence[Candidate], hidden: int) -> Candidate:
     """Return the smallest candidate whose score is within one standard error of the best, the better one of equals.
 
     The standard error is that of the difference to the best candidate over the parts that were held out.
-
-    Args:
-        found: Candidates, at least one of them complete.
-        hidden: Width of the encoder.
 
     Examples:
         >>> small = Candidate(Setting((3,)), 10, [0.8, 0.9], [], 1.0, 0)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +21,6 @@ from peft_elp.recipes.arguments import DTYPES
 from peft_elp.saved.card import describe
 from peft_elp.speech.inference import SpeechAdapter
 from peft_elp.speech.metrics import equal_error_threshold
-from peft_elp.wording import shortened
 
 from . import report as measured
 from .features import Base, check_base, check_window
@@ -157,10 +155,10 @@ def train(recordings: str | Path, base: str, output: str | Path, **options: Any)
     and a second one finds the features. Delete it when you no longer need it.
 
     Args:
-        recordings: A folder `<label>/*.wav`, one with splits, or one with a table; see `peft_elp.automl.look.look`.
-        base: The encoder: a Hub id or folder.
-        output: The folder for the adapter, `report.html` and `report.json`. It must not exist.
-        options: Further arguments of `Training`, such as `minutes=10` or `task="verify"`.
+        recordings: The recordings; this and the following are arguments of `Training`.
+        base: The encoder.
+        output: The folder for the adapter and its report.
+        options: Its others, such as `minutes=10` or `task="verify"`.
 
     Returns:
         The folder, the report, and the adapter, ready for recordings.
@@ -182,9 +180,8 @@ def train(recordings: str | Path, base: str, output: str | Path, **options: Any)
     found = look(recordings, **columns, skip_bad=training.skip_bad, progress=training.progress)
     found.show(training.say)
     model, parts, facts = (transcribe if found.task == "transcribe" else _search)(training, found)
-    seconds = time.monotonic() - start
     facts |= {"base": base, "seed": training.seed, "minutes": training.minutes, "jobs": training.jobs}
-    facts |= {"warnings": found.warnings, "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
+    facts |= {"warnings": found.warnings, "seconds": time.monotonic() - start}
     facts["data"] = {
         "overview": found.overview().reset_index().to_dict("records"),
         "columns": found.columns,
@@ -201,31 +198,27 @@ def train(recordings: str | Path, base: str, output: str | Path, **options: Any)
 
 def _search(training: Training, found: Recordings) -> tuple[Any, list[Any], dict[str, Any]]:
     """Return the adapted model for the chosen setting, what is saved beside it, and what was measured."""
-    names, seed = found.names, training.seed
-    folds, how = make_folds(found, seed)
+    names, work = found.names, training.work
+    folds, how = make_folds(found, training.seed)
     training.say(f"Held out: {how}")
     encoder = Base(training.base, names, found.longest_s, training.device, training.dtype, training.chunk_length)
     if too_long := check_window(encoder.extractor, found):
         raise ValueError(too_long[0])
-    size, work = encoder.size(found.rows), training.work
+    size = encoder.size(found.rows)
     training.say(f"Features: {encoder.layers} layers, {size / 1e9:.2g} GB in {work / 'features'}")
     features = encoder.read(found.rows, work / "features", training.progress)
     numbers = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([numbers.get(name, -1) for name in found.labels])
-    problem = Problem(features, labels, len(names), found.task == "verify", encoder.width, seed)
-    search = Search(
-        problem, folds, encoder.layers, encoder.hidden, training.metric, 60 * training.minutes, training.trials
-    )
+    problem = Problem(features, labels, len(names), found.task == "verify", encoder.width, training.seed)
+    seconds = 60 * training.minutes
+    search = Search(problem, folds, encoder.layers, encoder.hidden, training.metric, seconds, training.trials)
     candidates, interrupted = search.run(
         work / "trials.log", _fingerprint(search), training.jobs, training.engine, training.progress
     )
-    chosen, head = choose(candidates, encoder.hidden), _head(candidates, encoder.layers)
-    training.say(f"Chosen among {len(candidates)}: {_in_words(chosen, encoder.layers)}. Training it on everything.")
-    final = _finish(training, search, encoder, found, chosen, head)
-    facts = _facts(search, found, final, chosen, head, candidates)
+    model, facts = _finish(training, search, encoder, found, candidates)
     if interrupted:
         facts["notes"].append("The search was interrupted; this is the best candidate so far.")
-    return final.model, [encoder.extractor], facts | {"held_out": how}
+    return model, [encoder.extractor], facts | {"held_out": how}
 
 
 def _fingerprint(search: Search) -> str:
@@ -236,162 +229,88 @@ def _fingerprint(search: Search) -> str:
     return found.hexdigest()[:16]
 
 
-def _head(candidates: Sequence[Candidate], layers: int) -> Candidate:
-    """Return the best candidate that reads the last layer alone, without matrices."""
-    complete = [one for one in candidates if one.complete]
-    heads = [one for one in complete if one.setting.layers == (layers - 1,) and not one.setting.l_dim]
-    return max(heads or complete, key=lambda one: one.score)
-
-
-def _in_words(one: Candidate, layers: int) -> str:
-    setting = one.setting
-    which = f"layer{'s' * (len(setting.layers) > 1)} {shortened(setting.layers, 12)}"
-    which = "all layers" if len(setting.layers) == layers else which
-    which = "the last layer" if setting.layers == (layers - 1,) else which
-    return f"{which}, {f'taps of width {setting.l_dim}' if setting.l_dim else 'no matrices'}"
-
-
-@dataclass(frozen=True)
-class _Final:
-    """The adapted model, and answers for the recordings that it is measured on."""
-
-    model: Any
-    rows: list[int]
-    answers: Tensor
-    head: Tensor
-    where: str
-    losses: list[float]
-    layer_weights: list[float]
-    temperature: float
-    threshold: float | None
-    is_live: bool
-    notes: list[str]
-
-
 def _finish(
-    training: Training, search: Search, encoder: Base, found: Recordings, chosen: Candidate, head: Candidate
-) -> _Final:
-    problem, folds, setting = search.problem, search.folds, chosen.setting
-    rows, test = found.where("train", "validation"), found.where("test")
+    training: Training, search: Search, encoder: Base, found: Recordings, candidates: Sequence[Candidate]
+) -> tuple[Any, dict[str, Any]]:
+    """Train the chosen candidate on everything but the test split, and measure it."""
+    chosen, head, problem = choose(candidates, encoder.hidden), search.head(candidates), search.problem
+    training.say(f"Chosen among {len(candidates)}: {search.in_words(chosen)}. Training it on everything but test.")
     live, notes = None, []
     if encoder.device.type != "cpu" if training.live is None else training.live:
         live, note = train_live(training, search, encoder, found, chosen)
-        notes.append(note)
-    folds = folds[:1] if live else folds  # It was validated on one.
+        notes = [note]
+    folds = search.folds[:1] if live else search.folds  # It was validated on one.
     held_out = [i for fold in folds for i in fold.held_out]
     held = live[1] if live else _out_of_fold(search, folds, chosen)
     temperature, threshold = 1.0, None
     if problem.verify:
-        parts = held.split([len(part) for fold in folds for part in fold.parts])
-        speakers = problem.labels[held_out].split([len(part) for part in parts])
-        pairs = [trials_of(who.numpy(), cosines_of(part)) for who, part in zip(speakers, parts, strict=True)]
-        threshold = float(np.mean([equal_error_threshold(*pair) for pair in pairs]))
+        parts = [part for fold in folds for part in fold.parts]
+        pairs = zip(parts, held.split([len(part) for part in parts]), strict=True)
+        trials = [trials_of(problem.labels[part], cosines_of(answers)) for part, answers in pairs]
+        threshold = float(np.mean([equal_error_threshold(*one) for one in trials]))
     else:
         temperature = measured.fit_temperature(held, problem.labels[held_out])
-    reader, _, losses = train_reader(problem, setting, rows, stop=chosen.stop)
+    rows, test = found.where("train", "validation"), found.where("test")
+    reader, _, losses = train_reader(problem, chosen.setting, rows, stop=chosen.stop)
     if test:
         alone, _, _ = train_reader(problem, head.setting, rows, stop=head.stop)
         answers, beside = live[2] if live else answer(problem, reader, test), answer(problem, alone, test)
     else:
         answers, beside = held, _out_of_fold(search, folds, head)
-    model = live[0] if live else encoder.adapted(**setting.elp())
-    if not live:
-        place(reader.folded(), model)
-    cool(model, temperature)
-    model.peft_config["default"].verification_threshold = threshold
-    return _Final(
-        model=model,
-        rows=test or held_out,
-        answers=answers / temperature,
-        head=beside,
-        where="test" if test else "held-out",
-        losses=losses,
-        layer_weights=reader.shares.tolist(),
-        temperature=temperature,
-        threshold=threshold,
-        is_live=live is not None,
-        notes=notes,
-    )
-
-
-def _out_of_fold(search: Search, folds: Sequence[Fold], one: Candidate) -> Tensor:
-    """Return a candidate's answers for all recordings that were held out, in the order of the folds."""
-    answers = []
-    for fold in folds:
-        reader, _, _ = train_reader(search.problem, one.setting, fold.train, stop=one.stop)
-        answers.append(answer(search.problem, reader, fold.held_out))
-    return torch.cat(answers)
-
-
-def _facts(
-    search: Search,
-    found: Recordings,
-    final: _Final,
-    chosen: Candidate,
-    head: Candidate,
-    candidates: Sequence[Candidate],
-) -> dict[str, Any]:
-    problem, names = search.problem, found.names
-    metric = "eer" if problem.verify else search.metric
-    if problem.verify:
-        right = [found.labels[i] for i in final.rows]
-        result = measured.verification(right, final.answers, final.head, problem.seed)
-    else:
-        groups = [found.speakers[i] for i in final.rows] if found.speakers else None
-        right = problem.labels[final.rows].tolist()
-        result = measured.classification(right, final.answers, final.head, names, groups, metric, problem.seed)
-        for one in result["wrong"]:
-            one["file"] = found.table["file"][final.rows[one["row"]]]
-    notes = list(final.notes)
-    if final.where != "test":
         notes.append(
             "There is no test split: the figures are of recordings that were held out in turn. The setting was "
             f"chosen among {len(candidates)} by the same recordings, so they are somewhat too good."
         )
+    model = live[0] if live else encoder.adapted(**chosen.setting.elp())
+    if not live:
+        place(reader.folded(), model)
+    cool(model, temperature)
+    model.peft_config["default"].verification_threshold = threshold
+    facts = _measure(search, found, test or held_out, answers / temperature, beside, chosen is head and not live)
+    shares = zip(chosen.setting.layers, reader.shares.tolist(), strict=True)
     best = sorted((one for one in candidates if one.complete), key=lambda one: -one.score)
-    shares = zip(chosen.setting.layers, final.layer_weights, strict=True)
-    return {
-        "verdict": measured.verdict(
-            result, metric, len(final.rows), final.where, same=chosen.number == head.number and not final.is_live
-        ),
+    return model, facts | {
         "notes": notes,
-        "task": found.task,
-        "metric": metric,
-        "measured_on": final.where,
-        "clips": len(final.rows),
-        "result": result,
-        "chosen": _row(chosen, search),
-        "head": _row(head, search),
+        "chosen": search.row(chosen),
+        "head": search.row(head),
         "tried": len(candidates),
         "complete": len(best),
-        "candidates": [_row(one, search) for one in best[:SHOWN]],
+        "candidates": [search.row(one) for one in best[:SHOWN]],
         "layer_weights": [{"layer": layer, "share": share} for layer, share in shares],
         "curve": [1 - x if problem.verify else x for x in chosen.curve],
-        "losses": final.losses,
-        "temperature": final.temperature,
-        "threshold": final.threshold,
+        "losses": losses,
+        "temperature": temperature,
+        "threshold": threshold,
     }
 
 
-def _peak_memory_mb() -> float | None:
-    """Return the most memory that the process has held; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def _out_of_fold(search: Search, folds: Sequence[Fold], one: Candidate) -> Tensor:
+    """Return a candidate's answers for all recordings that were held out, in the order of the folds."""
+    readers = ((fold, train_reader(search.problem, one.setting, fold.train, stop=one.stop)[0]) for fold in folds)
+    return torch.cat([answer(search.problem, reader, fold.held_out) for fold, reader in readers])
 
 
-def _row(one: Candidate, search: Search) -> dict[str, Any]:
-    spread = float(np.std(one.scores, ddof=1)) / len(one.scores) ** 0.5 if len(one.scores) > 1 else 0.0
-    return asdict(one.setting) | {
-        "trial": one.number,
-        "reads": _in_words(one, search.layers),
-        "parameters": one.setting.size(search.hidden),
-        "steps": round(one.setting.steps * one.stop / len(one.curve)),
-        "score": 1 - one.score if search.problem.verify else one.score,
-        "standard_error": spread,
-        "seconds": one.seconds,
+def _measure(
+    search: Search, found: Recordings, rows: Sequence[int], answers: Tensor, beside: Tensor, is_head: bool
+) -> dict[str, Any]:
+    """Measure answers for some recordings, and those of the head alone."""
+    problem, where = search.problem, "test" if found.where("test") else "held-out"
+    metric = "eer" if problem.verify else search.metric
+    if problem.verify:
+        result = measured.verification([found.labels[i] for i in rows], answers, beside, problem.seed)
+    else:
+        groups = [found.speakers[i] for i in rows] if found.speakers else None
+        right = problem.labels[list(rows)].tolist()
+        result = measured.classification(right, answers, beside, found.names, groups, metric, problem.seed)
+        for one in result["wrong"]:
+            one["file"] = found.table["file"][rows[one["row"]]]
+    return {
+        "verdict": measured.verdict(result, metric, len(rows), where, same=is_head),
+        "task": found.task,
+        "metric": metric,
+        "measured_on": where,
+        "clips": len(rows),
+        "result": result,
     }
 
 

@@ -79,14 +79,7 @@ class _Decoder:
 
 
 def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[str, Any]]:
-    """Train recognition of text, and measure it before and after.
-
-    Args:
-        training: The `Training`.
-        found: The recordings, with texts as labels.
-
-    Returns:
-        The adapted model, what is saved beside it, and what was measured.
+    """Train recognition of text; return the adapted model, what is saved beside it, and what was measured.
 
     Raises:
         ValueError: The base has neither a CTC head nor a decoder, or recordings are longer than its window.
