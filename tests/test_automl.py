@@ -90,6 +90,11 @@ def bases(tmp_path_factory):
     }
 
 
+@pytest.fixture
+def one_epoch(monkeypatch):
+    monkeypatch.setattr(live, "EPOCHS", 1)
+
+
 def run(recordings, base, output, **options):
     return train(recordings, base, output, **{"trials": 3, "minutes": 1, "progress": False, **options})
 
@@ -200,7 +205,9 @@ def test_an_output_is_overwritten_only_on_request(bases, tmp_path):
     assert not (tmp_path / "adapter" / "mine.txt").exists()
 
 
-def test_voices_are_compared_on_other_speakers(bases, tmp_path):
+@pytest.mark.parametrize("further", [False, True])
+def test_voices_are_compared_on_other_speakers(bases, tmp_path, one_epoch, monkeypatch, further):
+    monkeypatch.setattr(live, "is_better", lambda *_: True)
     voices = {f"v{number}": 250 * (number + 1) for number in range(9)}
     splits = {name: "test" if number % 3 == 2 else "train" for number, name in enumerate(voices)}
     rows = []
@@ -209,21 +216,18 @@ def test_voices_are_compared_on_other_speakers(bases, tmp_path):
             tone(tmp_path / "voices" / f"{name}-{clip}.wav", hz, clip)
             rows.append(f"{name}-{clip}.wav,{name},{splits[name]}")
     (tmp_path / "voices" / "metadata.csv").write_text("file_name,speaker_id,split\n" + "\n".join(rows))
-    trained = run(tmp_path / "voices", bases["wav2vec2"], tmp_path / "adapter", task="verify", trials=3)
+    options = {"task": "verify", "trials": 3, "live": further}
+    trained = run(tmp_path / "voices", bases["wav2vec2"], tmp_path / "adapter", **options)
     facts = trained.report.facts
     assert facts["result"]["metrics"]["eer"]["value"] < 0.4
     files = [tmp_path / "voices" / f"v2-{clip}.wav" for clip in range(2)]
     assert trained.adapter.verify(*files).threshold == pytest.approx(facts["threshold"])
     embeddings = dict(enumerate(trained.adapter.embed(files)))
     assert np.isfinite(embeddings[0]).all()
+    assert trained.adapter.saved.config["adapters"] == ("EL" if further else "L")
 
 
 # Trained on the recordings themselves --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_epoch(monkeypatch):
-    monkeypatch.setattr(live, "EPOCHS", 1)
 
 
 def answers_as_reported(recordings, trained):
@@ -242,7 +246,7 @@ def answers_as_reported(recordings, trained):
 @pytest.mark.parametrize("name", ["wav2vec2", "whisper"])
 def test_what_is_trained_on_recordings_is_kept_if_it_is_better(bases, tmp_path, one_epoch, monkeypatch, kept, name):
     monkeypatch.setattr(live, "is_better", lambda *_: kept)
-    recordings = table(tmp_path / "recordings")
+    recordings = table(tmp_path / "recordings", splits=("train",) * 8 + ("test",) * 3, clips=11)
     trained = run(recordings, bases[name], tmp_path / "adapter", trials=1, live=True)
     assert trained.adapter.saved.config["adapters"] == ("EL" if kept else "L")
     assert ("That was kept." if kept else "was not kept") in trained.report.summary()

@@ -143,9 +143,9 @@ def train_live(
             trainer.train()
     except KeyboardInterrupt:
         return None, f"A further training {where}, was interrupted."
-    answers = [
-        torch.tensor(trainer.predict(rows(one)).predictions) for one in (fold.held_out, found.where("test")) if one
-    ]
+    trainer.compute_metrics = None  # It measures what is held out.
+    asked = (rows(numbers) for numbers in (fold.held_out, found.where("test")) if numbers)
+    answers = [torch.tensor(trainer.predict(one).predictions) for one in asked]
     after = search.score(fold.held_out, answers[0])
     said = f"Trained {where}: {percent(after)} against {percent(before)} on {len(fold.held_out)} held-out recordings"
     if not is_better(after, before, len(fold.held_out)):

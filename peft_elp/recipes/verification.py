@@ -72,8 +72,9 @@ class SpeakerTrainer(RecipeTrainer):
         return (loss, {"loss": loss, "embeddings": embeddings}) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels", None)
         with torch.no_grad():
-            return None, speaker_embeddings(model, **inputs), None
+            return None, speaker_embeddings(model, **inputs), labels
 
 
 def recording_names(dataset: Dataset) -> list[str]:
