@@ -71,7 +71,7 @@ clean:
 	touch $@
 
 .venv/ready-demo: pyproject.toml .venv/ready-torch
-	$(INSTALL) --editable '.[examples]'
+	$(INSTALL) --editable '.[examples,train]'
 	touch $@
 
 .venv/ready-dev: pyproject.toml .venv/ready-torch

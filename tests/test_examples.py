@@ -9,6 +9,7 @@ import pytest
 from on_disk import record
 
 pytest.importorskip("espeakng_loader")
+pytest.importorskip("optuna")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -18,18 +19,18 @@ import spoken_commands
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
 
 
-def test_spoken_commands_trains_saves_and_classifies_in_another_process(tmp_path, capsys):
-    small = ["--num_commands", "2", "--num_voices", "2", "--num_pretraining_words", "6", "--pretraining_steps", "2"]
-    spoken_commands.main([*small, "--max_steps", "2", "--output_dir", str(tmp_path)])
+def test_spoken_commands_trains_two_tasks_and_answers_both_from_one_pass(tmp_path, capsys):
+    small = ["--num_commands", "4", "--num_voices", "2", "--num_pretraining_words", "6", "--pretraining_steps", "2"]
+    accuracies = spoken_commands.main([*small, "--trials", "2", "--output_dir", str(tmp_path)])
+    assert {*accuracies} == {"word", "voice"}
     said = capsys.readouterr().out
-    assert re.search(r"Trained: [\d,]+ parameters \(E [\d,]+, L [\d,]+, P [\d,]+", said)
-    assert re.search(r"head alone\s+[\d.]+%\nELP-adapters\s+[\d.]+%", said)
-    assert re.search(r"It hears '\w+'; the clip says '\w+'", said)
-    assert re.search(r"adapter's folder takes \d+ kB", said)
-    program, adapter, clip = re.search(r"^\$ (\S+) classify (\S+) (\S+\.flac)$", said, flags=re.MULTILINE).groups()
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in Path(adapter).iterdir()}
-    assert Path(clip).is_file()
-    assert f"$ {program} classify {adapter} my-voice.wav" in said
+    for task, found in accuracies.items():
+        assert re.search(rf"{task}\s+{found['head alone']:.1%}\s+{found['ELP']:.1%}\s+\d+ kB", said)
+        assert f"Saved in {tmp_path / task}: {tmp_path / task / 'report.html'} tells the rest." in said
+        assert (tmp_path / task / "report.html").is_file()
+    assert re.search(r"One pass of the encoder over \S+\.flac answers both: word '\w+', voice '[\w+-]+'", said)
+    program, adapter = re.search(r"^\$ (\S+) classify (\S+) my-voice.wav$", said, flags=re.MULTILINE).groups()
+    assert (Path(adapter) / "adapter_model.safetensors").is_file()
     assert program == "peft-elp" or Path(program).is_file()  # what is printed works as it is
 
 
@@ -42,7 +43,5 @@ def test_it_takes_an_encoder_and_a_data_set_of_ones_own(tmp_path):
             for i in range(count):
                 clip = record(tmp_path / "mine" / split / f"{i}.wav", 12_000, seed=i)
                 csv.writer(file).writerow([clip, ["loud", "quiet"][i % 2]])
-    words = ["--model", str(tmp_path / "backbone"), "--dataset", str(tmp_path / "mine"), "--max_steps", "1"]
-    assert {*spoken_commands.main([*words, "--output_dir", str(tmp_path / "out")])} == {"head", "ELP"}
-    with pytest.raises(ValueError, match="validation"):
-        spoken_commands.main([*words, "--eval_split_name", "validation"])
+    words = ["--model", str(tmp_path / "backbone"), "--dataset", str(tmp_path / "mine"), "--trials", "1"]
+    assert {*spoken_commands.main([*words, "--output_dir", str(tmp_path / "out")])["label"]} == {"head alone", "ELP"}
