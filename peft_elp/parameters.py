@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from .wording import unknown_adapter
 
 CONTAINERS = {"elp_e": "E", "elp_l": "L", "elp_p": "P", "elp_norm": "layer norms", "modules_to_save": "head"}
 PARTS = tuple(CONTAINERS.values())
+SETTINGS = "elp_settings"  # where the settings of adapters are, which are saved with the tensors
 
 
 def belongs_to(adapter_name: str, name: str) -> bool:
@@ -17,7 +20,7 @@ def belongs_to(adapter_name: str, name: str) -> bool:
         >>> belongs_to("asr", "encoder.elp_p.asr.rows"), belongs_to("asr", "encoder.elp_p.emotion.rows")
         (True, False)
     """
-    return any(f"{container}.{adapter_name}." in f".{name}" for container in CONTAINERS)
+    return re.search(rf"\.(elp_[a-z]+|modules_to_save)\.{re.escape(adapter_name)}\.", f".{name}") is not None
 
 
 def parameters_by_part(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, nn.Parameter]]:

@@ -114,8 +114,12 @@ def test_no_layer_is_skipped_while_an_adapter_is_active(letters):
     with model.disable_adapter():
         assert model.config.layerdrop == 0.9
     assert model.config.layerdrop == 0.0
+    model.config.layerdrop = 0.7  # by the user, who means the backbone's
+    model.set_adapter("default")
+    assert model.config.layerdrop == 0.0
+    model.config.layerdrop = 0.8
     model.delete_adapter("default")
-    assert model.config.layerdrop == 0.9
+    assert model.config.layerdrop == 0.8
 
 
 @pytest.mark.parametrize("skipped", [0, 1])
@@ -235,6 +239,7 @@ def test_the_folder_holds_what_is_trained_and_nothing_else(tmp_path):
     model = get_peft_model(build("wavlm", "ForSequenceClassification"), ELPConfig(**ELP))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors.pop("base_model.model.wavlm.encoder.elp_settings.checksums").shape == (2, 4)
     for name in tensors:
         assert ".elp_" in name or name.split(".")[2] in {"projector", "classifier"}, name
         assert "base_layer" not in name, name

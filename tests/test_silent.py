@@ -1,14 +1,15 @@
 """What used to give a wrong answer without a word is right now, or an error."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from backbones import ELP, build, shaken, waveforms
+from backbones import ELP, answer, build, shaken, waveforms
 from families import FAMILIES
 from packaging.version import Version
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import WhisperConfig, WhisperForAudioClassification
@@ -135,6 +136,62 @@ def test_features_that_overflow_are_refused(cached):
         cache.read(rows, together, progress=False)
 
 
+# Weights for an adapter that is there already ------------------------------------------------------------------------
+
+NO_YES = {"head_config": {"id2label": {0: "no", 1: "yes"}}}
+YES_NO = {"head_config": {"id2label": {0: "yes", 1: "no"}}}
+
+
+def classifier(**options):
+    return get_peft_model(build("wavlm", "ForSequenceClassification"), ELPConfig(**ELP | options))
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "what"),
+    [
+        ({}, {"e_activation": "relu"}, "settings"),
+        ({}, {"l_activation": "tanh"}, "settings"),
+        ({}, {"l_input_norm": True}, "settings"),
+        ({"l_output": "project"}, {"l_output": "residual"}, "settings"),
+        ({"l_layers": [0, 2]}, {"l_layers": [1, 2]}, "settings"),
+        ({}, {"p_position": "prepend"}, "settings"),
+        (NO_YES, YES_NO, "labels"),
+    ],
+)
+@pytest.mark.parametrize("way", ["load_adapter", "set_peft_model_state_dict"])
+def test_weights_of_an_adapter_with_other_settings_are_refused_under_a_taken_name(here, there, what, way, tmp_path):
+    here, there = ({"e_layers": [0], "train_layer_norms": False} | options for options in (here, there))
+    shaken(classifier(**there)).save_pretrained(tmp_path / "there")
+    classifier(**here).save_pretrained(tmp_path / "here")
+    model = PeftModel.from_pretrained(build("wavlm", "ForSequenceClassification"), tmp_path / "here")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    load = partial(model.load_adapter, tmp_path / "there", "default")
+    if way == "set_peft_model_state_dict":
+        load = partial(set_peft_model_state_dict, model, load_file(tmp_path / "there" / "adapter_model.safetensors"))
+    with pytest.raises(ValueError, match=f"other {what} than 'default'.*another name, or call delete_adapter"):
+        load()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.load_adapter(tmp_path / "there", "another")
+
+
+@pytest.mark.parametrize("kind", ["alike", "in half precision", "averaged", "older", "labels without names"])
+def test_weights_of_an_adapter_with_the_same_settings_are_taken(kind, tmp_path):
+    model, other = classifier(adapters="L", **NO_YES), classifier(adapters="L", e_activation="relu", **NO_YES)
+    if kind == "labels without names":
+        other = classifier(adapters="L", head_config={"num_labels": 2})
+    states = get_peft_model_state_dict(shaken(other))
+    (name,) = (name for name in states if "settings" in name)
+    if kind == "in half precision":
+        states = {name: tensor.half() for name, tensor in states.items()}
+    elif kind == "averaged":
+        states = {name: 0.3 * tensor + 0.7 * tensor for name, tensor in states.items()}
+    elif kind == "older":
+        del states[name]
+    outcome = set_peft_model_state_dict(model, states)
+    assert not [name for name in outcome.missing_keys if "elp_" in name]
+    torch.testing.assert_close(answer(model.eval()), answer(other.eval()), atol=1e-2, rtol=1e-2)
+
+
 # Averages, heads, batch norms, windows ------------------------------------------------------------------------------
 
 
@@ -169,25 +226,31 @@ def test_the_guess_of_one_adapter_does_not_reach_another(tmp_path):
     assert model.get_base_model().config.problem_type == "multi_label_classification"
 
 
-def test_batch_norms_outside_the_encoder_do_not_move_either():
-    class WithNorm(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wavlm = build("wavlm", "Model")
-            self.config = self.wavlm.config
-            self.postnet = nn.BatchNorm1d(24)
-            self.head = nn.Linear(24, 4)
+class WithNorm(transformers.WavLMForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.postnet = nn.BatchNorm1d(24)
 
-        def forward(self, speech):
-            return self.head(self.postnet(self.wavlm(speech).last_hidden_state.mean(1)))
+    def forward(self, speech):
+        x = self.postnet(self.wavlm(speech).last_hidden_state.mean(1))
+        return self.classifier(self.projector(x))
 
-    model = get_peft_model(WithNorm(), ELPConfig(**ELP, modules_to_save=["head"])).train()
-    norm = model.get_base_model().postnet
-    before = norm.running_mean.clone()
+
+@pytest.mark.parametrize("door", ["PEFT", "Transformers"])
+def test_batch_norms_outside_the_encoder_do_not_move_either(door):
+    config = ELPConfig(**ELP, modules_to_save=["classifier"])
+    base = WithNorm(build("wavlm", "ForSequenceClassification").config)
+    if door == "PEFT":
+        model = get_peft_model(base, config).train()
+    else:
+        base.add_adapter(config)
+        model = base.train()
+    before = base.postnet.running_mean.clone()
     model(torch.randn(2, 2000)).sum().backward()
-    assert torch.equal(norm.running_mean, before)
-    assert not norm.training
-    assert model.unload().postnet.training
+    assert torch.equal(base.postnet.running_mean, before)
+    assert not base.postnet.training
+    if door == "PEFT":
+        assert model.unload().postnet.training
 
 
 def whisper():

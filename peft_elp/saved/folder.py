@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_elp.config import ELPConfig
 from peft_elp.heads import HeadRow, head_row
-from peft_elp.parameters import CONTAINERS, PARTS
+from peft_elp.parameters import CONTAINERS, PARTS, SETTINGS
 from peft_elp.wording import brief, first_line, shortened
 
 from .weights import find_weights, open_tensors
@@ -163,7 +163,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     counts = dict.fromkeys(PARTS, 0)
     for name, tensor in tensors.items():
         part = next((part for container, part in CONTAINERS.items() if f".{container}." in name), "head")
-        counts[part] += tensor.numel()
+        counts[part] += tensor.numel() * (SETTINGS not in name)
     shares = _layer_shares(folder, tensors)
     layers = config["l_layers"] or range(len(shares))
     if shares and len(layers) != len(shares):

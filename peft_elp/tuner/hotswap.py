@@ -74,6 +74,6 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
             f"model.load_adapter({model_name_or_path!r}, adapter_name=...), then model.set_adapter(...)."
         )
     with torch.no_grad():
-        for name, tensor in old.items():
-            tensor.copy_(new[name])
+        for name, tensor in new.items():
+            old[name].copy_(tensor)
     config.verification_threshold = saved.verification_threshold

@@ -25,16 +25,16 @@ class LayerDrop:
     def turn_off(self) -> None:
         """Let no layer be skipped until `restore`."""
         holder, name = self._place()
-        if name and self.before is None:
+        if name and (self.before is None or getattr(holder, name)):
             self.before = getattr(holder, name)
             setattr(holder, name, 0.0)
 
     def restore(self) -> None:
-        """Give the encoder its own probability back."""
+        """Give the encoder its own probability back, or leave it the one that a user has written meanwhile."""
         holder, name = self._place()
-        if self.before is not None:
+        if self.before is not None and not getattr(holder, name):
             setattr(holder, name, self.before)
-            self.before = None
+        self.before = None
 
     def _place(self) -> tuple[Any, str]:
         path, _, name = (self.attribute or "").rpartition(".")

@@ -18,14 +18,14 @@ from torch import nn
 from peft_elp.call.reports import asking
 from peft_elp.call.route import BASE, Route, current_route
 from peft_elp.call.shared_pass import CACHED, cached_pass, current_pass
-from peft_elp.parameters import belongs_to
+from peft_elp.parameters import SETTINGS, belongs_to
 from peft_elp.saved.weights import SavedTensor
 from peft_elp.wording import unknown_adapter
 
 from .averaging import check_combination, combine
 from .head import Head
 from .layers import WHY_NO_MERGE, ELPLayer
-from .misfits import refuse_misfits
+from .misfits import refuse_misfits, refuse_other_settings
 from .one_pass import Task, adapted_encoder, refuse_idle_labels, refuse_reports, run_tasks
 from .paths import canonical
 from .place import adapted_modules, place_adapter, unwrap
@@ -416,7 +416,10 @@ class ELPModel(BaseTuner):
             hook.remove()
             kept = {name: tensor for name, tensor in given.items() if name in tensors}
             refuse_misfits(model, adapter_name, {name: own[name] for name in kept}, kept)
+            read: Any = getattr(config, "as_read", None)
+            if read is None or {*read[1].values()} != {*given.values()}:  # Else they are beside this configuration.
+                refuse_other_settings(adapter_name, own, named)
 
         # Only PEFT knows by now whether tensors of another size are to be passed over, and which.
         hook = model.register_load_state_dict_pre_hook(refuse_mismatches)
-        return named
+        return named | {name: tensor for name, tensor in own.items() if SETTINGS in name}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_elp.adapters import EAdapter, LAdapter, PAdapter
 from peft_elp.config import ELPConfig
 from peft_elp.heads import head_input
+from peft_elp.parameters import SETTINGS
 from peft_elp.wording import brief, shortened
 
 from .find import Encoder, find_encoder
@@ -22,6 +23,7 @@ from .head import Head
 from .head_config import head_config, initialised, planned_head, refuse_left_out, remade_modules
 from .head_modules import choose_head, find_head, warn_of_new_and_frozen, was_loaded
 from .layers import ELPNorm, ELPSublayer
+from .misfits import Settings
 from .offload import copy_with_weights
 from .paths import canonical, join, original
 from .stack import ELPStack
@@ -284,7 +286,9 @@ def _excluded(
 
 
 def _sites_of_stack(encoder: Encoder, config: ELPConfig) -> Iterator[Site]:
-    """Return the L- and the P-adapter."""
+    """Return the L- and the P-adapter, and the settings."""
+    settings = Settings(config)
+    yield Site(encoder.stack_path, ELPStack, SETTINGS, settings, lambda: settings)
     if "L" in config.adapters:
         assert config.l_dim is not None  # `_choose_layers` and `_resolve_l_output` have chosen these.
         assert config.l_output is not None

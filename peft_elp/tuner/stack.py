@@ -21,6 +21,7 @@ from peft_elp.call.reports import are_watched
 from peft_elp.call.route import Route, current_route
 from peft_elp.call.shared_pass import SharedPass, current_pass, readers_of_pass
 from peft_elp.call.stack_call import StackCall, TapReader, current_call
+from peft_elp.parameters import SETTINGS
 
 from .checkpointing import is_checkpointing, is_checkpointing_reentrant
 from .head_config import TaskHead
@@ -42,6 +43,7 @@ class ELPStack(ELPLayer):
     """
 
     adapter_layer_names = ("elp_l", "elp_p")
+    other_param_names = (SETTINGS,)
     # Declared with values, so that they are never those of `base_layer`.
     family: Backbone = Backbone()
     depth: int = 0
@@ -60,6 +62,7 @@ class ELPStack(ELPLayer):
         self.window = Window(base_layer, family.window)
         self.elp_l = nn.ModuleDict()
         self.elp_p = nn.ModuleDict()
+        self.elp_settings = nn.ModuleDict()
         self.task_head = TaskHead()
         self.layer_drop = LayerDrop(base_layer, family.layerdrop)
         self.depth = len(self.encoder_layers)
@@ -95,6 +98,11 @@ class ELPStack(ELPLayer):
         self.own_frames.discard(adapter_name)
         self.task_head.settings.pop(adapter_name, None)
         self.follow_adapters()
+
+    def hold_frozen_norms(self, model: nn.Module, args: Any) -> None:
+        """Forward pre-hook of a model without a PeftModel, whose `train` switches all batch norms."""
+        if model.training and self.elp_settings:
+            set_frozen_norms(model, False)
 
     def release(self) -> None:
         """Undo what the stack has changed around itself, before `base_layer` takes its place again."""

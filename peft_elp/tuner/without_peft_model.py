@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ import transformers
 from torch import nn
 
 from peft_elp.config import ELPConfig
+from peft_elp.parameters import belongs_to
 from peft_elp.wording import shortened
 
 from .head_modules import was_loaded
@@ -29,9 +29,8 @@ def prepare_for_transformers(model: nn.Module, stack: ELPStack, config: ELPConfi
             module.keep_names()
     kind: Any = type(model)
     config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    tensor = re.compile(rf"\.(elp_[a-z]+|modules_to_save)\.{re.escape(adapter_name)}\.")
     parameters = dict(model.named_parameters())
-    own = frozenset(name for name in parameters if tensor.search(f".{name}"))
+    own = frozenset(name for name in parameters if belongs_to(adapter_name, name))
     for waiting in stack.loading_checks:
         waiting.look(parameters)  # Before the marks are set anew.
     for parameter in parameters.values():
@@ -41,6 +40,8 @@ def prepare_for_transformers(model: nn.Module, stack: ELPStack, config: ELPConfi
     check = LoadingCheck(own, frozenset(parameters.keys() - own), set(own) if config.inference_mode else set())
     stack.loading_checks.append(check)
     stack.patches.handles.append(model.register_forward_pre_hook(check))
+    if len(stack.elp_settings) == 1:
+        stack.patches.handles.append(model.register_forward_pre_hook(stack.hold_frozen_norms))
     if _has_no_embeddings(model):
         # Saving asks for the embeddings where the vocabulary has changed, and most speech models raise.
         for name in ("get_input_embeddings", "get_output_embeddings"):
