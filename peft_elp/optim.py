@@ -52,6 +52,10 @@ def parameter_groups(
     """
     parts = _trained_by_part(model, adapter_name)
     trained = [part for part in parts if parts[part]]
+    if "L" in rates and LAYER_WEIGHTS in trained:
+        rates = {**rates, LAYER_WEIGHTS: rates.get(LAYER_WEIGHTS, LAYER_WEIGHTS_RATIO * rates["L"])}
+        if "L" not in trained:  # With l_dim=0 there is nothing else in L.
+            del rates["L"]
     for part, rate in rates.items():
         if part not in trained:
             raise ValueError(
@@ -62,8 +66,6 @@ def parameter_groups(
             raise ValueError(
                 f"The learning rate of {part!r} must be a positive number, got {rate!r}. Write for example 1e-4."
             )
-    if "L" in rates and LAYER_WEIGHTS in trained and LAYER_WEIGHTS not in rates:
-        rates = {**rates, LAYER_WEIGHTS: LAYER_WEIGHTS_RATIO * rates["L"]}
     for part in trained:
         if part not in rates:
             raise ValueError(

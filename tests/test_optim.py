@@ -108,6 +108,12 @@ def test_layer_weights_without_a_rate_learn_faster_than_the_rest_of_l():
     assert {group["part"] for group in parameter_groups(adapted(adapters="E"), without_l)} == {*without_l}
 
 
+def test_taps_without_a_matrix_take_the_rate_of_l():
+    model = adapted("ForSequenceClassification", adapters="L", train_layer_norms=False, l_dim=0)
+    groups = parameter_groups(model, {"head": 1e-2, "L": 1e-3})
+    assert {group["part"]: group["lr"] for group in groups} == {"head": 1e-2, "layer weights": pytest.approx(3e-2)}
+
+
 def test_trainable_tensors_outside_of_the_adapter_and_unknown_adapters_are_named():
     model = adapted()
     model.base_model.model.wavlm.feature_projection.requires_grad_(True)
