@@ -96,8 +96,8 @@ def train_live(
     problem, fold, setting = search.problem, search.folds[0], chosen.setting
     reader, _, _ = train_reader(problem, setting, fold.train, stop=chosen.stop)
     before = search.score(fold.held_out, answer(problem, reader, fold.held_out))
-    strongest = reader.shares.argsort(descending=True)[: -(-len(setting.layers) // 2)]
-    layers = sorted(setting.layers[i] for i in strongest)
+    strongest = setting.layers[int(reader.shares.argmax())]
+    layers = list(range(strongest + 1))  # What is above it changes nothing that is read there.
     model = encoder.adapted(adapters="EL", e_dim=max(8, encoder.hidden // 6), e_layers=layers, **setting.elp())
     place(reader.folded(), model)
 
@@ -119,6 +119,7 @@ def train_live(
         return {"score": search.score(fold.held_out, torch.tensor(predicted.predictions))}
 
     options = until_best(training, "score", encoder.device.type == "cpu", per_device_train_batch_size=BATCH_SIZE)
+    more: dict[str, Any]
     kind, more = (
         (recipes.SpeakerTrainer, {}) if problem.verify else (recipes.RecipeTrainer, {"compute_loss_func": loss})
     )
@@ -136,7 +137,7 @@ def train_live(
             **more,
         )
     trainer.eval_collator = encoder.collate  # Answers are for the recordings as they are.
-    where = f"on the recordings themselves, with E-adapters in layers {', '.join(map(str, layers))} and augmentation"
+    where = f"on the recordings themselves, with E-adapters in layers 0 to {strongest} and augmentation"
     training.say(f"Training it further {where}.")
     try:
         with redirect_stdout(StringIO()):  # its log
@@ -150,4 +151,4 @@ def train_live(
     said = f"Trained {where}: {percent(after)} against {percent(before)} on {len(fold.held_out)} held-out recordings"
     if not is_better(after, before, len(fold.held_out)):
         return None, f"{said}. That is not clearly better, and was not kept."
-    return (trainer.model.eval(), answers[0], answers[-1]), f"{said}. That was kept."
+    return (model.eval(), answers[0], answers[-1]), f"{said}. That was kept."

@@ -15,7 +15,6 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -115,9 +114,8 @@ def classification(
     truth, answered, classes = np.asarray(right), logits.argmax(-1).numpy(), len(names)
     measure, confusion = of_classes(truth, classes), confusion_matrix(truth, answered, classes)
     commonest = np.full_like(truth, np.bincount(truth).argmax())
-    precision, recall, _, clips = precision_recall_fscore_support(
-        truth, answered, labels=range(classes), zero_division=0
-    )
+    hits, clips, answers = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    columns = (names, clips, hits / np.maximum(answers, 1), hits / np.maximum(clips, 1))
     probability = logits.softmax(-1).numpy()
     return compare(measure, answered, head.argmax(-1).numpy(), metric, groups, seed) | {
         "chance": dict.fromkeys(METRICS, 1 / classes),
@@ -125,8 +123,8 @@ def classification(
         "confusion": confusion.tolist(),
         "names": list(names),
         "classes": [
-            dict(zip(("class", "clips", "precision", "recall"), row, strict=True))
-            for row in zip(names, clips.tolist(), precision.tolist(), recall.tolist(), strict=True)
+            {"class": name, "clips": int(count), "precision": float(precision), "recall": float(recall)}
+            for name, count, precision, recall in zip(*columns, strict=True)
         ],
         "calibration": calibration(truth, probability),
         "rejection": rejection(truth, probability),
@@ -187,9 +185,9 @@ def rejection(right: NDArray[Any], probability: NDArray[Any]) -> list[dict[str, 
 def most_wrong(right: NDArray[Any], probability: NDArray[Any], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the wrong answers with the largest scores."""
     answered, score = probability.argmax(1), probability.max(1)
-    wrong = [row for row in np.argsort(-score, kind="stable") if answered[row] != right[row]]
+    wrong = [row for row in np.argsort(-score, kind="stable").tolist() if answered[row] != right[row]]
     return [
-        {"row": int(row), "answer": names[answered[row]], "score": float(score[row]), "right": names[right[row]]}
+        {"row": row, "answer": names[int(answered[row])], "score": float(score[row]), "right": names[int(right[row])]}
         for row in wrong[:WRONG]
     ]
 

@@ -261,7 +261,7 @@ def _finish(
             "There is no test split: the figures are of recordings that were held out in turn. The setting was "
             f"chosen among {len(candidates)} by the same recordings, so they are somewhat too good."
         )
-    model = live[0] if live else encoder.adapted(**chosen.setting.elp())
+    model: Any = live[0] if live else encoder.adapted(**chosen.setting.elp())
     if not live:
         place(reader.folded(), model)
     cool(model, temperature)

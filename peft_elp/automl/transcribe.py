@@ -53,6 +53,9 @@ class _Ctc:
     def labels(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer([self.normal(text) for text in texts]).input_ids
 
+    def fitting(self, data: Any, rate_hz: int) -> Any:
+        return data.select(recipes.keep_alignable(data, data["labels"], self.model, rate_hz, on_long_text="skip"))
+
     def texts(self, logits: Any, samples: Sequence[int]) -> list[str]:
         frames = (recipes.num_frames(self.model, count) for count in samples)
         return [self.tokenizer.decode(one[:count].argmax(-1)) for one, count in zip(logits, frames, strict=True)]
@@ -72,6 +75,9 @@ class _Decoder:
 
     def labels(self, texts: Sequence[str]) -> list[list[int]]:
         return recipes.make_labels(self.model, self.tokenizer, texts)
+
+    def fitting(self, data: Any, rate_hz: int) -> Any:
+        return data
 
     def texts(self, tokens: Any, samples: Sequence[int]) -> list[str]:
         tokens = np.where(tokens == -100, self.tokenizer.pad_token_id, tokens)  # how Trainer pads
@@ -98,72 +104,45 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
     if too_long := check_window(extractor, found):
         raise ValueError(too_long[0])
     fit, held_out, how = _split(found, training.seed)
-    measured = found.where("test") or held_out
     training.say(f"Held out: {how}")
-
-    def of(values: Sequence[Any], rows: Sequence[int]) -> list[Any]:
-        return [values[row] for row in rows]
-
     with redirect_stdout(StringIO()):  # what the recipes print
-        task = kind(training, config, arguments, of(found.labels, fit))
-        labels = task.labels(found.labels)
-        data = recipes.training_columns(found.rows, labels)
-        if kind is _Ctc:
-            kept = recipes.keep_alignable(
-                data.select(fit), of(labels, fit), task.model, extractor.sampling_rate, on_long_text="skip"
-            )
-            fit = of(fit, kept)
-        samples = [round(seconds * extractor.sampling_rate) for seconds in found.rows["duration_s"]]
+        task = kind(training, config, arguments, [found.labels[row] for row in fit])
+        data = recipes.training_columns(found.rows, task.labels(found.labels))
+        samples = [round(seconds * extractor.sampling_rate) for seconds in data["duration_s"]]
         right = [task.normal(text) or text for text in found.labels]
 
-        def errors(rows: Sequence[int], predicted: Any) -> Any:
-            written = [task.normal(text) for text in task.texts(predicted.predictions, of(samples, rows))]
-            return text_errors(of(right, rows), written), written
+        def answers(rows: Sequence[int], predicted: Any) -> tuple[Any, list[str]]:
+            found = task.texts(predicted.predictions, [samples[row] for row in rows])
+            written = [task.normal(text) for text in found]
+            return text_errors([right[row] for row in rows], written), written
 
-        def measure(predicted: Any) -> dict[str, float]:
-            return of_texts(errors(held_out, predicted)[0], np.arange(len(held_out)))
-
+        settings = until_best(training, "wer", training.device == "cpu", per_device_train_batch_size=BATCH_SIZE)
         trainer = recipes.make_trainer(
             task.model,
             arguments,
-            task.arguments(
-                **until_best(training, "wer", training.device == "cpu", per_device_train_batch_size=BATCH_SIZE)
-            ),
+            task.arguments(**settings),
             "asr",
             extractor,
             task.trainer,
-            train_dataset=data.select(fit),
+            train_dataset=task.fitting(data.select(fit), extractor.sampling_rate),
             eval_dataset=data.select(held_out),
-            compute_metrics=measure,
+            compute_metrics=lambda found: of_texts(answers(held_out, found)[0], np.arange(len(held_out))),
             callbacks=[EarlyStoppingCallback(PATIENCE), Until(60 * training.minutes)],
         )
-    asked: Any = data.select(measured).remove_columns("labels")
-    before = text_errors(of(right, measured), [""] * len(measured))
-    if kind is _Decoder:
-        with recipes.without_adapter(trainer.model):
-            before, _ = errors(measured, trainer.predict(asked))
-    with redirect_stdout(StringIO()):  # its log
+        rows = found.where("test") or held_out
+        asked: Any = data.select(rows).remove_columns("labels")
+        before = text_errors([right[row] for row in rows], [""] * len(rows))
+        if kind is _Decoder:
+            with recipes.without_adapter(trainer.model):
+                before, _ = answers(rows, trainer.predict(asked))
         trainer.train()
-    after, written = errors(measured, trainer.predict(asked))
-    speakers = of(found.speakers, measured) if found.speakers else None
-    result = compare(of_texts, after, before, "wer", speakers, training.seed) | {"chance": {"wer": 1.0, "cer": 1.0}}
-    worst = sorted(range(len(measured)), key=lambda row: -after[row][0] / after[row][1])[:WRONG]
-    result["wrong"] = [
-        {"file": found.table["file"][measured[row]], "right": right[measured[row]], "answer": written[row]}
-        for row in worst
-        if after[row][0]
-    ]
-    where = "test" if found.where("test") else "held-out"
+    after, written = answers(rows, trainer.predict(asked))
+    facts = _measure(found, rows, before, after, training.seed, task.before)
+    for one in facts["result"]["wrong"]:
+        one |= {"right": right[rows[one["row"]]], "answer": written[one["row"]]}
     history = trainer.state.log_history
-    facts = {
-        "verdict": verdict(result, "wer", len(measured), where, task.before),
+    facts |= {
         "notes": [*_degenerate(written)],
-        "task": "transcribe",
-        "metric": "wer",
-        "measured_on": where,
-        "clips": len(measured),
-        "result": result,
-        "before": task.before,
         "held_out": how,
         "curve": [one["eval_wer"] for one in history if "eval_wer" in one],
         "losses": [one["loss"] for one in history if "loss" in one] or [0.0],
@@ -171,6 +150,23 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
         "parameters": recipes.count_trained(trainer.model),
     }
     return trainer.model.eval(), [extractor, task.tokenizer], facts
+
+
+def _measure(found: Recordings, rows: Sequence[int], before: Any, after: Any, seed: int, what: str) -> dict[str, Any]:
+    speakers = [found.speakers[row] for row in rows] if found.speakers else None
+    result = compare(of_texts, after, before, "wer", speakers, seed) | {"chance": {"wer": 1.0, "cer": 1.0}}
+    worst = np.argsort(-after[:, 0] / after[:, 1], kind="stable")[:WRONG]
+    result["wrong"] = [{"row": row, "file": found.table["file"][rows[row]]} for row in worst.tolist() if after[row, 0]]
+    where = "test" if found.where("test") else "held-out"
+    return {
+        "verdict": verdict(result, "wer", len(rows), where, what),
+        "task": "transcribe",
+        "metric": "wer",
+        "measured_on": where,
+        "clips": len(rows),
+        "result": result,
+        "before": what,
+    }
 
 
 def _split(found: Recordings, seed: int) -> tuple[list[int], list[int], str]:
