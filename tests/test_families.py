@@ -4,6 +4,7 @@ import copy
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from peft_elp import FeatureCache, find_encoder, hotswap_adapter, prune_taps, speed_up_frozen
-from peft_elp.backbones import BACKBONES
+from peft_elp.backbones import BACKBONES, REFUSED
 from peft_elp.tuner.stack import ELPStack
 
 pytestmark = [
@@ -361,6 +362,29 @@ def test_what_has_no_sound_place_is_refused_with_the_reason(name, options, messa
         pytest.skip(f"new in Transformers {FAMILIES[name].since}")
     with pytest.raises(ValueError, match=message):
         FAMILIES[name].adapted(**options)
+
+
+def test_an_unknown_encoder_is_described_by_a_guess():
+    layer = lambda: nn.ModuleDict({"norm1": nn.LayerNorm(4), "mlp": nn.Linear(4, 4)})  # noqa: E731
+    model = nn.Module()
+    model.language_model = nn.ModuleList(nn.Linear(40, 40) for _ in range(9))
+    model.audio_tower = nn.Module()
+    model.audio_tower.config = SimpleNamespace(layerdrop=0.1)
+    model.audio_tower.blocks = nn.ModuleList(layer() for _ in range(2))
+    model.audio_tower.final_norm = nn.LayerNorm(4)
+    guess = (
+        r"model.get_submodule\('audio_tower'\).*layers='blocks', feed_forward=\('mlp',\), norms=\('norm1',\), "
+        r"layerdrop='config.layerdrop', feature_encoder=None, pre_norm=True"
+    )
+    with pytest.raises(ValueError, match=f"(?s){guess}"):
+        find_encoder(model)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_audio_model_that_cannot_be_adapted_is_refused_with_the_reason(name):
+    model = nn.Sequential(type(name, (nn.Module,), {"__module__": "transformers.models"})())
+    with pytest.raises(ValueError, match=re.escape(REFUSED[name])):
+        find_encoder(model)
 
 
 # The table ----------------------------------------------------------------------------------------------------------
