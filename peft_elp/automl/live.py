@@ -127,7 +127,7 @@ def train_live(
         trainer = kind(
             model,
             recipes.RecipeTrainingArguments(**options),
-            rates={part: rate for part, rate in RATES.items() if setting.l_dim or part != "L"},
+            rates=RATES,
             train_dataset=rows(fold.train),
             eval_dataset=rows(fold.held_out),
             data_collator=collate,

@@ -175,32 +175,25 @@ def printable(text: str) -> str:
 
 def _splits(folder: str | Path) -> Iterator[tuple[str, Dataset]]:
     """Yield the splits of a folder, a table or a Hub data set; without splits, everything is for training."""
-    place = Path(folder).expanduser()
-    if not place.exists() and not ("/" in str(folder) and is_hub_id(str(folder))):
-        raise FileNotFoundError(
-            f"{place} does not exist. Pass a folder of recordings, a .csv, .tsv or .jsonl file, or a data set of the "
-            "Hub, as owner/name."
-        )
-    inside = (
-        {path.name if path.is_dir() else path.stem: path for path in sorted(place.iterdir())} if place.is_dir() else {}
-    )
-    there = {name for name, path in inside.items() if path.is_dir() or path.suffix in TABLE_SUFFIXES}
-    named = {split: next((name for name in names if name in there), None) for split, names in SPLITS.items()}
+    place, names = Path(folder).expanduser(), []
+    inside = {path.stem if path.is_file() else path.name: path for path in sorted(place.glob("*"))}
     folders = {name for name, path in inside.items() if path.is_dir() and not name.startswith(".")}
-    table = place if place.is_file() else next((p for n, p in inside.items() if n == "metadata" and p.is_file()), None)
-    if table is not None:
-        everything = read_dataset(table, None)
+    tables = {name for name, path in inside.items() if path.suffix in TABLE_SUFFIXES}
+    if place.is_file() or "metadata" in tables:
+        everything = read_dataset(place, None)
         if "split" in everything.column_names:
-            values = [str(value or "").strip() for value in everything["split"]]
-            yield from _by_column(everything, values, table)
+            names = [str(value or "").strip() for value in everything["split"]]
+            if unknown := sorted(set(names) - set(KNOWN_SPLITS)):
+                raise ValueError(
+                    f"The column `split` of {place} must hold train, validation or test, got "
+                    f"{shortened(map(repr, unknown))}."
+                )
         else:
             yield "train", everything
-    elif named["train"] and folders <= set(filter(None, named.values())):
-        for split, name in named.items():
-            if name is not None:
-                yield split, read_dataset(place, name)
     elif not place.exists() or next(place.rglob("*.parquet"), None) is not None:
-        yield from _loaded(str(folder))
+        names = _names_of_splits(str(folder), place)
+    elif (folders | tables) & set(SPLITS["train"]) and folders <= set(KNOWN_SPLITS):
+        names = [*folders, *tables]
     else:
         try:
             yield "train", read_dataset(place.resolve().parent, place.resolve().name)
@@ -209,31 +202,28 @@ def _splits(folder: str | Path) -> Iterator[tuple[str, Dataset]]:
                 f"There are no labelled recordings in {place}: it holds {shortened(sorted(inside)) or 'nothing'}. "
                 "Make a folder of recordings for each label, or a table metadata.csv with file_name and label."
             ) from error
+    for name, split in KNOWN_SPLITS.items():
+        if name in names:
+            yield split, read_dataset(place if place.exists() else str(folder), name)
 
 
-def _loaded(name: str) -> Iterator[tuple[str, Dataset]]:
-    """Yield the splits of a data set that `datasets` loads: Parquet files, or one of the Hub."""
+def _names_of_splits(name: str, place: Path) -> list[str]:
+    """Return the splits of a data set that `datasets` loads: Parquet files, or one of the Hub."""
+    if not place.exists() and not ("/" in name and is_hub_id(name)):
+        raise FileNotFoundError(
+            f"{place} does not exist. Pass a folder of recordings, a .csv, .tsv or .jsonl file, or a data set of the "
+            "Hub, as owner/name."
+        )
     try:
         names = get_dataset_split_names(name)
-        if not set(names) & set(KNOWN_SPLITS):
-            raise ValueError(f"its splits are {shortened(names)}, not train, validation and test.")
-        for split in (one for one in KNOWN_SPLITS if one in names):
-            yield KNOWN_SPLITS[split], read_dataset(name, split)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is not a folder, and datasets cannot load it: {first_line(error)} Pass a folder of recordings, a "
             "table, or a data set of the Hub with a single configuration."
         ) from error
-
-
-def _by_column(everything: Dataset, values: list[str], table: Path) -> Iterator[tuple[str, Dataset]]:
-    if unknown := sorted(set(values) - set(KNOWN_SPLITS)):
-        raise ValueError(
-            f"The column `split` of {table} must hold train, validation or test, got {shortened(map(repr, unknown))}."
-        )
-    for split in SPLITS:
-        if chosen := [row for row, value in enumerate(values) if KNOWN_SPLITS[value] == split]:
-            yield split, everything.select(chosen)
+    if not set(names) & set(KNOWN_SPLITS):
+        raise ValueError(f"The splits of {name} must be train, validation and test, got {shortened(names)}.")
+    return names
 
 
 def _columns(
