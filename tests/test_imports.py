@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "optim": FACTS,
     "speech": {"__init__", "config", "multitask", "saved", *FACTS},
     "recipes": {"__init__", "config", "feature_cache", "multitask", "optim", "saved", "speech", "tuner", *FACTS},
+    "serving": {"call", "multitask", "saved", "speech", *FACTS},
     "automl": {"__init__", "adapters", "call", "optim", "recipes", "saved", "speech", *FACTS},
     "__init__": {"automl", "config", "feature_cache", "multitask", "optim", "saved", "tuner", *FACTS},
     "__main__": set(),

@@ -1,0 +1,1 @@
+"""Answers over HTTP: many adapters on one backbone, for many users."""
