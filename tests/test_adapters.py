@@ -1,8 +1,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.autograd.functional import jacobian
-from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 
 from peft_elp.adapters import ACTIVATIONS, EAdapter, LAdapter, PAdapter, TapSum
 
@@ -159,51 +157,6 @@ def test_derivatives(function):
     assert torch.autograd.gradgradcheck(adapter, x, fast_mode=True)
 
 
-def test_batched_and_forward_mode_derivatives(function):
-    adapter, x = function
-    expected = jacobian(adapter, x)
-    torch.testing.assert_close(jacobian(adapter, x, vectorize=True), expected)
-    torch.testing.assert_close(torch.func.jacrev(adapter)(x), expected)
-    direction = torch.randn_like(x)
-    _, change = torch.func.jvp(adapter, (x,), (direction,))
-    torch.testing.assert_close(change, torch.tensordot(expected, direction, dims=x.dim()))
-    y = adapter(x.requires_grad_())
-    one_hot = torch.eye(y.numel(), dtype=torch.float64).view(-1, *y.shape)
-    (rows,) = torch.autograd.grad(y, x, one_hot, is_grads_batched=True)
-    torch.testing.assert_close(rows.view(expected.shape), expected)
-
-
-def test_lent_parameters_have_gradients(function):
-    adapter, x = function
-    lent = {name: torch.randn_like(parameter) for name, parameter in adapter.named_parameters()}
-
-    def loss(values):
-        return torch.func.functional_call(adapter, values, (x,)).square().sum()
-
-    found = torch.func.grad(loss)(lent)
-    adapter.load_state_dict(lent)
-    adapter(x).square().sum().backward()
-    for name, parameter in adapter.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad)
-
-
-def test_hooks_of_all_modules_see_every_part_once(function):
-    adapter, x = function
-    forward, backward = [], []
-    handles = [
-        register_module_forward_hook(lambda module, *_: forward.append(module)),
-        register_module_full_backward_hook(lambda module, *_: backward.append(module)),
-    ]
-    adapter(x.requires_grad_()).sum().backward()
-    for handle in handles:
-        handle.remove()
-    parts = {module for module in adapter.modules() if not isinstance(module, nn.ModuleList)}
-    assert len(parts) > 5
-    for seen in (forward, backward):
-        assert len(seen) == len(parts)
-        assert {*seen} == parts
-
-
 def test_a_missing_tap_is_noticed():
     adapter = LAdapter(hidden_size=6, num_taps=3, tap_size=4)
     taps = TapSum(adapter)
@@ -213,25 +166,6 @@ def test_a_missing_tap_is_noticed():
         RuntimeError, match=r"each of its 3 layers once per call, but it read \[0, 2\].*layerdrop at 0"
     ):
         taps.result()
-
-
-@pytest.mark.parametrize("position", ["append", "prepend"])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, None])
-def test_pseudo_features_join_each_utterance_and_leave_again(position, dtype):
-    torch.manual_seed(0)
-    adapter = PAdapter(hidden_size=2, length=2, position=position)
-    x, lengths = torch.randn(3, 5, 2), [5, 3, 0]
-    mask = None if dtype is None else (torch.arange(5) < torch.tensor(lengths)[:, None]).to(dtype)
-    joined, joined_mask, real = adapter(x, mask)
-    assert joined.shape == (3, 7, 2)
-    torch.testing.assert_close(real.of(joined), x)
-    for row, length in enumerate(lengths):
-        start = 0 if position == "prepend" else 5 if mask is None else length
-        torch.testing.assert_close(joined[row, start : start + 2], adapter.rows.detach())
-        if mask is not None:
-            assert joined_mask is not None
-            assert joined_mask.dtype == dtype
-            assert joined_mask[row].tolist() == [1] * (length + 2) + [0] * (5 - length)
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,7 @@ def test_classify_refuses_what_does_not_fit_its_base_in_one_line(run, good, tmp_
 
 CHANGES = {name: change for name, (change, _) in REFUSED.items()} | MISFITS
 # What PEFT does not ask for, and what Transformers takes.
-ACCEPTED = {
-    "from_pretrained": "base_model|auto_mapping|revision|peft_type.*LORA|config is (large|a pipe)",
-}
+ACCEPTED = {"from_pretrained": "base_model|auto_mapping|revision|peft_type.*LORA|config is (large|a pipe)"}
 ACCEPTED["load_adapter"] = ACCEPTED["from_pretrained"]
 ACCEPTED["Transformers"] = f"{ACCEPTED['from_pretrained']}|two saves|whole numbers"
 

@@ -89,18 +89,10 @@ REFUSED = [
         {"adapters": "EL"},
         "adapters is 'EL', here 'ELP'; 1 missing (base_model.model.wavlm.encoder.elp_p.rows (3, 24))",
     ),
-    (
-        {},
-        {"e_layers": [1, 2]},
-        "e_layers is [1, 2], here [0, 1]; 6 missing (.*down.bias (8,).* and 2 more); 6 left",
-    ),
+    ({}, {"e_layers": [1, 2]}, "e_layers is [1, 2], here [0, 1]; 6 missing (.*down.bias (8,).* and 2 more); 6 left"),
     ({}, {"base": {"vocab_size": 7}}, "lm_head.bias (7,) in place of (9,), .*lm_head.weight (7, 10) in place of (9,"),
     # The same names and shapes, and another computation:
-    (
-        {},
-        {"e_activation": "relu"},
-        "e_activation is 'relu', here 'gelu'. Load it as a further adapter: ",
-    ),
+    ({}, {"e_activation": "relu"}, "e_activation is 'relu', here 'gelu'. Load it as a further adapter: "),
     ({}, {"p_position": "prepend"}, "p_position is 'prepend', here 'append'"),
     (
         E_OR_L | {"l_layers": [0, 1]},

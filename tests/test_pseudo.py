@@ -39,14 +39,27 @@ def test_an_utterance_answers_in_a_padded_batch_as_alone(position, left, mixed):
             torch.testing.assert_close(together[row, at], own, atol=2e-5, rtol=1e-4)
 
 
-def test_pseudo_features_come_right_before_the_first_valid_frame():
-    adapter = PAdapter(hidden_size=1, length=2, position="prepend")
+# Which of the frames 0 to 3 are valid, and the frames with two pseudo features, 9.
+JOINED = {
+    "append": {"1111": "012399", "1100": "019923", "0011": "012399", "0000": "990123"},
+    "prepend": {"1111": "990123", "1100": "990123", "0011": "019923"},
+}
+
+
+@pytest.mark.parametrize("position", JOINED)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_pseudo_features_join_each_utterance_and_leave_again(position, dtype):
+    adapter = PAdapter(hidden_size=1, length=2, position=position)
     torch.nn.init.constant_(adapter.rows, 9.0)
-    x = torch.arange(8.0).reshape(2, 4, 1)
-    joined, mask, real = adapter(x, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]))
-    assert joined[..., 0].tolist() == [[0, 1, 9, 9, 2, 3], [9, 9, 4, 5, 6, 7]]
-    assert mask.tolist() == [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
+    valid = torch.tensor([[int(frame) for frame in frames] for frames in JOINED[position]])
+    expected = torch.tensor([[float(frame) for frame in frames] for frames in JOINED[position].values()])
+    x = torch.arange(4.0).expand(len(valid), 4)[..., None]
+    joined, mask, real = adapter(x, valid.to(dtype))
+    assert torch.equal(joined[..., 0], expected)
+    assert mask.dtype == dtype
+    assert torch.equal(mask.bool(), (expected == 9) | valid.gather(1, expected.clamp(max=3).long()).bool())
     assert torch.equal(real.of(joined), x)
+    assert torch.equal(adapter(x[:1], None)[0], joined[:1])
 
 
 @pytest.mark.parametrize(("name", "length"), [("wav2vec2-conformer", 1), ("whisper", 1), ("sew", 2), ("sew-odd", 3)])

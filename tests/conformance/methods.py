@@ -123,11 +123,6 @@ METHODS = {
             "ln_tuning_",
             one_layer=lambda model: {"target_modules": model.norms.replace(r"\d+", "1")},
         ),
-        Method(
-            "LoRA",
-            _lora,
-            "lora_",
-            one_layer=lambda model: {"target_modules": model.linears.replace(r"\d+", "1")},
-        ),
+        Method("LoRA", _lora, "lora_", one_layer=lambda model: {"target_modules": model.linears.replace(r"\d+", "1")}),
     )
 }
