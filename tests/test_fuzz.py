@@ -115,12 +115,11 @@ SMALL = {"e_dim": 1, "l_dim": 1, "p_length": 1, "l_layers": [0]}
 @example(name="hubert-ForCTC", config={"l_output": "head", "exclude_modules": r".*layers\.0\..*", **SMALL})
 @example(name="hubert-ForCTC", config={"l_output": "project", **SMALL})
 @given(name=st.sampled_from(sorted(MODELS)), config=CONFIGS)
-@settings(max_examples=200, derandomize=True, **FUZZ)
+@settings(max_examples=100, derandomize=True, **FUZZ)
 def test_a_configuration_is_refused_or_keeps_its_promises(name, config):
     keeps_its_promises(name, config)
 
 
-@pytest.mark.exhaustive
 @given(name=st.sampled_from(sorted(MODELS)), config=CONFIGS)
 @settings(max_examples=2000, **FUZZ)
 def test_many_configurations_are_refused_or_keep_their_promises(name, config):
