@@ -33,38 +33,16 @@ NORMS = [
 ]
 
 TINY = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "conv_dim": (16, 16),
-    "conv_kernel": (10, 8),
-    "conv_stride": (5, 4),
-    "conv_bias": True,
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4,
-    "conv_pos_kernel_size": 5,
-    "feat_extract_norm": "layer",
-    "vocab_size": 9,
-    "num_labels": 4,
-    "classifier_proj_size": 12,
-    "tdnn_dim": (12, 12, 20),
-    "tdnn_kernel": (5, 3, 1),
+    "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
+    "conv_dim": (16, 16), "conv_kernel": (10, 8), "conv_stride": (5, 4), "conv_bias": True,
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4,
+    "conv_pos_kernel_size": 5, "feat_extract_norm": "layer", "vocab_size": 9, "num_labels": 4,
+    "classifier_proj_size": 12, "tdnn_dim": (12, 12, 20), "tdnn_kernel": (5, 3, 1), "xvector_output_dim": 12,
     "tdnn_dilation": (1, 1, 1),  # the head counts its frames without dilation, so that it lets padding in with one
-    "xvector_output_dim": 12,
-    "layerdrop": 0.0,
-    "mask_time_prob": 0.0,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "activation_dropout": 0.0,
-    "feat_proj_dropout": 0.0,
-    "final_dropout": 0.0,
-    "num_clusters": 4,
-    "num_codevectors_per_group": 4,
-    "codevector_dim": 8,
-    "proj_codevector_dim": 8,
-}
+    "layerdrop": 0.0, "mask_time_prob": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+    "activation_dropout": 0.0, "feat_proj_dropout": 0.0, "final_dropout": 0.0,
+    "num_clusters": 4, "num_codevectors_per_group": 4, "codevector_dim": 8, "proj_codevector_dim": 8,
+}  # fmt: skip
 ELP: dict[str, Any] = {"e_dim": 8, "l_dim": 10, "p_length": 3}
 
 
@@ -77,10 +55,15 @@ def build(family: str = "wavlm", head: str = "ForCTC", seed: int = 0, **options:
     torch.manual_seed(seed)
     config_cls = getattr(transformers, FAMILIES[family] + "Config")
     model = getattr(transformers, FAMILIES[family] + head)(config_cls(**TINY | options))
+    return with_norms_moved(model).eval()
+
+
+def with_norms_moved(model: Any) -> Any:
+    """The model with norms and biases that are not where they start: a test must see each of them."""
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # not where they start: a test must see each of them
-            torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.3)
-    return model.eval()
+        if name.endswith("bias") or "norm" in name.lower():
+            torch.nn.init.normal_(parameter, mean=float("norm" in name.lower() and "weight" in name), std=0.3)
+    return model
 
 
 class TwoEncoders(torch.nn.Module):

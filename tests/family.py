@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from backbones import ELP
+from backbones import ELP, waveforms, with_norms_moved
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -65,9 +65,7 @@ def packed(bands: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
 
 def wave(lengths: tuple[int, ...] = (1900, 1230)) -> dict[str, Tensor]:
     """A padded batch of waveforms."""
-    torch.manual_seed(1)
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    return {"input_values": torch.randn(mask.shape) * mask, "attention_mask": mask}
+    return dict(zip(("input_values", "attention_mask"), waveforms(lengths), strict=True))
 
 
 def decoded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,10 +115,7 @@ class Family:
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._attn_implementation = attention
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name.lower():
-                torch.nn.init.normal_(parameter, mean=float("norm" in name.lower() and "weight" in name), std=0.3)
-        return model.eval()
+        return with_norms_moved(model).eval()
 
     def shallow(self) -> nn.Module:
         """The model with two encoder layers, for what takes its time with each layer, such as tracing."""

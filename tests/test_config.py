@@ -63,7 +63,7 @@ def test_every_field_has_a_help_text_that_names_its_choices():
         ({"p_init_std": -1}, "p_init_std must be at least 0 and finite, got -1"),
         ({"init_std": float("inf")}, "init_std must be at least 0 and finite, got inf"),
         ({"verification_threshold": 2}, "verification_threshold must be at least -1 and less than 1, got 2"),
-        ({"l_output": "sum"}, "l_output must be one of 'head', 'project', 'residual', got 'sum'"),
+        ({"l_output": "sum"}, "l_output must be one of .*'head', 'project', 'residual', got 'sum'"),
         ({"init_weights": "paper start"}, "init_weights must be one of True, False, .paper., got .paper start."),
         ({"l_input_norm": "yes"}, "l_input_norm must be one of None, False, True, got 'yes'"),
         ({"e_after": "ffn"}, "e_after must be 'feed_forward', 'attention' or both.*got 'ffn'"),
@@ -91,18 +91,3 @@ def test_a_config_survives_its_file_which_may_be_alone_in_a_folder(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["adapter_config.json"]
     assert json.loads((tmp_path / "new/adapter_config.json").read_text())["peft_type"] == "ELP"
     assert PeftConfig.from_pretrained(tmp_path / "new") == ELPConfig.from_pretrained(tmp_path / "new") == config
-
-
-def test_a_field_from_a_newer_version_is_reported_and_dropped(tmp_path):
-    ELPConfig().save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"q_dim": 3}))
-    with pytest.warns(UserWarning, match="q_dim"):
-        assert PeftConfig.from_pretrained(tmp_path) == ELPConfig()
-
-
-def test_broken_weights_are_noticed_with_the_configuration(tmp_path):
-    ELPConfig().save_pretrained(tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match=f"weights of the adapter '{tmp_path}' are broken.*force_download=True"):
-        ELPConfig.from_pretrained(tmp_path)

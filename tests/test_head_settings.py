@@ -97,7 +97,7 @@ NAMES = {np.int64(0): np.str_("no"), np.int64(1): np.str_("yes"), np.int64(2): n
 @pytest.mark.parametrize(
     "settings",
     [
-        None,  # The base has the names.
+        None,
         {"num_labels": np.int64(3)},
         {"id2label": NAMES},
         {"classifier_proj_size": np.int32(6), "num_labels": 3},
@@ -146,12 +146,7 @@ def test_settings_without_sense_are_refused(settings, message):
             {"num_labels": 5},
             "changes 'classifier', which modules_to_save=",
         ),
-        (
-            "ForXVector",
-            ["projector", "classifier"],
-            {"tdnn_dim": [12, 12, 30]},
-            "changes 'feature_extractor', 'tdnn.2'",
-        ),
+        ("ForXVector", ["projector"], {"tdnn_dim": [12, 12, 30]}, "changes 'feature_extractor', 'tdnn.2'"),
     ],
 )
 def test_settings_of_a_module_that_is_not_trained_are_refused(head, modules, settings, message):

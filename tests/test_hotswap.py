@@ -6,7 +6,6 @@ import pytest
 import torch
 from backbones import ELP, adapted, answer, build, result, waveforms
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.hotswap import hotswap_adapter as hotswap_of_peft
 from safetensors.torch import load_file, save_file
 
 from peft_elp import ELPConfig, hotswap_adapter
@@ -140,12 +139,3 @@ def test_what_is_no_elp_adapter_is_named(tmp_path):
     get_peft_model(build("wavlm"), LoraConfig(target_modules=["output_dense"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds an adapter of LORA, which cannot replace the ELP-adapter"):
         hotswap_adapter(model, str(tmp_path))
-
-
-def test_the_function_of_peft_refuses_and_changes_nothing(tmp_path):
-    adapted(std=0.5).save_pretrained(tmp_path)
-    model = adapted()
-    before = values(model)
-    with pytest.raises(ValueError, match="only supports LORA but ELP was passed"):
-        hotswap_of_peft(model, str(tmp_path), "default", torch_device="cpu")
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -30,19 +30,17 @@ class Int8Linear(nn.Module):
 
 
 def by_hand(model, dtype):
-    for parent in list(model.base_model.modules()):
+    for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, Int8Linear(child, dtype))
-    return model
 
 
 def torchao_int8(model, dtype):
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(model.base_model, Int8WeightOnlyConfig())
-    return model
+    quantize_(model, Int8WeightOnlyConfig())
 
 
 WAYS = [by_hand, torchao_int8]
@@ -51,7 +49,9 @@ WIDE = {"hidden_size": 64, "intermediate_size": 64, "conv_dim": (64, 64), "num_c
 
 
 def quantised(way, dtype, head="ForCTC"):
-    return way(build("hubert", head, **WIDE).requires_grad_(False).to(dtype), dtype)
+    model = build("hubert", head, **WIDE).requires_grad_(False).to(dtype)
+    way(model.base_model, dtype)
+    return model
 
 
 def values(parameter):
@@ -143,9 +143,7 @@ def test_what_transformers_quantises_while_loading_takes_adapters(bits, tmp_path
 @pytest.mark.parametrize("way", WAYS)
 def test_a_quantised_head_is_refused_with_the_way_out(way):
     model = build("hubert", "ForSequenceClassification", **WIDE)
-    holder = nn.Module()
-    holder.base_model = model  # all of which is quantised then
-    way(holder, torch.float32)
+    way(model, torch.float32)  # head and all
     with pytest.raises(
         ValueError, match=r"'projector.weight' is quantised.*llm_int8_skip_modules=\['projector', 'classifier'\]"
     ):

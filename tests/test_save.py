@@ -51,16 +51,6 @@ def test_weights_of_two_formats_are_refused_until_one_is_removed(older, newer, t
     torch.testing.assert_close(answer(tmp_path), logits(newer))
 
 
-def test_each_of_several_adapters_is_in_its_folder(tmp_path):
-    model = adapted(HEAD)
-    model.add_adapter("calls", ELPConfig(**ELP))
-    model.save_pretrained(tmp_path)
-    files = {CONFIG, WEIGHTS, CARD}
-    assert set(contents(tmp_path)) == files | {f"calls/{name}" for name in files}
-    model.save_pretrained(tmp_path / "one", selected_adapters=["calls"])
-    assert not (tmp_path / "one" / CONFIG).exists()
-
-
 class WithBatchNorm(torch.nn.Module):
     def __init__(self):
         super().__init__()
