@@ -1,7 +1,9 @@
 # Two commands: `make demo` adapts a small speech encoder, `make test` runs the tests. Each sets up what it needs in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what is imported; compiling all files of all packages would take as long as installing them.
+PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(BIN)/$(PIP) --constraint constraints.txt
 
 .PHONY: demo test gate test-lowest test-newest lint types docs dist clean
 
@@ -50,14 +52,14 @@ clean:
 .venv-lowest/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lowest
 	grep -Ev '^(peft|transformers|tokenizers|huggingface-hub)==' constraints.txt > .venv-lowest/constraints.txt
-	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt torch
-	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt \
+	.venv-lowest/bin/$(PIP) -c .venv-lowest/constraints.txt torch
+	.venv-lowest/bin/$(PIP) -c .venv-lowest/constraints.txt \
 		peft==0.21.0 transformers==5.0.0 --editable '.[test]'
 	touch $@
 
 .venv-newest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	.venv-newest/bin/$(PIP) --editable '.[test]'
 	touch $@
 
 .venv/ready-python:
