@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import csv
 import glob
+import inspect
 import json
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from io import TextIOWrapper
@@ -28,10 +30,11 @@ BAR = 40  # characters, for the largest layer weight
 SHOWN = 100  # labels
 HIGHEST = 1 - 1e-6  # threshold that a configuration takes
 LONGEST = 2000  # characters of an error
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # A spreadsheet runs a cell that starts with one of them.
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+COLUMNS = {"text": ["text"], "labels": ["label", "score"]}
 
 Answer = Callable[[Sequence[str]], Sequence[Any]]
-Write = Callable[[str, Any], None]
+Write = Callable[[str, Any, "str | None"], None]
 say = partial(print, flush=True)
 
 app = typer.Typer(
@@ -39,7 +42,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --batch_size is --batch-size
+    },
 )
 
 
@@ -69,13 +75,33 @@ Subfolder = Annotated[str | None, _option("Adapter", "The folder inside of it, i
 Revision = Annotated[str | None, _option("Adapter", "A branch or a commit on the Hub.")]
 Base = Annotated[str | None, _option("Model", "Folder or Hub name of the base, if it is not where the adapter says.")]
 Device = Annotated[str | None, _option("Model", "Such as cpu, cuda or mps. Default: cuda if there is one, else cpu.")]
-Dtype = Annotated[str | None, _option("Model", "Such as float16 or bfloat16. Default: as in the base's checkpoint.")]
-MaxDuration = Annotated[float | None, _option("Model", "Seconds above which a recording is refused. Default: 120.")]
+Dtype = Annotated[
+    str | None, _option("Model", "Such as bfloat16. Default: float32 on a CPU, else as in the base's checkpoint.")
+]
+MaxDuration = Annotated[
+    float | None, _option("Model", "Seconds above which a recording is too long. Default: 120, or the base's window.")
+]
+OnLongAudio = Annotated[
+    str | None, _option("Model", "What to do with one: error, skip, crop, or split and average the answers.")
+]
 BatchSize = Annotated[int, _option("Answers", "How many to answer at a time.", min=1)]
 AsJson = Annotated[bool, _option("Answers", "Print JSON, one object on each line.", "--json")]
 Output = Annotated[
     str | None, _option("Answers", "Write the answers to a .csv or .jsonl file instead of printing.", callback=_table)
 ]
+
+
+def _with_loading(command: Callable[..., None]) -> Callable[..., None]:
+    """Put the options of `_load` in the place of `**loading`."""
+    *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+    shared = {"base": Base, "device": Device, "dtype": Dtype, "max_duration": MaxDuration}
+    shared |= {"on_long_audio": OnLongAudio, "subfolder": Subfolder, "revision": Revision}
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
+        for name, hint in shared.items()
+    ]
+    command.__signature__ = inspect.Signature([*own, *added])  # pyright: ignore[reportFunctionMemberAccess]
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,25 +189,22 @@ def info(adapter: Adapter, subfolder: Subfolder = None, revision: Revision = Non
 
 
 @app.command(rich_help_panel="Answer for recordings")
+@_with_loading
 def transcribe(
     adapter: Adapter,
     files: Files,
     batch_size: BatchSize = 1,
     output: Output = None,
     as_json: AsJson = False,
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    max_duration: MaxDuration = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    **loading: Any,
 ) -> None:
     """Write down what is said."""
-    loaded = _load(adapter, base, device, dtype, max_duration, subfolder, revision)
-    _each(files, partial(loaded.transcribe, batch_size=batch_size), "text", batch_size, output, as_json)
+    loaded = _load(adapter, **loading)
+    _each(files, loaded, partial(loaded.transcribe, batch_size=batch_size), "text", batch_size, output, as_json)
 
 
 @app.command(rich_help_panel="Answer for recordings")
+@_with_loading
 def classify(
     adapter: Adapter,
     files: Files,
@@ -189,35 +212,26 @@ def classify(
     batch_size: BatchSize = 1,
     output: Output = None,
     as_json: AsJson = False,
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    max_duration: MaxDuration = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    **loading: Any,
 ) -> None:
     """Name the labels of recordings."""
-    loaded = _load(adapter, base, device, dtype, max_duration, subfolder, revision)
+    loaded = _load(adapter, **loading)
     answer = partial(loaded.classify, batch_size=batch_size, top_k=top_k)
-    _each(files, answer, "labels", batch_size, output, as_json)
+    _each(files, loaded, answer, "labels", batch_size, output, as_json)
 
 
 @app.command(rich_help_panel="Compare voices")
+@_with_loading
 def verify(
     adapter: Adapter,
     file_a: Recording,
     file_b: Recording,
     threshold: Annotated[float | None, _option("Answers", "The score of one voice. Default: the adapter's.")] = None,
     as_json: AsJson = False,
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    max_duration: MaxDuration = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    **loading: Any,
 ) -> None:
     """Compare the voices of two recordings."""
-    loaded = _load(adapter, base, device, dtype, max_duration, subfolder, revision)
+    loaded = _load(adapter, **loading)
     found = loaded.verify(file_a, file_b, threshold=threshold)
     if loaded.saved.labels and loaded.saved.config.get("verification_threshold") is None:
         _complain("a warning: this adapter was trained to name labels, maybe not to tell voices apart.")
@@ -230,6 +244,7 @@ def verify(
 
 
 @app.command(rich_help_panel="Compare voices")
+@_with_loading
 def trials(
     adapter: Adapter,
     list_file: Annotated[
@@ -241,12 +256,7 @@ def trials(
     ] = False,
     batch_size: BatchSize = 1,
     as_json: AsJson = False,
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    max_duration: MaxDuration = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    **loading: Any,
 ) -> None:
     """Compare the voices of all pairs in a list, and measure the error rates."""
     from peft_elp import ELPConfig
@@ -255,9 +265,11 @@ def trials(
 
     pairs = read_trials(list_file, folder)
     files = sorted({file for trial in pairs for file in trial[1:]})
-    loaded = _load(adapter, base, device, dtype, max_duration, subfolder, revision)
+    loaded = _load(adapter, **loading)
     answer = partial(loaded.embed, batch_size=batch_size)
-    voices: dict[Any, Any] = dict(_answers(files, answer, batch_size))
+    answer([])
+    found = _answers(files, answer, batch_size)
+    voices: dict[Any, Any] = {file: voice for file, voice, _ in found if voice is not None}
     scored = [trial for trial in pairs if trial.file_a in voices and trial.file_b in voices]
     scores = cosine_scores(voices, [trial[1:] for trial in scored]) if scored else []
     for trial, score in zip(scored, map(float, scores), strict=True):
@@ -279,15 +291,13 @@ def trials(
 
 
 @app.command(rich_help_panel="Answer for recordings")
+@_with_loading
 def demo(
     adapters: Annotated[list[str], typer.Argument(help="Folders of adapters, or their names on the Hub.")],
     host: Annotated[str, _option("Page", "Where to serve it. Default: for this machine alone.")] = "127.0.0.1",
     port: Annotated[int | None, _option("Page", "At which port. Default: a free one from 7860.", min=1)] = None,
     space: Annotated[str | None, _option("Page", "Write the files of a Hugging Face Space there instead.")] = None,
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    max_duration: MaxDuration = None,
+    **loading: Any,
 ) -> None:
     """Try adapters on your own voice, in the browser."""
     from peft_elp.speech import demo
@@ -300,7 +310,7 @@ def demo(
         say(f"Then upload the folder: hf upload me/my-space {_shown(space)} . --repo-type space")
         return
     demo.import_gradio()  # Before the models, which take a while to load.
-    page = demo.make_page({tab: _load(name, base, device, dtype, max_duration) for tab, name in names.items()})
+    page = demo.make_page({tab: _load(name, **loading) for tab, name in names.items()})
     page.launch(server_name=host, server_port=port, share=False, max_file_size=demo.MAX_UPLOAD)
 
 
@@ -356,103 +366,117 @@ def train(
     try:
         run(**options)
     except KeyboardInterrupt:
-        raise RuntimeError("interrupted. The same command goes on where this one was.") from None
+        raise RuntimeError("interrupted before there was an adapter. The same command goes on from here.") from None
 
 
-def _load(
-    adapter: str,
-    base: str | None,
-    device: str | None,
-    dtype: str | None,
-    max_duration: float | None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-) -> SpeechAdapter:
+def _load(adapter: str, max_duration: float | None, on_long_audio: str | None, **options: Any) -> SpeechAdapter:
     from transformers.utils import logging
 
     from peft_elp.speech.inference import MAX_DURATION_S, SpeechAdapter
 
     logging.set_verbosity_error()  # A base that comes with a new head is meant here.
     logging.disable_progress_bar()
-    return SpeechAdapter.from_pretrained(
-        adapter,
-        base=base,
-        device=device,
-        dtype=dtype,
-        subfolder=subfolder,
-        revision=revision,
-        max_duration_s=max_duration or MAX_DURATION_S,
-    )
+    long: dict[str, Any] = {
+        "max_duration_s": max_duration or MAX_DURATION_S,
+        "on_long_audio": on_long_audio or "error",
+    }
+    return SpeechAdapter.from_pretrained(adapter, **long, **options)
 
 
-def _each(files: Sequence[str], answer: Answer, what: str, batch_size: int, output: str | None, as_json: bool) -> None:
-    """Write the answer for each file."""
-    files = _recordings(files)
-    count = 0
+def _each(
+    names: Sequence[str],
+    loaded: SpeechAdapter,
+    answer: Answer,
+    what: str,
+    batch_size: int,
+    output: str | None,
+    as_json: bool,
+) -> None:
+    """Write the answer for each file, and count them."""
+    from tqdm import tqdm
+
+    files, ignored = _recordings(names)
+    answer([])  # A head for another task is one error.
+    counts = Counter(ignored=ignored)
+    # Without a terminal there is no bar.
+    bar = partial(tqdm, total=len(files), disable=None if output else True, unit="file", leave=False)
     with _writer(output, as_json, what) as write:
-        for file, one in _answers(files, answer, batch_size):
-            write(file, one)
-            count += 1
-    if count < len(files):
+        for file, one, error in bar(_answers(files, answer, batch_size)):
+            if one is None and error is None:
+                counts["skipped"] += 1
+                write(file, None, "skipped, it is too long")
+                continue
+            counts["refused" if error else "answered"] += 1
+            if what == "labels" and one:
+                one = [label | {"score": round(label["score"], 4)} for label in one]
+            write(file, one, error)
+    if output or 1 < len(files) + ignored != counts["answered"]:
+        said = ", ".join(f"{counts[word]:,} {word}" for word in ("answered", "refused", "skipped", "ignored"))
+        dtype = str(loaded.model.get_base_model().dtype).removeprefix("torch.")
+        say(f"peft-elp: {said}; in {dtype} on {loaded.model.device}", file=sys.stderr)
+    if counts["refused"]:
         raise typer.Exit(1)
 
 
-def _answers(files: Sequence[str], answer: Answer, batch_size: int) -> Iterator[tuple[str, Any]]:
-    """Return each file with its answer. A file that cannot be answered is named, and costs no other its answer."""
+def _answers(files: Sequence[str], answer: Answer, batch_size: int) -> Iterator[tuple[str, Any, str | None]]:
+    """Return each file with its answer or its error. A file that fails is named, and costs no other its answer."""
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
         try:
-            yield from zip(batch, answer(batch), strict=True)
+            yield from ((file, one, None) for file, one in zip(batch, answer(batch), strict=True))
         except Exception as error:
             if len(batch) > 1:  # It may be one recording, or their number.
                 yield from _answers(batch, answer, batch_size=1)
             else:
-                _complain(error, "" if str(error).startswith(batch[0]) else f"{batch[0]}: ")
+                told = _in_words(error).removeprefix(f"{batch[0]}: ")
+                _complain(f"{batch[0]}: {told}")
+                yield batch[0], None, told
 
 
-def _recordings(names: Sequence[str]) -> list[str]:
-    """Return the files that are meant by names of files, folders and patterns, in that order."""
+def _recordings(names: Sequence[str]) -> tuple[list[str], int]:
+    """Return the files that are meant by names of files, folders and patterns, and how many are no recordings."""
     from peft_elp.speech.audio import AUDIO_SUFFIXES
 
     files: list[str] = []
+    ignored = 0
     for name in names:
         if os.path.isdir(name):
-            inside = [os.path.join(place, file) for place, _, found in os.walk(name) for file in found]
-            found = sorted(file for file in inside if file.lower().endswith(AUDIO_SUFFIXES))
+            inside = sorted(os.path.join(place, file) for place, _, found in os.walk(name) for file in found)
+            found = [file for file in inside if file.lower().endswith(AUDIO_SUFFIXES)]
             if not found:
                 raise ValueError(f"There are no recordings in the folder {name!r}.")
             files += found
+            ignored += len(inside) - len(found)
         elif glob.has_magic(name) and not os.path.lexists(name):
             files += sorted(glob.glob(name, recursive=True)) or [name]
         else:
             files.append(name)
-    return files
+    return files, ignored
 
 
 @contextmanager
 def _writer(output: str | None, as_json: bool, what: str) -> Iterator[Write]:
-    """Make a function that writes one answer, to where and in the form that the options ask for."""
-    if not output:
-        yield lambda file, one: say(_in_json({"file": file, what: one}) if as_json else _line(file, one))
-        return
-    with open(output, "w", encoding="utf-8", errors="backslashreplace", newline="") as table:
-        if output.endswith(".jsonl"):
-            yield lambda file, one: say(_in_json({"file": file, what: one}), file=table)
-            return
-        rows = csv.writer(table)
-        rows.writerow(["file", "text"] if what == "text" else ["file", "label", "score"])
+    """Make a function that writes one answer or error, to where and in the form that the options ask for."""
+    from peft_elp.wording import spreadsheet_cell
 
-        def write(file: str, one: Any) -> None:
-            answers = [[one]] if what == "text" else [[label["label"], label["score"]] for label in one]
-            rows.writerows([_cell(file), *map(_cell, answer)] for answer in answers)
-            table.flush()
+    is_csv = str(output).endswith(".csv")
+    with nullcontext(sys.stdout) if output is None else open(output, "w", **TEXT) as table:
+        rows = csv.DictWriter(table, ["file", *COLUMNS[what], "error"], restval="")
+        if is_csv:
+            rows.writeheader()
+
+        def write(file: str, one: Any, error: str | None) -> None:
+            if is_csv:
+                for found in [{}] if error else [{"text": one}] if what == "text" else one:
+                    row = {"file": file, **found, "error": error or ""}
+                    rows.writerow({column: spreadsheet_cell(value) for column, value in row.items()})
+                table.flush()
+            elif output or as_json:
+                say(_in_json({"file": file, what: one, "error": error}), file=table)
+            elif not error:
+                say(_line(file, one))
 
         yield write
-
-
-def _cell(value: Any) -> Any:
-    """Escape text that a spreadsheet would run, by an apostrophe, as OWASP advises."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _line(file: str, one: Any) -> str:
@@ -460,12 +484,19 @@ def _line(file: str, one: Any) -> str:
     return "\t".join(map(_shown, [file, *words]))
 
 
-def _complain(problem: object, about: str = "") -> None:
-    """Say on one line of standard error what went wrong."""
+def _in_words(problem: object) -> str:
+    """Return a problem as one line."""
     message = " ".join(str(problem).split())[:LONGEST] or type(problem).__name__
     if isinstance(problem, Exception) and not isinstance(problem, (ValueError, ImportError, OSError, Warning)):
-        message = f"{type(problem).__name__}: {message}"
-    say(f"peft-elp: {_shown(about + message)}", file=sys.stderr)
+        return f"{type(problem).__name__}: {message}"
+    return message
+
+
+def _complain(problem: object) -> None:
+    """Say on one line of standard error what went wrong, above a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"peft-elp: {_shown(_in_words(problem))}", file=sys.stderr)
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # A spreadsheet runs a cell that starts with one of them.
 LONGEST_LINE = 400  # characters of an error that is passed on
 
 
@@ -57,3 +59,8 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, cut if it is long, or the name of its class without a message."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
+
+
+def spreadsheet_cell(value: Any) -> Any:
+    """Escape text that a spreadsheet would run, by an apostrophe, as OWASP advises."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

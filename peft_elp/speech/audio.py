@@ -6,6 +6,7 @@ Needs soundfile and soxr: `pip install 'peft-elp[recipes]'`.
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import warnings
@@ -117,6 +118,34 @@ def read_audio(audio: Any, max_duration_s: float | None = None) -> tuple[np.ndar
     if doubt := _doubt(channels, waveform):
         warnings.warn(f"{name_of(audio)}: {doubt}", stacklevel=2)
     return waveform, rate_hz
+
+
+def cut_long(waveform: np.ndarray, most: float, on_long_audio: str) -> list[np.ndarray]:
+    """Return the pieces of a recording that a model is to read.
+
+    Args:
+        waveform: `(samples,)`.
+        most: Samples that the model reads at most.
+        on_long_audio: What to do with more: "crop" keeps the first `most` samples, "split" makes pieces of equal
+            length, whose answers are to be averaged, and anything else refuses.
+
+    Raises:
+        AudioError: The recording is too long.
+
+    Examples:
+        >>> [len(piece) for piece in cut_long(np.zeros(50), 20, "split")]
+        [17, 17, 17]
+    """
+    if len(waveform) <= most:
+        return [waveform]
+    if on_long_audio == "crop":
+        return [waveform[: int(most)]]
+    if on_long_audio == "split":
+        count = math.ceil(len(waveform) / int(most))
+        length = math.ceil(len(waveform) / count)
+        starts = np.linspace(0, len(waveform) - length, count).round().astype(int)
+        return [waveform[start : start + length] for start in starts]
+    raise AudioError(f"it has {len(waveform):,} samples, and the model reads at most {int(most):,}", "too long")
 
 
 def name_of(audio: Any) -> str:

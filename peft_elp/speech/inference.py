@@ -23,13 +23,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
 
-from peft_elp.backbones import has_fixed_window, receptive_field
+from peft_elp.backbones import has_fixed_window, receptive_field, window_s
 from peft_elp.heads import head_row
 from peft_elp.saved.card import TOKENIZER
 from peft_elp.saved.folder import SavedAdapter, find_adapter, is_hub_id, read_adapter
 from peft_elp.wording import first_line, shortened
 
-from .audio import AudioError, decode, name_of
+from .audio import AudioError, cut_long, decode, name_of
 from .metrics import cosine_scores
 from .speakers import is_padding_invariant, speaker_embeddings
 
@@ -38,6 +38,8 @@ EXTRACTOR = ("preprocessor_config.json", "processor_config.json")
 RATES_HZ = range(1_000, 1_000_001)  # what a feature extractor may ask for
 ONLY_IN_TRAINING = ("masked_spec_embed",)  # weights that no answer depends on
 ANOTHER_BASE = "If the base is elsewhere, name it: base=... in Python, --base on the command line."
+ON_LONG_AUDIO = ("error", "skip", "crop", "split")
+SPECTRUM_S = 0.025  # what one frame of a spectrogram is computed from
 MAX_DURATION_S = 120.0  # In WavLM base, the attention of one recording of this length takes about 5 GB.
 
 
@@ -72,6 +74,9 @@ class SpeechAdapter:
     (see `is_padding_invariant`), only recordings of the same length share a pass. What cannot be answered raises a
     `ValueError`: a task that is not the head's, or a recording that is missing, broken, empty, too short or too long.
 
+    A recording is too long if it exceeds `max_duration_s`, or the window of an encoder that would cut off its rest,
+    such as Whisper's 30 seconds. Models that generate text read recordings of any length.
+
     A pickled `SpeechAdapter` holds the name of its folder, not its weights: a worker process loads it from there.
     Changes that were made in memory do not travel.
 
@@ -80,7 +85,13 @@ class SpeechAdapter:
         saved: The adapter's folder.
         feature_extractor: The feature extractor of the base.
         tokenizer: The tokenizer of the adapter, if it writes text.
-        max_duration_s: Longer recordings are refused, unless the model generates text.
+        max_duration_s: The longest recording that is read in one piece.
+        on_long_audio: What to do with a recording that is too long: "error" refuses it, "skip" answers None, "crop"
+            reads its beginning, "split" reads pieces of equal length and averages their scores or embeddings; texts
+            are joined, and a word at a cut may be lost.
+
+    Raises:
+        ValueError: `on_long_audio` is none of these.
 
     Examples:
         >>> emotions = SpeechAdapter.from_pretrained("me/emotions")  # doctest: +SKIP
@@ -95,12 +106,15 @@ class SpeechAdapter:
         feature_extractor: Any,
         tokenizer: Any = None,
         max_duration_s: float = MAX_DURATION_S,
+        on_long_audio: str = "error",
     ) -> None:
+        _check_choice(on_long_audio)
         self.model = model
         self.saved = saved
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
         self.max_duration_s = max_duration_s
+        self.on_long_audio = on_long_audio
         base: Any = model.get_base_model()
         self._base = base
         self._head = head_row(type(base))
@@ -121,6 +135,7 @@ class SpeechAdapter:
         revision: str | None = None,
         token: str | bool | None = None,
         max_duration_s: float = MAX_DURATION_S,
+        on_long_audio: str = "error",
     ) -> SpeechAdapter:
         """Load an adapter, the base that it names, and what was saved beside it. No code of a repository is run.
 
@@ -129,34 +144,45 @@ class SpeechAdapter:
             base: Where the base is, if not where the adapter says. A relative path in an adapter counts from the
                 working directory, or else from the folder around the adapter's.
             device: A device such as "cuda:1" or "mps". Default: a CUDA device if there is one, else the CPU.
-            dtype: The dtype of the base, such as "float16". Default: as in its checkpoint.
+            dtype: The dtype of the base, such as "float16". Default: float32 on a CPU, which computes slowly in half
+                precision, else as in its checkpoint.
             subfolder: The folder inside of `adapter`.
             revision: The adapter's branch or commit on the Hub.
             token: For private repositories.
             max_duration_s: As for the class.
+            on_long_audio: As for the class.
 
         Raises:
             ValueError: There is no adapter or no base, the base lacks weights, or the two do not fit. The message says
                 which.
         """
+        _check_choice(on_long_audio)
         saved = read_adapter(find_adapter(adapter, subfolder, revision, token))
         with _named_errors(f"The device {str(device)!r}"):
             target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             torch.zeros(1, device=target).cpu()  # A meta tensor cannot be copied.
         name = str(base) if base else _find_base(saved)
-        options = {} if dtype is None else {"dtype": dtype}
+        chosen = torch.float32 if dtype is None and target.type == "cpu" else dtype
+        options = {} if chosen is None else {"dtype": chosen}
         if saved.config.get("revision") and not base:  # The revision in a configuration is the one of the base.
             options["revision"] = saved.config["revision"]
         backbone = _load_base(saved, name, token=token, **options)
         with _named_errors(f"The adapter in {str(saved.folder)!r}"):
             model = PeftModel.from_pretrained(backbone, str(saved.folder), torch_device=str(target)).eval().to(target)
-        loaded = cls._around(model, saved, name, token, max_duration_s)
-        loaded._options = {"base": base, "device": device, "dtype": dtype, "max_duration_s": max_duration_s}
+        long = {"max_duration_s": max_duration_s, "on_long_audio": on_long_audio}
+        loaded = cls._around(model, saved, name, token, **long)
+        loaded._options = {"base": base, "device": device, "dtype": dtype, **long}
         return loaded
 
     @classmethod
     def _around(
-        cls, model: PeftModel, saved: SavedAdapter, base: str, token: str | bool | None, max_duration_s: float
+        cls,
+        model: PeftModel,
+        saved: SavedAdapter,
+        base: str,
+        token: str | bool | None,
+        max_duration_s: float,
+        on_long_audio: str = "error",
     ) -> SpeechAdapter:
         """Load the feature extractor and the tokenizer that belong to an adapter."""
         window = {"chunk_length": seconds} if (seconds := saved.config.get("chunk_length")) else {}
@@ -179,7 +205,7 @@ class SpeechAdapter:
             source = str(saved.folder) if has_own else base
             with _named_errors(f"The tokenizer in {source!r}"):
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        return cls(model, saved, extractor, tokenizer, max_duration_s)
+        return cls(model, saved, extractor, tokenizer, max_duration_s, on_long_audio)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return partial(type(self).from_pretrained, self.saved.folder.resolve(), **self._options), ()
@@ -190,36 +216,54 @@ class SpeechAdapter:
         return self.feature_extractor.sampling_rate
 
     def read(self, recording: Recording, sampling_rate: int | None = None) -> np.ndarray:
-        """Return the waveform of a recording as the base reads it: float32 `(samples,)`, at `self.sampling_rate`."""
+        """Return the waveform of a recording at `self.sampling_rate`: float32 `(samples,)`.
+
+        Raises:
+            AudioError: The recording cannot be answered. With `on_long_audio` "crop" or "split" it may be too long.
+        """
         entry: Any = recording
         if isinstance(recording, (np.ndarray, Tensor)):
             entry = {"array": recording, "sampling_rate": sampling_rate}
+        whole = self._generates or self.on_long_audio in ("crop", "split")
         try:
-            waveform = decode(entry, self.sampling_rate, None if self._generates else self.max_duration_s)
-            duration_s, (least_s, window_s) = len(waveform) / self.sampling_rate, self._limits_s
+            waveform = decode(entry, self.sampling_rate, None if whole else self.max_duration_s)
+            duration_s, (least_s, most_s) = len(waveform) / self.sampling_rate, self._limits_s
             if duration_s < least_s:
-                raise AudioError(f"it is too short, {duration_s:.3f} s; the model needs at least {least_s:.3f} s")
-            if duration_s > window_s and not self._generates:
-                raise AudioError(f"it is too long, {duration_s:.2f} s; the model reads a window of {window_s:g} s")
+                raise AudioError(f"it is too short to judge, {duration_s:.3f} s; at least {least_s:.3f} s are needed")
+            if duration_s > most_s and not whole:
+                raise AudioError(
+                    f"it is too long, {duration_s:.2f} s; the model reads a window of {most_s:g} s", "too long"
+                )
+            if not waveform.any():
+                raise AudioError("it is silent, all samples are 0", "empty")
         except AudioError as error:
-            raise ValueError(f"{name_of(entry)}: {error}.") from error
+            advice = f" on_long_audio can be {', '.join(ON_LONG_AUDIO[1:])}." if error.reason == "too long" else ""
+            raise AudioError(f"{name_of(entry)}: {error}.{advice}", error.reason) from error
         return waveform
+
+    def _pieces(self, recording: Recording, sampling_rate: int | None) -> list[np.ndarray]:
+        """Return the waveforms that are read in place of a recording; none if it is skipped."""
+        try:
+            waveform = self.read(recording, sampling_rate)
+        except AudioError as error:
+            if error.reason == "too long" and self.on_long_audio == "skip":
+                return []
+            raise
+        if self._generates:
+            return [waveform]
+        return cut_long(waveform, min(self.max_duration_s, self._limits_s[1]) * self.sampling_rate, self.on_long_audio)
 
     @cached_property
     def _limits_s(self) -> tuple[float, float]:
-        """The duration that the convolutions need, and the one of which the feature extractor keeps everything."""
-        config, extractor = self._base.config, self.feature_extractor
-        least_s, window_s = 0.0, float("inf")
+        """The duration that the first frame needs, and the one of which the feature extractor keeps everything."""
+        config = self._base.config
+        least_s = SPECTRUM_S
         if hasattr(config, "conv_kernel"):
             frames = 1
             if self._head and self._head.output == "embedding":  # Its deviation needs two, after its convolutions.
                 frames = 2 + sum((k - 1) * d for k, d in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
             least_s = (receptive_field(config) + (frames - 1) * prod(config.conv_stride)) / self.sampling_rate
-        if hasattr(extractor, "n_samples"):
-            window_s = extractor.n_samples / self.sampling_rate
-        elif isinstance(getattr(extractor, "max_length", None), int):
-            window_s = extractor.max_length / 100  # AST counts frames of 10 ms.
-        return least_s, window_s
+        return least_s, window_s(self.feature_extractor)
 
     def transcribe(
         self, recordings: Recording | Sequence[Recording], sampling_rate: int | None = None, batch_size: int = 1
@@ -239,7 +283,8 @@ class SpeechAdapter:
                 f"{str(self.saved.folder)!r} has no tokenizer, which turns the numbers of the head into text. Save "
                 "the tokenizer of the training there: tokenizer.save_pretrained(folder)."
             )
-        return self._answer(recordings, sampling_rate, batch_size, self._write if self._generates else self._decode)
+        write = self._write if self._generates else self._decode
+        return self._answer(recordings, sampling_rate, batch_size, write, " ".join)
 
     def classify(
         self,
@@ -259,7 +304,7 @@ class SpeechAdapter:
         self._check("classify")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k!r}.")
-        return self._answer(recordings, sampling_rate, batch_size, partial(self._name, top_k=top_k))
+        return self._answer(recordings, sampling_rate, batch_size, self._scores, partial(self._named, top_k=top_k))
 
     def embed(
         self, recordings: Recording | Sequence[Recording], sampling_rate: int | None = None, batch_size: int = 1
@@ -271,7 +316,7 @@ class SpeechAdapter:
             (512,)
         """
         self._check("verify")
-        return self._answer(recordings, sampling_rate, batch_size, self._embed)
+        return self._answer(recordings, sampling_rate, batch_size, self._embed, _mean)
 
     def verify(
         self, first: Recording, second: Recording, sampling_rate: int | None = None, threshold: float | None = None
@@ -286,6 +331,8 @@ class SpeechAdapter:
             True
         """
         embeddings: dict[Any, Any] = dict(enumerate(self.embed([first, second], sampling_rate)))
+        if any(one is None for one in embeddings.values()):
+            raise ValueError("A recording was skipped, so there are no two voices to compare.")
         score = float(cosine_scores(embeddings, [(0, 1)])[0])
         return Verification(score, self.saved.config.get("verification_threshold") if threshold is None else threshold)
 
@@ -297,26 +344,38 @@ class SpeechAdapter:
                 + (f", which can {' and '.join(able)}." if able else ". For that head, use its model directly.")
             )
 
-    def _answer(self, recordings: Any, sampling_rate: int | None, batch_size: int, answer: Callable[..., Any]) -> Any:
+    def _answer(
+        self,
+        recordings: Any,
+        sampling_rate: int | None,
+        batch_size: int,
+        answer: Callable[[Sequence[np.ndarray]], Sequence[Any]],
+        join: Callable[[Sequence[Any]], Any],
+    ) -> Any:
+        """Answer for the pieces of each recording, and join their answers."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
         if not isinstance(recordings, Sequence) or isinstance(recordings, str):
-            return answer([self.read(recordings, sampling_rate)])[0]
-        answers: list[Any] = [None] * len(recordings)
+            return self._answer([recordings], sampling_rate, 1, answer, join)[0]
+        answers: list[Any] = []
         for start in range(0, len(recordings), batch_size):
-            waveforms = [self.read(recording, sampling_rate) for recording in recordings[start : start + batch_size]]
-            for rows in self._batches(waveforms):
-                for row, one in zip(rows, answer([waveforms[row] for row in rows]), strict=True):
-                    answers[start + row] = one
+            cut = [self._pieces(one, sampling_rate) for one in recordings[start : start + batch_size]]
+            waveforms = [piece for pieces in cut for piece in pieces]
+            found: dict[int, Any] = {}
+            for rows in self._batches(waveforms, batch_size):
+                found.update(zip(rows, answer([waveforms[row] for row in rows]), strict=True))
+            remaining = iter(range(len(waveforms)))
+            answers += [join([found[next(remaining)] for _ in pieces]) if pieces else None for pieces in cut]
         return answers
 
-    def _batches(self, waveforms: Sequence[np.ndarray]) -> Iterator[list[int]]:
+    def _batches(self, waveforms: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
         """Return the numbers of the waveforms that share a pass, so that none changes the answer for another."""
         shared: dict[Any, list[int]] = {}
         for row, waveform in enumerate(waveforms):
             length = None if self._pads else len(waveform)
             shared.setdefault(("long", row) if self._is_long(waveform) else length, []).append(row)
-        yield from shared.values()
+        for rows in shared.values():
+            yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
 
     def _is_long(self, waveform: np.ndarray) -> bool:
         return len(waveform) > self._limits_s[1] * self.sampling_rate
@@ -330,9 +389,8 @@ class SpeechAdapter:
 
     @cached_property
     def _pipeline(self) -> Any:
-        task: Any = self._head and self._head.task
         return transformers.pipeline(
-            task,
+            "automatic-speech-recognition",
             model=self._base,
             feature_extractor=self.feature_extractor,
             tokenizer=self.tokenizer,
@@ -341,14 +399,11 @@ class SpeechAdapter:
             trust_remote_code=False,
         )
 
-    def _piped(self, waveforms: Sequence[np.ndarray], **options: Any) -> list[Any]:
-        rows = [{"raw": waveform, "sampling_rate": self.sampling_rate} for waveform in waveforms]
-        return self._pipeline(rows, batch_size=len(rows), **options)
-
     def _write(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         # By the timestamps that it writes, Whisper moves its window through a long recording.
         options = {"return_timestamps": True} if self._is_long(waveforms[0]) else {}
-        return [answer["text"].strip() for answer in self._piped(waveforms, **options)]
+        rows = [{"raw": waveform, "sampling_rate": self.sampling_rate} for waveform in waveforms]
+        return [answer["text"].strip() for answer in self._pipeline(rows, batch_size=len(rows), **options)]
 
     def _decode(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         inputs = self._inputs(waveforms)
@@ -359,18 +414,27 @@ class SpeechAdapter:
         mask = self._base._get_feature_vector_attention_mask(tokens.shape[1], inputs["attention_mask"])
         return [self.tokenizer.decode(row[valid.bool()]) for row, valid in zip(tokens, mask, strict=True)]
 
-    def _name(self, waveforms: Sequence[np.ndarray], top_k: int | None) -> list[list[dict[str, Any]]]:
-        # By default, the pipelines of earlier versions of Transformers apply a softmax to whatever the problem is.
-        functions = {"multi_label_classification": "sigmoid", "regression": "none"}
-        function = functions.get(self._base.config.problem_type, "softmax")
-        answers = self._piped(waveforms, top_k=top_k, function_to_apply=function)
-        _finite(torch.tensor([label["score"] for labels in answers for label in labels]))
-        return answers
+    def _scores(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
+        with torch.inference_mode():
+            logits = _finite(self.model(**self._inputs(waveforms)).logits).float().cpu()
+        functions = {"multi_label_classification": torch.sigmoid, "regression": torch.clone}
+        return list(functions.get(self._base.config.problem_type, partial(torch.softmax, dim=-1))(logits).numpy())
+
+    def _named(self, scores: Sequence[np.ndarray], top_k: int | None) -> list[dict[str, Any]]:
+        """Return the labels with the mean of their scores, the likeliest first."""
+        mean, names = _mean(scores), self._base.config.id2label
+        order = np.argsort(-mean, kind="stable")[:top_k].tolist()
+        return [{"score": float(mean[number]), "label": names[number]} for number in order]
 
     def _embed(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         with torch.inference_mode():
             embeddings = _finite(speaker_embeddings(self.model, **self._inputs(waveforms)))
         return list(embeddings.float().cpu().numpy())
+
+
+def _check_choice(on_long_audio: str) -> None:
+    if on_long_audio not in ON_LONG_AUDIO:
+        raise ValueError(f"on_long_audio must be one of {', '.join(ON_LONG_AUDIO)}, got {on_long_audio!r}.")
 
 
 def _find_base(saved: SavedAdapter) -> str:
@@ -413,7 +477,12 @@ def _named_errors(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what} cannot be used: {first_line(error)} {advice}".rstrip()) from error
+        raise ValueError(f"{what} cannot be used: {first_line(error).rstrip('.')}. {advice}".rstrip()) from error
+
+
+def _mean(answers: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean over the pieces of a recording, which are of one length."""
+    return np.mean(answers, axis=0)
 
 
 def _finite(values: Tensor) -> Tensor:
