@@ -256,7 +256,7 @@ class ELPConfig(PeftConfig):
             name: "e+l": the proposal of [arXiv:2212.02780](https://arxiv.org/abs/2212.02780), E after the feed-forward
                 module of all layers but the last, and L. "conventional": what it compares with, E after attention and
                 feed-forward in all layers. "e-only": E in all layers. "l-only": L, with trained layer norms (which the
-                published count of its parameters leaves out). "e+l+p": all three adapters, as in
+                published count of its parameters leaves out). "paper", also "e+l+p": all three adapters, as in
                 [arXiv:2407.21066](https://arxiv.org/abs/2407.21066), with 16 pseudo features, which is our choice.
             overrides: Fields to set differently. The published code has `e_activation="relu", l_activation="relu"` for
                 speaker verification and emotion recognition.

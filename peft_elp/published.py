@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "l-only": {"adapters": "L", **_SIZES, **_START},
     "e+l+p": {"adapters": "ELP", "p_length": 16, "p_init_std": 0.02, **_SIZES, **_START},
 }
+SETTINGS["paper"] = SETTINGS["e+l+p"]
 
 # By setting and task: the rates of the head and of the parts that the setting trains.
 RATES: dict[str, dict[str, dict[str, float]]] = {
@@ -54,6 +55,7 @@ RATES: dict[str, dict[str, dict[str, float]]] = {
 }
 # No published rate for P was found. P changes what frozen layers compute, as E does, so we give it the rate of E.
 RATES["e+l+p"] = {task: {**rates, "P": rates["E"]} for task, rates in RATES["e+l"].items()}
+RATES["paper"] = RATES["e+l+p"]
 
 FACTORS: dict[str, tuple[float, ...]] = {
     "asv": (0.3, 0.5, 0.7, 1.0, 0.2, 0.1),
@@ -75,7 +77,7 @@ def published_rates(setting: str, task: str) -> dict[str, float]:
     is our choice: no published rate for P was found.
 
     Args:
-        setting: "e+l", "conventional", "e-only", "l-only" or "e+l+p", as in `ELPConfig.preset`.
+        setting: "e+l", "conventional", "e-only", "l-only", "e+l+p" or "paper", as in `ELPConfig.preset`.
         task: "asr", "asv", "er" or "ic".
 
     Returns:
@@ -105,7 +107,7 @@ def published_factors(setting: str, task: str) -> tuple[float, ...]:
     multiplied by 0.3 every 25 epochs instead.
 
     Args:
-        setting: "e+l", "conventional", "e-only", "l-only" or "e+l+p", as in `ELPConfig.preset`.
+        setting: "e+l", "conventional", "e-only", "l-only", "e+l+p" or "paper", as in `ELPConfig.preset`.
         task: "asr", "asv", "er" or "ic".
 
     Returns:

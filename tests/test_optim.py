@@ -22,7 +22,7 @@ from peft_elp import (
     published_rates,
 )
 
-SETTINGS = ("e+l", "conventional", "e-only", "l-only", "e+l+p")
+SETTINGS = ("e+l", "conventional", "e-only", "l-only", "e+l+p", "paper")
 TASKS = ("asr", "asv", "er", "ic")
 RATES = {"head": 5e-3, "L": 1e-3, "layer weights": 7e-3, "E": 1e-4, "P": 2e-2, "layer norms": 1e-5}
 PARTS = {"elp_e": "E", "elp_l": "L", "elp_p": "P", "elp_norm": "layer norms", "modules_to_save": "head"}

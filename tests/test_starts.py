@@ -115,7 +115,7 @@ def test_fresh_pseudo_features_are_next_to_nothing_after_the_first_norm():
 
 
 def test_a_preset_starts_as_the_paper_does():
-    model = get_peft_model(build(hidden_size=96), ELPConfig.preset("e+l+p", p_length=64))
+    model = get_peft_model(build(hidden_size=96), ELPConfig.preset("paper", p_length=64))
     for adapter in modules(model, EAdapter):
         assert adapter.down.weight.std().item() == pytest.approx(1e-3, rel=0.1)
         assert adapter.up.weight.std().item() == pytest.approx(1e-3, rel=0.1)
