@@ -302,8 +302,7 @@ def demo(
     """Try adapters on your own voice, in the browser."""
     from peft_elp.speech import demo
 
-    last = [Path(name).name or name for name in adapters]
-    names = {tab if last.count(tab) == 1 else name: name for tab, name in zip(last, adapters, strict=True)}
+    names = _names(adapters)
     if space:
         demo.write_space(space, names)
         say(f"Wrote a Space to {_shown(space)}. Put {demo.wheel_name()} beside its files: pip wheel --no-deps .")
@@ -312,6 +311,45 @@ def demo(
     demo.import_gradio()  # Before the models, which take a while to load.
     page = demo.make_page({tab: _load(name, **loading) for tab, name in names.items()})
     page.launch(server_name=host, server_port=port, share=False, max_file_size=demo.MAX_UPLOAD)
+
+
+@app.command(rich_help_panel="Answer for recordings")
+def serve(
+    adapters: Annotated[list[str] | None, typer.Argument(help="Adapters, served under the names of folders.")] = None,
+    adapters_folder: Annotated[str | None, _option("Adapters", "A folder whose adapters come and go.")] = None,
+    max_adapters: Annotated[int | None, _option("Adapters", "How many are in memory. Default: all.", min=1)] = None,
+    host: Annotated[str, _option("Server", "The address. Default: for this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, _option("Server", "The port.", min=1)] = 8000,
+    batch_size: Annotated[int, _option("Limits", "Recordings that are answered at a time.", min=1)] = 16,
+    queue: Annotated[int, _option("Limits", "Requests that are under way at most.", min=1)] = 64,
+    timeout: Annotated[float, _option("Limits", "Seconds that a request may take.", min=0.001)] = 60,
+    max_upload: Annotated[float, _option("Limits", "Megabytes that a request may have.", min=0.001)] = 50,
+    replicas: Annotated[int, _option("Ray Serve", "Processes that answer. More than one needs Ray.", min=1)] = 1,
+    gpus: Annotated[float, _option("Ray Serve", "GPUs of each process; 0.5 lets two share one.", min=0)] = 0,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_duration: MaxDuration = None,
+) -> None:
+    """Answer requests over HTTP, for many adapters on one backbone.
+
+    If the environment has PEFT_ELP_API_KEY, clients have to send it.
+    """
+    from transformers.utils import logging
+
+    from peft_elp.serving import run
+    from peft_elp.serving.app import Limits
+    from peft_elp.speech.inference import MAX_DURATION_S
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    engine: dict[str, Any] = {"adapters": _names(adapters or []), "folder": adapters_folder, "limit": max_adapters}
+    engine |= {"base": base, "device": device, "dtype": dtype, "max_duration_s": max_duration or MAX_DURATION_S}
+    limits = Limits(batch_size=batch_size, queue=queue, timeout_s=timeout, upload_bytes=round(1e6 * max_upload))
+    if replicas > 1 or gpus:
+        run.serve_with_ray(engine, limits, host, port, replicas, gpus)
+    else:
+        run.serve(engine, limits, host, port)
 
 
 @app.command(rich_help_panel="Train")
@@ -367,6 +405,12 @@ def train(
         run(**options)
     except KeyboardInterrupt:
         raise RuntimeError("interrupted before there was an adapter. The same command goes on from here.") from None
+
+
+def _names(adapters: Sequence[str]) -> dict[str, str]:
+    """Name adapters by the last part of their paths, where that is unique."""
+    last = [Path(name).name or name for name in adapters]
+    return {tab if last.count(tab) == 1 else name: name for tab, name in zip(last, adapters, strict=True)}
 
 
 def _load(adapter: str, max_duration: float | None, on_long_audio: str | None, **options: Any) -> SpeechAdapter:
