@@ -20,7 +20,7 @@ from peft.utils import CONFIG_NAME
 from peft_elp.call.route import Route, current_route
 from peft_elp.multitask import MultiTaskModel
 from peft_elp.saved.folder import find_adapter, read_adapter
-from peft_elp.speech.inference import MAX_DURATION_S, Recording, SpeechAdapter, _find_base, _finite
+from peft_elp.speech.inference import MAX_DURATION_S, Recording, SpeechAdapter, _find_base
 from peft_elp.wording import first_line, shortened
 
 logger = logging.getLogger(__name__)
@@ -58,14 +58,12 @@ class _Loaded:
         key: Its name in that model.
         shares: Adapters in which this is equal can share a pass.
         labels: The names of its labels, by their number.
-        problem: The problem type of its head.
     """
 
     speech: SpeechAdapter
     key: str
     shares: tuple[Any, ...]
     labels: dict[int, str]
-    problem: str | None
 
 
 class Engine:
@@ -253,8 +251,8 @@ class Engine:
                 return speech._embed(waveforms)
             if task == "transcribe":
                 return (speech._write if speech._generates else speech._decode)(waveforms)
-            logits = _finite(speech.model(**speech._inputs(waveforms)).logits).float().cpu()
-        return [_labels(loaded, row) for loaded, row in zip(every, logits, strict=True)]
+            scores = speech._scores(waveforms)
+        return [_labels(loaded.labels, row) for loaded, row in zip(every, scores, strict=True)]
 
     def _accept(self, name: str, task: str) -> _Loaded:
         """Return the adapter for a request, from now on the most recently used one; load it if need be."""
@@ -263,7 +261,8 @@ class Engine:
             try:
                 self._loaded[name] = self._load(self._sources[name])
             except ValueError as error:
-                raise NotLoadedError(f"The adapter {name!r} cannot be loaded at present: {error}") from error
+                logger.warning("%r cannot be loaded: %s", name, first_line(error))
+                raise NotLoadedError(f"The adapter {name!r} cannot be loaded at present.") from error
             self.check(name, task)
         self._loaded.move_to_end(name)
         return self._loaded[name]
@@ -297,17 +296,20 @@ class Engine:
         model: Any = speech.model
         model.set_adapter(key, inference_mode=True)  # The model's configuration is now that of its head.
         _ = speech._limits_s  # It is kept.
-        config, shares = model.get_base_model().config, (id(model), *_what_passes_share(speech))
-        return _Loaded(speech, key, shares, dict(config.id2label), config.problem_type)
+        shares = id(model), *_what_passes_share(speech)
+        return _Loaded(speech, key, shares, dict(model.get_base_model().config.id2label))
 
     def _forget(self, loaded: _Loaded | None) -> None:
         """Free the memory of an adapter, and of its backbone if no other adapter uses it."""
         if loaded is None:
             return
-        if any(other.speech.model is loaded.speech.model for other in self._loaded.values()):
-            loaded.speech.model.delete_adapter(loaded.key)
+        model: Any = loaded.speech.model
+        others = [other.key for other in self._loaded.values() if other.speech.model is model]
+        if others:
+            model.set_adapter(others[0], inference_mode=True)  # PEFT warns where the active adapter is deleted.
+            model.delete_adapter(loaded.key)
         else:
-            self._hosts = {place: host for place, host in self._hosts.items() if host.model is not loaded.speech.model}
+            self._hosts = {place: host for place, host in self._hosts.items() if host.model is not model}
 
 
 def _tried(function: Callable[..., Any], *args: Any) -> Any:
@@ -328,7 +330,7 @@ def _what_passes_share(speech: SpeechAdapter) -> tuple[Any, ...]:
     head = {
         setting: value
         for setting, value in (config.get("head_config") or {}).items()
-        if setting not in ("id2label", "label2id", "problem_type")
+        if setting not in ("id2label", "label2id")
     }
     pseudo_features = config.get("p_length") if "P" in str(config.get("adapters")) else 0
     vocabulary = frozenset(speech.tokenizer.get_vocab().items()) if speech.tokenizer is not None else None
@@ -344,11 +346,8 @@ def _beams(speech: SpeechAdapter, task: str) -> int:
     return base.generation_config.to_diff_dict().get("num_beams") or getattr(default, "num_beams", 1) or 1
 
 
-def _labels(loaded: _Loaded, logits: torch.Tensor) -> list[dict[str, Any]]:
-    functions = {"multi_label_classification": torch.sigmoid, "regression": torch.clone}
-    scores = functions.get(str(loaded.problem), lambda x: x.softmax(-1))(logits)
-    order = scores.argsort(descending=True, stable=True).tolist()
-    return [{"score": scores[number].item(), "label": loaded.labels[number]} for number in order]
+def _labels(labels: Mapping[int, str], scores: np.ndarray) -> list[dict[str, Any]]:
+    return [{"label": labels[number], "score": float(scores[number])} for number in np.argsort(-scores, kind="stable")]
 
 
 def _state(folder: Path) -> tuple[Any, ...]:
