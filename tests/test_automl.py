@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -275,6 +276,22 @@ def test_texts_are_trained_measured_before_and_after_and_written_by_the_adapter(
     assert facts["before"] == ("writing nothing" if name == "wav2vec2" else "the base before training")
     assert "than writing nothing (100.0 %): word error rate" in trained.report.summary()
     assert "a bad dog" in (trained.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_ctrl_c_ends_a_training_on_recordings_and_keeps_its_best_epoch(bases, tmp_path, monkeypatch):
+    measured = transcribe.of_texts
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return measured(*arguments)
+
+    recordings = table(tmp_path / "recordings", {"a bad dog": 300, "no lid": 2000})
+    (recordings / "metadata.csv").write_text((recordings / "metadata.csv").read_text().replace("label", "text"))
+    monkeypatch.setattr(transcribe, "of_texts", interrupted)
+    monkeypatch.setattr(transcribe, "compare", lambda _, *answers: report.compare(measured, *answers))
+    trained = run(recordings, bases["wav2vec2"], tmp_path / "adapter")
+    assert len(trained.report.facts["curve"]) == 2
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

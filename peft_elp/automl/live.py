@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from threading import current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,8 @@ from .reader import answer, class_weights, place, train_reader
 from .report import percent
 from .search import Candidate, Search
 
-EPOCHS = 30  # at most
-PATIENCE = 3  # epochs without a better answer for what is held out
+EPOCHS = 100  # at most
+PATIENCE = 10  # epochs without a better answer for what is held out
 BATCH_SIZE = 16
 RATES = {"head": 3e-4, "L": 3e-4, "layer weights": 3e-3, "E": 1e-3}
 TELEPHONE_HZ = 8_000  # a rate that leaves the band of telephones
@@ -74,14 +76,32 @@ def is_better(after: float, before: float, count: int) -> bool:
     return after > before + (before * (1 - before) / count) ** 0.5
 
 
-class Until(TrainerCallback):
-    """Ends a training after the first evaluation past some seconds from now."""
+class _Until(TrainerCallback):
+    """Ends a training at a time; it is evaluated once more."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop |= time.monotonic() > self.end
+
+    def stop(self, *_: Any) -> None:
+        self.end = 0.0
+
+
+def fit(trainer: Any, seconds: float) -> None:
+    """Train until it gets no better, for some seconds or to Ctrl-C; the best epoch is kept."""
+    until = _Until(seconds)
+    trainer.add_callback(EarlyStoppingCallback(PATIENCE))
+    trainer.add_callback(until)
+    in_main = current_thread() is main_thread()  # Signals reach no other.
+    before = signal.signal(signal.SIGINT, until.stop) if in_main else None
+    try:
+        with redirect_stdout(StringIO()):  # its log
+            trainer.train()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def train_live(
@@ -133,17 +153,12 @@ def train_live(
             data_collator=collate,
             processing_class=encoder.extractor,
             compute_metrics=measure,
-            callbacks=[EarlyStoppingCallback(PATIENCE), Until(60 * training.minutes)],
             **more,
         )
     trainer.eval_collator = encoder.collate  # Answers are for the recordings as they are.
     where = f"on the recordings themselves, with E-adapters in layers 0 to {strongest} and augmentation"
     training.say(f"Training it further {where}.")
-    try:
-        with redirect_stdout(StringIO()):  # its log
-            trainer.train()
-    except KeyboardInterrupt:
-        return None, f"A further training {where}, was interrupted."
+    fit(trainer, 60 * training.minutes)
     trainer.compute_metrics = None  # It measures what is held out.
     asked = (rows(numbers) for numbers in (fold.held_out, found.where("test")) if numbers)
     answers = [torch.tensor(trainer.predict(one).predictions) for one in asked]

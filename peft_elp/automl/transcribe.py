@@ -17,13 +17,12 @@ from transformers import (
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
-    EarlyStoppingCallback,
 )
 
 from peft_elp import recipes
 
 from .features import check_base, check_window
-from .live import PATIENCE, Until, until_best
+from .live import fit, until_best
 from .look import Recordings
 from .measures import of_texts, text_errors
 from .report import WRONG, compare, verdict
@@ -103,10 +102,10 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
     extractor = recipes.load_feature_extractor(arguments)
     if too_long := check_window(extractor, found):
         raise ValueError(too_long[0])
-    fit, held_out, how = _split(found, training.seed)
+    train, held_out, how = _split(found, training.seed)
     training.say(f"Held out: {how}")
     with redirect_stdout(StringIO()):  # what the recipes print
-        task = kind(training, config, arguments, [found.labels[row] for row in fit])
+        task = kind(training, config, arguments, [found.labels[row] for row in train])
         data = recipes.training_columns(found.rows, task.labels(found.labels))
         samples = [round(seconds * extractor.sampling_rate) for seconds in data["duration_s"]]
         right = [task.normal(text) or text for text in found.labels]
@@ -116,7 +115,7 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
             written = [task.normal(text) for text in found]
             return text_errors([right[row] for row in rows], written), written
 
-        settings = until_best(training, "wer", training.device == "cpu", per_device_train_batch_size=BATCH_SIZE)
+        settings = until_best(training, "cer", training.device == "cpu", per_device_train_batch_size=BATCH_SIZE)
         trainer = recipes.make_trainer(
             task.model,
             arguments,
@@ -124,10 +123,9 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
             "asr",
             extractor,
             task.trainer,
-            train_dataset=task.fitting(data.select(fit), extractor.sampling_rate),
+            train_dataset=task.fitting(data.select(train), extractor.sampling_rate),
             eval_dataset=data.select(held_out),
             compute_metrics=lambda found: of_texts(answers(held_out, found)[0], np.arange(len(held_out))),
-            callbacks=[EarlyStoppingCallback(PATIENCE), Until(60 * training.minutes)],
         )
         rows = found.where("test") or held_out
         asked: Any = data.select(rows).remove_columns("labels")
@@ -135,7 +133,7 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
         if kind is _Decoder:
             with recipes.without_adapter(trainer.model):
                 before, _ = answers(rows, trainer.predict(asked))
-        trainer.train()
+    fit(trainer, 60 * training.minutes)
     after, written = answers(rows, trainer.predict(asked))
     facts = _measure(found, rows, before, after, training.seed, task.before)
     for one in facts["result"]["wrong"]:
@@ -177,8 +175,8 @@ def _split(found: Recordings, seed: int) -> tuple[list[int], list[int], str]:
     groups = [found.speakers[row] for row in train] if found.speakers else train
     unit = "speakers" if len(set(groups)) > 1 and found.speakers else "recordings"
     groups = groups if unit == "speakers" else train
-    ((fit, held_out),) = GroupShuffleSplit(1, test_size=HELD_OUT, random_state=seed).split(train, groups=groups)
-    return [train[i] for i in fit], [train[i] for i in held_out], f"{len(held_out)} recordings, by {unit}."
+    ((heard, held_out),) = GroupShuffleSplit(1, test_size=HELD_OUT, random_state=seed).split(train, groups=groups)
+    return [train[i] for i in heard], [train[i] for i in held_out], f"{len(held_out)} recordings, by {unit}."
 
 
 def _degenerate(written: Sequence[str]) -> Iterator[str]:
