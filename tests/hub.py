@@ -72,7 +72,7 @@ class Hub(ThreadingHTTPServer):
     def fail(self, request: str, *how: int | str) -> None:
         """Break the next requests that match "METHOD path".
 
-        `how` is a status; "cut" hangs up in the middle of the answer; "short" gives half of the file as the whole.
+        `how` is a status; "cut" hangs up in the middle of the answer.
         """
         self.faults += [(request, one) for one in how]
 
@@ -100,15 +100,13 @@ class Answer(BaseHTTPRequestHandler):
             status, code = refused.args
             content, headers = {"error": code}, {"X-Error-Code": code} if code else {}
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        half = content[: len(content) // 2]
-        content = half if fault[1] == "short" else content
         self.send_response(status)
         for key, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
         self.close_connection = self.close_connection or fault[1] == "cut"
         if self.command != "HEAD":
-            self.wfile.write(half if fault[1] == "cut" else content)
+            self.wfile.write(content[: len(content) // 2] if fault[1] == "cut" else content)
 
     do_GET = do_HEAD = do_POST = answer  # noqa: N815
 

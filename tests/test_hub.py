@@ -221,19 +221,12 @@ def test_an_adapter_of_the_hub_is_used_by_its_name(there, pushed):
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["onto a base", "beside an adapter"])
-@pytest.mark.parametrize(
-    ("faults", "message"),
-    [
-        (("cut", 503), "HfHubHTTPError: .*503 Service Unavailable"),  # it tries to go on, and the server is gone
-        (("short",), "OSError: Consistency check failed: file should be of size"),
-    ],
-)
-def test_a_download_that_breaks_leaves_model_and_cache_as_they_were(hub, there, pushed, faults, message, beside):
-    repo = f"{USER}/{faults[0]}-{beside}"
+def test_a_download_that_breaks_leaves_model_and_cache_as_they_were(hub, there, pushed, beside):
+    repo = f"{USER}/cut-{beside}"
     hub.create(repo, files=hub.repos[pushed[0]].files())
-    hub.fail(f"GET /{repo}/resolve/.*/{WEIGHTS}", *faults)
+    hub.fail(f"GET /{repo}/resolve/.*/{WEIGHTS}", "cut", 503)  # it tries to go on, and the server is gone
     error, cached, answered = there(load_in_vain, repo, beside)
-    assert re.search(message, error, re.DOTALL)
+    assert re.search("HfHubHTTPError: .*503 Service Unavailable", error, re.DOTALL)
     assert cached is None
     assert answered == pushed[1]
     assert hub.faults == []

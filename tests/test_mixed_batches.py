@@ -41,14 +41,6 @@ def test_each_utterance_is_as_alone_with_its_adapter(family, stable, head):
         torch.testing.assert_close(together[row][:frames], own[:frames], atol=2e-5, rtol=1e-4)
 
 
-def test_a_batch_without_padding_needs_no_mask():
-    model = with_adapters(build("wavlm", "ForSequenceClassification"), **ADAPTERS)
-    inputs, names = {"input_values": waveforms((1500,) * 4)[0]}, ["all", "narrow", "__base__", "front"]
-    together = result(mixed(model, names, **inputs))
-    for row, name in enumerate(names):
-        torch.testing.assert_close(together[row], answer(model, name, **inputs)[row], atol=2e-5, rtol=1e-4)
-
-
 # What is refused ----------------------------------------------------------------------------------------------------
 
 

@@ -18,9 +18,18 @@ def test_added_adapter_waits(peft_model, method, model):
     same(answer(peft_model, model), expected)
 
 
-def test_taken_name_is_refused(peft_model, method, model):
-    with pytest.raises(ValueError, match="'default' already exists"):
-        peft_model.add_adapter("default", method.config(model))
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda peft_model, config: peft_model.add_adapter("default", config), "'default' already exists"),
+        (lambda peft_model, config: peft_model.set_adapter("nobody"), "Adapter nobody not found"),
+        (lambda peft_model, config: peft_model.delete_adapter("nobody"), "Adapter nobody does not exist"),
+    ],
+    ids=["added", "switched to", "deleted"],
+)
+def test_name_that_is_taken_or_unknown_is_refused(peft_model, method, model, use, message):
+    with pytest.raises(ValueError, match=message):
+        use(peft_model, method.config(model))
 
 
 def test_adapter_of_another_method_is_refused(peft_model, method, model):
@@ -40,11 +49,6 @@ def test_adapters_are_switched(paired, method, model):
     paired.set_adapter("default", inference_mode=True)
     same(answer(paired, model), first)
     assert not trainable(paired)
-
-
-def test_switching_to_an_unknown_adapter_raises(peft_model):
-    with pytest.raises(ValueError, match="Adapter nobody not found"):
-        peft_model.set_adapter("nobody")
 
 
 @pytest.mark.does_not_hold("LN-Tuning", "it runs one adapter at a time")
@@ -142,11 +146,6 @@ def test_last_adapter_can_be_deleted(peft_model, model):
     peft_model.delete_adapter("default")
     assert_gone(peft_model, "default", [])
     same(answer(peft_model.base_model, model), answer(model.make(), model))
-
-
-def test_unknown_adapter_cannot_be_deleted(method, model):
-    with pytest.raises(ValueError, match="Adapter nobody does not exist"):
-        adapted(method, model).delete_adapter("nobody")
 
 
 def test_deleted_name_can_be_used_again(paired, method, model):

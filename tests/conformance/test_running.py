@@ -84,27 +84,19 @@ def test_moves_to_another_dtype(peft_model, model):
         same(result(peft_model(**inputs)).float(), before, atol=1e-3, rtol=1e-3)
 
 
-def adapter_dtypes(peft_model, method, name):
-    return {p.dtype for key, p in of_adapter(peft_model, method, name).items() if method.prefix in key}
+COPIES = pytest.mark.does_not_hold("LN-Tuning", "its copies keep the base's dtype")
 
 
-@pytest.mark.does_not_hold("LN-Tuning", "its copies keep the base's dtype")
-def test_half_precision_adapters_are_float32(method, model, tmp_path):
-    peft_model = get_peft_model(model.make().bfloat16(), method.config(model))
-    peft_model.add_adapter("added", method.config(model))
+@pytest.mark.parametrize("autocast", [pytest.param(True, marks=COPIES), False])
+def test_half_precision_adapters_are_float32_unless_told_otherwise(method, model, autocast, tmp_path):
+    option = {"autocast_adapter_dtype": autocast}
+    peft_model = get_peft_model(model.make().bfloat16(), method.config(model), **option)
+    peft_model.add_adapter("added", method.config(model), **option)
     peft_model.save_pretrained(tmp_path)
-    peft_model.load_adapter(tmp_path, adapter_name="loaded")
+    peft_model.load_adapter(tmp_path, adapter_name="loaded", **option)
     for name in ("default", "added", "loaded"):
-        assert adapter_dtypes(peft_model, method, name) == {torch.float32}, name
-
-
-def test_half_precision_adapters_can_be_asked_for(method, model, tmp_path):
-    peft_model = get_peft_model(model.make().bfloat16(), method.config(model), autocast_adapter_dtype=False)
-    peft_model.add_adapter("added", method.config(model), autocast_adapter_dtype=False)
-    peft_model.save_pretrained(tmp_path)
-    peft_model.load_adapter(tmp_path, adapter_name="loaded", autocast_adapter_dtype=False)
-    for name in ("default", "added", "loaded"):
-        assert adapter_dtypes(peft_model, method, name) == {torch.bfloat16}, name
+        found = {p.dtype for key, p in of_adapter(peft_model, method, name).items() if method.prefix in key}
+        assert found == {torch.float32 if autocast else torch.bfloat16}, name
 
 
 @pytest.mark.does_not_hold("LN-Tuning", "it has no such switch")

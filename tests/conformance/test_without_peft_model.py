@@ -19,13 +19,28 @@ from transformers.integrations.peft import PeftAdapterMixin
 HEADS = ("wav2vec2-ctc", "wavlm-classification")
 
 
-def test_adapters_are_injected_in_place(method, model):
-    base = model.make()
-    injected = inject_adapter_in_model(method.config(model), base, adapter_name="default")
-    assert injected is base
-    assert list(injected.peft_config) == ["default"]
+def injected_twice(method, model):
+    """A model with the adapters "default" and "other" in it."""
+    base = inject_adapter_in_model(method.config(model), model.make(), adapter_name="default")
     with second_time():
         inject_adapter_in_model(method.config(model), base, adapter_name="other")
+    return base
+
+
+def added_twice(method, model):
+    """A model with the adapters "mine" and "other" of Transformers, and the answer of the first."""
+    base = model.make()
+    base.add_adapter(method.config(model), adapter_name="mine")
+    first = answer(nudged(base, 3), model)
+    with second_time():
+        base.add_adapter(method.config(model), adapter_name="other")
+    return base, first
+
+
+def test_adapters_are_injected_in_place(method, model):
+    base = injected_twice(method, model)
+    assert type(base) is type(model.make())
+    assert list(base.peft_config) == ["default", "other"]
     set_adapter(base, "default")
     nudged(base, 3)
     first = answer(base, model)
@@ -40,9 +55,7 @@ def test_adapters_are_injected_in_place(method, model):
 @pytest.mark.does_not_hold("LN-Tuning", "PEFT finds no other copy of the head", models=HEADS)
 @pytest.mark.does_not_hold("LoRA", "PEFT finds no other copy of the head", models=HEADS)
 def test_injected_adapters_are_frozen_cast_and_deleted(method, model):
-    base = inject_adapter_in_model(method.config(model), model.make(), adapter_name="default")
-    with second_time():
-        inject_adapter_in_model(method.config(model), base, adapter_name="other")
+    base = injected_twice(method, model)
     set_requires_grad(base, ["default", "other"], requires_grad=False)
     assert not trainable(base)
     set_requires_grad(base, "other")
@@ -80,31 +93,21 @@ def test_transformers_adds_and_saves_adapters(method, model, tmp_path):
 @pytest.mark.does_not_hold("LN-Tuning", "the head of the waiting adapter stays trainable", models=HEADS)
 @pytest.mark.does_not_hold("LoRA", "the head of the waiting adapter stays trainable", models=HEADS)
 def test_transformers_switches_adapters(method, model):
-    base = model.make()
-    original = answer(base, model)
-    base.add_adapter(method.config(model), adapter_name="mine")
-    first = answer(nudged(base, 3), model)
-    with second_time():
-        base.add_adapter(method.config(model), adapter_name="other")
+    base, first = added_twice(method, model)
     differ(answer(nudged(base, 7), model), first)
     base.set_adapter("mine")
     same(answer(base, model), first)
     base.disable_adapters()
-    same(answer(base, model), original)
+    same(answer(base, model), answer(model.make(), model))
 
 
 def test_transformers_deletes_adapters(method, model):
-    base = model.make()
-    original = answer(base, model)
-    base.add_adapter(method.config(model), adapter_name="mine")
-    first = answer(nudged(base, 3), model)
-    with second_time():
-        base.add_adapter(method.config(model), adapter_name="other")
+    base, first = added_twice(method, model)
     with was_active():
         base.delete_adapter("other")
     same(answer(base, model), first)
     base.delete_adapter("mine")
-    same(answer(base, model), original)
+    same(answer(base, model), answer(model.make(), model))
 
 
 @pytest.mark.does_not_hold("LN-Tuning", "Transformers does not switch the head's copies on again", models=HEADS)
