@@ -407,6 +407,43 @@ def train(
         raise RuntimeError("interrupted before there was an adapter. The same command goes on from here.") from None
 
 
+@app.command(rich_help_panel="Train")
+@_with_loading
+def check(
+    adapter: Adapter,
+    folder: Annotated[str, typer.Argument(help="Labelled recordings, as for `peft-elp train`.", show_default=False)],
+    other: Annotated[str | None, _option("Check", "Another adapter, to compare with on the same recordings.")] = None,
+    noise: Annotated[str | None, _option("Check", "A folder of noise. Default: white noise.")] = None,
+    at_least: Annotated[float | None, _option("Check", "Status 1 below this accuracy.")] = None,
+    at_most: Annotated[float | None, _option("Check", "Status 1 above this error rate.")] = None,
+    task: Annotated[str | None, _option("Data", "classify, verify or transcribe. Default: the adapter's.")] = None,
+    label: Annotated[str | None, _option("Data", "The column of the classes. Default: found by its name.")] = None,
+    speaker: Annotated[str | None, _option("Data", "The column of the speakers. Default: found by its name.")] = None,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
+    **loading: Any,
+) -> None:
+    """Measure an adapter on labelled recordings: as they are, with noise, by telephone, and more."""
+    from peft_elp.automl import check
+
+    both = [_load(name, **loading) for name in (adapter, other) if name]
+    data: dict[str, Any] = {"task": task, "label": label, "speaker": speaker, "noise": noise}
+    found = check.check(both[0], folder, *both[1:], **data, batch_size=batch_size)
+    good = check.passes(found, at_least, at_most)
+    if as_json:
+        say(_in_json(found.facts))
+    else:
+        for row in found.table():
+            say("{:16}{:24}{}".format(*map(_shown, row)).rstrip())
+        for one in found.facts.get("classes", ()):
+            say("{class}: {clips} clips, precision {precision:.1%}, recall {recall:.1%}".format(**one))
+        if "calibration" in found.facts:
+            say(f"calibration error {found.facts['calibration']['error']:.1%}")
+        say(f"{found.facts['recordings']} recordings; 95 % intervals by a bootstrap over {found.facts['unit']}")
+    if not good:
+        raise typer.Exit(1)
+
+
 def _names(adapters: Sequence[str]) -> dict[str, str]:
     """Name adapters by the last part of their paths, where that is unique."""
     last = [Path(name).name or name for name in adapters]
