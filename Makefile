@@ -10,14 +10,16 @@ INSTALL := $(BIN)/$(PIP) --constraint constraints.txt
 demo: .venv/ready-demo
 	$(BIN)/python examples/spoken_commands.py
 
+# Neighbours in a file stay in one process, which prepares once what they share.
+PYTEST := python -m pytest -n auto --dist worksteal
 # Every promise once, in minutes. tests/conftest.py says which tests are left to the gate.
 QUICK := -m "not gate and not exhaustive"
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -n auto $(QUICK)
+	$(BIN)/$(PYTEST) $(QUICK)
 
 gate: test
-	$(BIN)/python -m pytest -n auto -m gate
+	$(BIN)/$(PYTEST) -m gate
 
 # What all else is built on, with the lowest PEFT and Transformers that pyproject.toml allows, and with what
 # `pip install` gives today.
@@ -25,10 +27,10 @@ CORE := adapters config depth families feature_cache forward golden gradients li
 	mixed_batches no_trace registry seams transformers_door window
 
 test-lowest: .venv-lowest/ready
-	.venv-lowest/bin/python -m pytest -n auto $(QUICK) $(CORE:%=tests/test_%.py) tests/conformance
+	.venv-lowest/bin/$(PYTEST) $(QUICK) $(CORE:%=tests/test_%.py) tests/conformance
 
 test-newest: .venv-newest/ready
-	.venv-newest/bin/python -m pytest -n auto $(QUICK) $(CORE:%=tests/test_%.py) tests/conformance
+	.venv-newest/bin/$(PYTEST) $(QUICK) $(CORE:%=tests/test_%.py) tests/conformance
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check
