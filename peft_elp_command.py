@@ -366,6 +366,7 @@ def train(
     speaker: Annotated[str | None, _option("Data", "The column of the speakers. Default: found by its name.")] = None,
     check_only: Annotated[bool, _option("Data", "Look at the recordings and stop.", "--check-only")] = False,
     skip_bad: Annotated[bool, _option("Data", "Leave out recordings that cannot be read.", "--skip-bad")] = False,
+    on_long_audio: Annotated[str, _option("Data", "error, or skip recordings beyond the encoder's window.")] = "error",
     minutes: Annotated[float, _option("Search", "How long to search.")] = 10,
     trials: Annotated[int | None, _option("Search", "How many candidates at most. Default: as time allows.")] = None,
     jobs: Annotated[int, _option("Search", "How many processes search side by side.")] = 1,
@@ -390,7 +391,7 @@ def train(
         raise typer.BadParameter("training needs --base and --output; --check-only needs neither")
     from transformers.utils import logging
 
-    from peft_elp.automl.features import check_base, check_window
+    from peft_elp.automl.features import check_base, fit_window
     from peft_elp.automl.look import look
     from peft_elp.automl.train import train as run
 
@@ -398,8 +399,7 @@ def train(
     logging.disable_progress_bar()
     if check_only:
         found = look(recordings, task=task, label=label, speaker=speaker, skip_bad=skip_bad)
-        found.warnings += check_window(check_base(base)[1], found) if base else []
-        found.show(say)
+        (fit_window(found, check_base(base)[1], "warn") if base else found).show(say)
         return
     try:
         run(**options)

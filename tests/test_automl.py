@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -483,8 +484,15 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path, bases, options, m
 def test_recordings_beyond_the_window_of_the_encoder_are_refused_by_number(bases, tmp_path, capsys):
     recordings = folders(tmp_path / "long", clips=2, seconds=1.2)
     message = "6 of 6 recordings are longer than the 1 s that the encoder reads: .*0.wav"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{message}.* leave them out with on_long_audio='skip'"):
         run(recordings, bases["whisper"], tmp_path / "adapter")
+    folders(recordings, clips=4, seconds=0.4)
+    tone(recordings / "low" / "long.wav", 300, 0, seconds=1.2)
+    trained = run(recordings, bases["whisper"], tmp_path / "adapter", trials=1, on_long_audio="skip")
+    assert trained.report.facts["clips"] == 12
+    assert "1 of 13 recordings are longer than the 1 s that the encoder reads" in trained.report.facts["warnings"][-1]
+    shutil.rmtree(recordings)
+    folders(recordings, clips=2, seconds=1.2)
     assert main(["train", str(recordings), "--check-only", "--base", bases["whisper"]]) == 0
     assert re.search(f"Warning: {message}", capsys.readouterr().out)
 

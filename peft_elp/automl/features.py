@@ -6,11 +6,12 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -24,7 +25,7 @@ from peft_elp.call.shared_pass import CACHED
 from peft_elp.recipes.collator import window_s
 from peft_elp.wording import first_line, shortened
 
-from .look import Recordings
+from .look import Recordings, refuse
 
 IN_MEMORY = 2e9  # bytes: frames beyond it are read from their files
 FRAMES_PER_S = 50  # in every encoder of the table
@@ -100,7 +101,8 @@ class Base:
         encoder = find_encoder(self.model)
         self.layers, self.hidden = len(encoder.layers), encoder.hidden_size
         self.width: int = self.config.classifier_proj_size
-        if has_fixed_window(self.model):
+        self.has_window = has_fixed_window(self.model)
+        if self.has_window:
             shortest = max(1, math.ceil(longest_s - 1e-3))
             whole = recipes.load_feature_extractor(self.arguments).chunk_length
             self.arguments.chunk_length = chunk_length or (shortest if shortest < whole else None)
@@ -149,7 +151,7 @@ class Base:
             row = cached[number]
             x = row[CACHED]
             count = x.shape[1]
-            if self.collate.fixed_window:
+            if self.has_window:
                 mask = row["attention_mask"]
                 count = max(1, int(mask[:: len(mask) // count].ne(0).sum()))
             own.append(count)
@@ -178,28 +180,43 @@ class Base:
             )
 
 
-def check_base(name: str, **settings: Any) -> tuple[Any, Any]:
-    """Return the configuration of a base and its feature extractor.
+def check_base(name: str, **settings: Any) -> tuple[Any, float]:
+    """Return the configuration of a base, and the seconds that its feature extractor keeps of a recording.
 
     Raises:
         ValueError: There is no such base.
     """
     try:
-        return recipes.load_config(name, **settings), AutoFeatureExtractor.from_pretrained(name)
+        config, extractor = recipes.load_config(name, **settings), AutoFeatureExtractor.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"The base {name!r} cannot be used: {first_line(error)} Pass the folder or the Hub name of a speech "
             "encoder, such as microsoft/wavlm-base-plus."
         ) from error
+    return config, window_s(extractor)
 
 
-def check_window(extractor: Any, found: Recordings) -> list[str]:
-    """Return what to say where recordings are longer than the window of an encoder."""
-    longer = found.table["duration_s"] > window_s(extractor)
+def fit_window(found: Recordings, seconds: float, on_long_audio: str) -> Recordings:
+    """Warn of recordings that are longer than the window of an encoder, leave them out, or refuse them.
+
+    Raises:
+        ValueError: There are some, and `on_long_audio` is "error".
+    """
+    longer = found.table["duration_s"] > seconds
     if not longer.any():
-        return []
-    return [
-        f"{longer.sum()} of {len(longer)} recordings are longer than the {window_s(extractor):g} s that the encoder "
-        f"reads: {shortened(found.table['file'][longer], 3)}. Cut them into pieces that hold what their label says, "
-        "or leave them out."
-    ]
+        return found
+    said = (
+        f"{longer.sum()} of {len(longer)} recordings are longer than the {seconds:g} s that the encoder reads: "
+        f"{shortened(found.table['file'][longer], 3)}."
+    )
+    if on_long_audio == "error":
+        raise ValueError(
+            f"{said} Cut them into pieces that hold what their label says, or leave them out with "
+            "on_long_audio='skip' (--on-long-audio skip)."
+        )
+    if on_long_audio == "skip":
+        kept = np.flatnonzero(~longer)
+        found = replace(found, rows=found.rows.select(kept), table=found.table.iloc[kept].reset_index(drop=True))
+        refuse(found)
+    found.warnings.append(f"{said}{' They are left out.' if on_long_audio == 'skip' else ''}")
+    return found

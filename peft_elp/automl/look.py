@@ -163,7 +163,7 @@ def look(
     found = Recordings(rows, table, task, columns)
     if bad:
         found.warnings.append(f"{len(bad)} recordings cannot be read and are left out: {shortened(bad, 3)}.")
-    _refuse(found)
+    refuse(found)
     found.warnings += [*_counted(notes), *_doubts(found)]
     return found
 
@@ -283,7 +283,8 @@ def _heard(entry: Any, notes: list[str]) -> dict[str, Any]:
     return {"duration_s": len(waveform) / rate_hz, "rate_hz": rate_hz, "digest": digest}
 
 
-def _refuse(found: Recordings) -> None:
+def refuse(found: Recordings) -> None:
+    """Refuse recordings with too few classes, or classes with too few recordings."""
     counts = Counter(found.labels[i] for i in found.where("train", "validation"))
     if len(counts) < 2:
         raise ValueError(

@@ -23,7 +23,7 @@ from peft_elp.speech.inference import SpeechAdapter
 from peft_elp.speech.metrics import equal_error_threshold
 
 from . import report as measured
-from .features import Base, check_base, check_window
+from .features import Base, check_base, fit_window
 from .live import train_live
 from .look import TASKS, Recordings, look
 from .measures import METRICS, cosines_of, trials_of
@@ -85,6 +85,7 @@ class Training:
         dtype: The dtype of the encoder.
         chunk_length: The window of an encoder such as Whisper's, in whole seconds. None: that of the longest
             recording.
+        on_long_audio: What to do with recordings that are longer than the window: "error" or "skip".
         skip_bad: Whether recordings that cannot be read are left out.
         overwrite: Whether `output` may be replaced.
         progress: Print what is done, with progress bars.
@@ -112,12 +113,14 @@ class Training:
     language: str | None = None
     dtype: str = "float32"
     chunk_length: int | None = None
+    on_long_audio: str = "error"
     skip_bad: bool = False
     overwrite: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
         known = {"task": (None, *TASKS), "metric": METRICS, "engine": ENGINES, "dtype": DTYPES}
+        known["on_long_audio"] = ("error", "skip")
         for name, values in known.items():
             if (value := getattr(self, name)) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, values))}, got {value!r}.")
@@ -175,9 +178,10 @@ def train(recordings: str | Path, base: str, output: str | Path, **options: Any)
         [{'label': 'happy', 'score': 0.93}]
     """
     start, training = time.monotonic(), Training(recordings, base, output, **options)
-    check_base(base)
+    _, window_s = check_base(base)
     columns = {"task": training.task, "label": training.label, "speaker": training.speaker}
     found = look(recordings, **columns, skip_bad=training.skip_bad, progress=training.progress)
+    found = fit_window(found, min(window_s, training.chunk_length or window_s), training.on_long_audio)
     found.show(training.say)
     model, parts, facts = (transcribe if found.task == "transcribe" else _search)(training, found)
     facts |= {"base": base, "seed": training.seed, "minutes": training.minutes, "jobs": training.jobs}
@@ -202,8 +206,6 @@ def _search(training: Training, found: Recordings) -> tuple[Any, list[Any], dict
     folds, how = make_folds(found, training.seed)
     training.say(f"Held out: {how}")
     encoder = Base(training.base, names, found.longest_s, training.device, training.dtype, training.chunk_length)
-    if too_long := check_window(encoder.extractor, found):
-        raise ValueError(too_long[0])
     size = encoder.size(found.rows)
     training.say(f"Features: {encoder.layers} layers, {size / 1e9:.2g} GB in {work / 'features'}")
     features = encoder.read(found.rows, work / "features", training.progress)

@@ -21,7 +21,7 @@ from transformers import (
 
 from peft_elp import recipes
 
-from .features import check_base, check_window
+from .features import check_base
 from .live import fit, until_best
 from .look import Recordings
 from .measures import of_texts, text_errors
@@ -87,7 +87,7 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
     """Train recognition of text; return the adapted model, what is saved beside it, and what was measured.
 
     Raises:
-        ValueError: The base has neither a CTC head nor a decoder, or recordings are longer than its window.
+        ValueError: The base has neither a CTC head nor a decoder.
     """
     config, _ = check_base(training.base)
     kind = _Decoder if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING else _Ctc
@@ -100,8 +100,6 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
         model_name_or_path=training.base, dtype=training.dtype, chunk_length=training.chunk_length
     )
     extractor = recipes.load_feature_extractor(arguments)
-    if too_long := check_window(extractor, found):
-        raise ValueError(too_long[0])
     train, held_out, how = _split(found, training.seed)
     training.say(f"Held out: {how}")
     with redirect_stdout(StringIO()):  # what the recipes print
