@@ -6,10 +6,8 @@ It lies beside the package: importing any module of `peft_elp` imports PyTorch, 
 from __future__ import annotations
 
 import csv
-import glob
 import inspect
 import json
-import os
 import sys
 import warnings
 from collections import Counter
@@ -125,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # These are for programmers.
             warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # Transformers' WavLM
+            warnings.filterwarnings("ignore", ".*it is silent, all samples are 0")  # An error says so as well.
             warnings.showwarning = lambda message, *_: _complain(message)
             app(argv, prog_name="peft-elp")
     except SystemExit as left:
@@ -145,11 +144,12 @@ def _options(
 @app.command(rich_help_panel="Look")
 def info(adapter: Adapter, subfolder: Subfolder = None, revision: Revision = None, as_json: AsJson = False) -> None:
     """Print what an adapter consists of; loads no model."""
-    from peft_elp.saved.card import read_results
+    from peft_elp.saved.card import read_metadata, read_results
     from peft_elp.saved.folder import find_adapter, read_adapter
     from peft_elp.wording import shortened
 
     saved = read_adapter(find_adapter(adapter, subfolder, revision))
+    card = read_metadata(saved.folder)
     results = [
         {"data": one.dataset_name, "split": one.dataset_split, "metric": one.metric_type, "value": one.metric_value}
         for one in read_results(saved.folder)
@@ -161,12 +161,23 @@ def info(adapter: Adapter, subfolder: Subfolder = None, revision: Revision = Non
         "adapters": saved.config.get("adapters"),
     }
     threshold = saved.config.get("verification_threshold")
+    window_s, training = saved.config.get("chunk_length"), card.get("training")
+    about = {"window": window_s and f"{window_s} s", "licence": card.get("license")}
+    if isinstance(training, dict):
+        about["training"] = ", ".join(f"{name} {value}" for name, value in training.items())
+    about["PEFT"] = saved.config.get("peft_version")
     if as_json:
         parts = {"parameters": saved.counts, "labels": saved.labels, "layer_weights": saved.layer_weights}
-        say(_in_json({**facts, **parts, "verification_threshold": threshold, "results": results}))
+        parts |= {"chunk_length": window_s, "license": card.get("license"), "training": training}
+        parts |= {"peft_version": saved.config.get("peft_version"), "verification_threshold": threshold}
+        say(_in_json({**facts, **parts, "results": results}))
         return
     for name, value in facts.items():
         say(f"{name:12}{_shown(value) if value else 'unknown'}")
+    for name, value in about.items():
+        if value:
+            say(f"{name:12}{_shown(str(value)[:LONGEST])}")
+    say(f"{'computes in':12}float32 on a CPU, else the dtype of the base (--dtype)")
     if saved.labels:
         say(f"{'labels':12}{_shown(shortened(saved.labels, SHOWN))}")
     elif saved.num_labels:
@@ -476,7 +487,9 @@ def _each(
     """Write the answer for each file, and count them."""
     from tqdm import tqdm
 
-    files, ignored = _recordings(names)
+    from peft_elp.speech.audio import find_recordings
+
+    files, ignored = find_recordings(names)
     answer([])  # A head for another task is one error.
     counts = Counter(ignored=ignored)
     # Without a terminal there is no bar.
@@ -512,27 +525,6 @@ def _answers(files: Sequence[str], answer: Answer, batch_size: int) -> Iterator[
                 told = _in_words(error).removeprefix(f"{batch[0]}: ")
                 _complain(f"{batch[0]}: {told}")
                 yield batch[0], None, told
-
-
-def _recordings(names: Sequence[str]) -> tuple[list[str], int]:
-    """Return the files that are meant by names of files, folders and patterns, and how many are no recordings."""
-    from peft_elp.speech.audio import AUDIO_SUFFIXES
-
-    files: list[str] = []
-    ignored = 0
-    for name in names:
-        if os.path.isdir(name):
-            inside = sorted(os.path.join(place, file) for place, _, found in os.walk(name) for file in found)
-            found = [file for file in inside if file.lower().endswith(AUDIO_SUFFIXES)]
-            if not found:
-                raise ValueError(f"There are no recordings in the folder {name!r}.")
-            files += found
-            ignored += len(inside) - len(found)
-        elif glob.has_magic(name) and not os.path.lexists(name):
-            files += sorted(glob.glob(name, recursive=True)) or [name]
-        else:
-            files.append(name)
-    return files, ignored
 
 
 @contextmanager

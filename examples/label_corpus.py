@@ -1,15 +1,14 @@
 """Label many recordings with several adapters of one base, in several processes.
 
-    python examples/label_corpus.py --adapters emotions intents --recordings 'calls/**/*.wav' --output labels
+    python examples/label_corpus.py --adapters emotions english --recordings calls/ --output labels
 
 Each process loads the backbone once. `MultiTaskModel` answers for all adapters in one call, and adapters that allow
-it share one pass through the encoder. The answers are Parquet files with the columns `file`, one for each adapter,
-and `error` for recordings that cannot be used; if there are any, the status is 1. If the work stops, the same command
-goes on with the recordings that have no answer. Needs `pip install 'peft-elp[ray]'`; on a Ray cluster, the processes
-are on all of its machines.
+it share one pass through the encoder. The answers are Parquet files with the columns `file`, one for each adapter, its
+score if it names labels, and `error` for recordings that cannot be used; if there are any, the status is 1. If the
+work stops, the same command goes on with the recordings that have no answer. Needs `pip install 'peft-elp[ray]'`; on a
+Ray cluster, the processes are on all of its machines.
 """
 
-import glob
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,11 @@ import torch
 from pyarrow import parquet
 from ray.data import SaveMode
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from peft_elp import MultiTaskModel
 from peft_elp.recipes import option
+from peft_elp.speech.audio import find_recordings
 from peft_elp.speech.inference import SpeechAdapter
 
 
@@ -33,7 +34,7 @@ class Arguments:
     """The options of the command line."""
 
     adapters: list[str] = field(metadata={"help": "Folders of adapters, or names on the Hub, of one base."})
-    recordings: str = field(metadata={"help": "Files, as a pattern."})
+    recordings: list[str] = field(metadata={"help": "Files, folders, or patterns such as 'calls/**/*.wav'."})
     output: str = field(metadata={"help": "Folder for the answers."})
     processes: int = option(2, "How many processes answer.")
     cpus: float = option(1, "CPU cores of each process.")
@@ -45,19 +46,24 @@ class Labeller:
     """What one process does: load the adapters once, then answer for batches of files."""
 
     def __init__(self, adapters: Sequence[str], device: str) -> None:
+        logging.set_verbosity_error()  # A base that comes with a new head is meant here.
+        logging.disable_progress_bar()
         loaded = [SpeechAdapter.from_pretrained(name, device=device) for name in adapters]
         self.adapters = {Path(name).name: adapter for name, adapter in zip(adapters, loaded, strict=True)}
         self.tasks = MultiTaskModel({name: adapter.model for name, adapter in self.adapters.items()}).eval()
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         answers = [self.answer(str(file)) for file in batch["file"]]
-        return {column: [answer[column] for answer in answers] for column in ("file", *self.adapters, "error")}
+        return {column: [answer[column] for answer in answers] for column in answers[0]}
 
     @torch.inference_mode()
-    def answer(self, file: str) -> dict[str, str]:
-        """Return the label or the text of each adapter for one file."""
+    def answer(self, file: str) -> dict[str, Any]:
+        """Return the text, or the label with its score, of each adapter for one file."""
         first = next(iter(self.adapters.values()))
-        answer = {"file": file, "error": "", **dict.fromkeys(self.adapters, "")}
+        answer: dict[str, Any] = {"file": file}
+        for name, adapter in self.adapters.items():
+            answer |= {name: ""} if adapter.tokenizer else {name: "", f"{name}_score": float("nan")}
+        answer["error"] = ""
         try:
             waveform = first.read(file)
         except ValueError as error:
@@ -65,9 +71,13 @@ class Labeller:
         made = first.feature_extractor(waveform, sampling_rate=first.sampling_rate, return_tensors="pt")
         parameter = next(self.tasks.parameters())
         for name, outputs in self.tasks(**made.to(parameter.device, dtype=parameter.dtype)).items():
-            adapter, best = self.adapters[name], outputs.logits[0].argmax(dim=-1)
+            adapter, logits = self.adapters[name], outputs.logits[0].float()
+            if adapter.tokenizer:
+                answer[name] = adapter.tokenizer.decode(logits.argmax(dim=-1))
+                continue
+            score, best = logits.softmax(dim=-1).max(dim=-1)
             config: Any = adapter.model.get_base_model().config
-            answer[name] = adapter.tokenizer.decode(best) if adapter.tokenizer else config.id2label[int(best)]
+            answer |= {name: config.id2label[int(best)], f"{name}_score": round(float(score), 4)}
         return answer
 
 
@@ -77,13 +87,10 @@ def answered(output: str) -> dict[str, str]:
     return {row["file"]: row["error"] for table in tables for row in table.to_pylist()}
 
 
-def unanswered(pattern: str, output: str) -> list[str]:
-    """Return the files of a pattern that have no row in the output yet."""
-    there = sorted(glob.glob(pattern, recursive=True))
-    if not there:
-        raise ValueError(f"No file matches {pattern!r}.")
+def unanswered(names: Sequence[str], output: str) -> list[str]:
+    """Return the recordings that have no row in the output yet."""
     done = answered(output)
-    return [file for file in there if file not in done]
+    return [file for file in find_recordings(names)[0] if file not in done]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

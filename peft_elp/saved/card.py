@@ -7,9 +7,10 @@ import os
 import re
 import shlex
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import metadata, version
+from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import quote
 
@@ -18,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from torch import nn
 
 from peft_elp.config import ELPConfig
-from peft_elp.wording import brief, first_line, unknown_adapter
+from peft_elp.wording import brief, first_line, shortened, unknown_adapter
 
 from .folder import TOKENIZER, SavedAdapter, is_hub_id, read_adapter
 
@@ -26,7 +27,7 @@ CARD_NAME = "README.md"
 LARGEST_CARD = 1_000_000  # bytes: larger ones are nobody's card, and YAML takes its time
 TAGS = ("elp", "peft-elp")
 MARK = "<!-- peft_elp writes this card anew when the adapter is saved. To keep your edits, remove this line. -->"
-OWN_METADATA = ("model-index", "base_model", "datasets", "metrics", "pipeline_tag")  # Others are kept.
+OWN_METADATA = ("model-index", "base_model", "datasets", "metrics", "pipeline_tag", "training")  # Others are kept.
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Description:
     metrics: Sequence[EvalResult] = ()
     protocol: str | None = None
     seed: int | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def describe(
@@ -56,6 +58,7 @@ def describe(
     metrics: Sequence[EvalResult] = (),
     protocol: str | None = None,
     seed: int | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Describe an adapter for its card, which `save_pretrained` writes.
 
@@ -73,6 +76,7 @@ def describe(
         metrics: Results, each with the data that it was measured on.
         protocol: How it was trained and measured, in Markdown. It is copied into the card as it is.
         seed: The seed of the training.
+        training: Its settings, such as `{"epochs": 30, "learning rate": 1e-3}`.
 
     Raises:
         ValueError: The model has no adapter of that name.
@@ -104,12 +108,19 @@ def describe(
         metrics=tuple(replace(metric, metric_value=_number(metric.metric_value)) for metric in metrics),
         protocol=protocol,
         seed=seed,
+        training={str(name): _plain(value) for name, value in (training or {}).items()},
     )
 
 
 def _number(value: Any) -> Any:
-    """Turn a number of NumPy or torch into one of Python, for YAML."""
-    return value.item() if hasattr(value, "item") else value
+    """Turn a number of NumPy or torch into one of Python, for YAML, and round it."""
+    value = value.item() if hasattr(value, "item") else value
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, (int, float, str)) else str(value)
 
 
 def write_card(folder: str | Path, description: Description | None = None) -> bool:
@@ -154,17 +165,32 @@ def write_saved_card(folder: str | Path, config: ELPConfig) -> None:
         warnings.warn(f"The adapter is saved in {folder}, but its card {problem}.", stacklevel=2)
 
 
-def read_results(folder: str | Path) -> list[EvalResult]:
-    """Read the results in the metadata of a folder's card; none if there is no card that can be read."""
+def read_metadata(folder: str | Path) -> ModelCardData:
+    """Read the metadata of a folder's card; none if there is no card that can be read."""
     path = Path(folder, CARD_NAME)
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST_CARD:
-            return []
-        data: Any = ModelCard.load(path, ignore_metadata_errors=True).data
-        results = data.eval_results or []
+        if path.is_file() and path.stat().st_size <= LARGEST_CARD:
+            return ModelCard.load(path, ignore_metadata_errors=True).data  # pyright: ignore[reportReturnType]
     except Exception:  # Somebody else may have written it, and anything may be wrong with it.
-        return []
+        pass
+    return ModelCardData()
+
+
+def read_results(folder: str | Path) -> list[EvalResult]:
+    """Read the results in the metadata of a folder's card; none if there is no card that can be read."""
+    results = read_metadata(folder).eval_results or []
     return [result for result in results if isinstance(result.metric_value, (int, float, str))]
+
+
+def wheel_name() -> str:
+    """Return the file name of the wheel of this version."""
+    return f"peft_elp-{version('peft-elp')}-py3-none-any.whl"
+
+
+def _repository() -> str | None:
+    """Return the address of the repository, if `project.urls` in `pyproject.toml` names one."""
+    urls = metadata("peft-elp").get_all("Project-URL") or []
+    return dict(url.split(", ", 1) for url in urls).get("Repository")
 
 
 def _replaceable(path: Path) -> ModelCard | None:
@@ -190,6 +216,7 @@ def _data(saved: SavedAdapter, description: Description, there: dict[str, Any]) 
         "language": language if language is None or isinstance(language, str) else list(language),
         "license": description.license,
         "datasets": list(description.datasets),
+        "training": dict(description.training),
         "metrics": sorted({metric.metric_type for metric in description.metrics}),
         "eval_results": list(description.metrics),
         "model_name": _name(saved, description).rpartition("/")[2] if description.metrics else None,
@@ -216,6 +243,12 @@ def _text(saved: SavedAdapter, description: Description) -> str:
     subfolder = description.subfolder if description.repo_id else None
     commands = head.commands if head else ()
     words = ["peft-elp", *commands[:1], where, *(["--subfolder", subfolder] if subfolder else []), "a.wav", "b.wav"]
+    base, on_hub = saved.base or "?", _on_hub(saved.base)
+    if not on_hub:
+        base = PureWindowsPath(base).name or base  # The last part of a path of either kind of system.
+    extractor = [quoted(where if saved.holds("preprocessor_config.json") else base)]
+    extractor += [f"chunk_length={seconds}"] if (seconds := saved.config.get("chunk_length")) else []
+    extractor += ["return_attention_mask=True"] if saved.config.get("pool_own_frames") else []
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters.update(cell=cell, code=code, quoted=quoted)
     return environment.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8")).render(
@@ -223,20 +256,25 @@ def _text(saved: SavedAdapter, description: Description) -> str:
         saved=saved,
         about=description,
         arguments=quoted(where) + (f", subfolder={quoted(subfolder)}" if subfolder else ""),
-        base=saved.base or "?",
-        base_on_hub=_on_hub(saved.base),
+        base=base,
+        base_on_hub=on_hub,
         command=shlex.join(words) if commands else "",
-        extractor=quoted(where if saved.holds("preprocessor_config.json") else saved.base or "?"),
+        extractor=", ".join(extractor),
         has_tokenizer=has_tokenizer,
         importable_class=model_class,
         imports=["AutoFeatureExtractor", *(["AutoTokenizer"] if has_tokenizer else []), model_class],
+        labels=shortened(saved.labels, 100),
         model_class=saved.model_class or "?",
         output=head.output if head else "hidden_states",
         pictures=[
             f"![{cell(path.stem)}]({quote(path.name)})" for path in sorted(saved.folder.glob("layer_weights*.png"))
         ],
+        repository=_repository(),
         title=where.rpartition("/")[2],
+        versions={name: version(name) for name in ("peft-elp", "transformers", "torch")},
+        wheel=wheel_name(),
         where=where,
+        window_s=saved.config.get("chunk_length"),
     )
 
 

@@ -5,12 +5,13 @@ Needs soundfile and soxr: `pip install 'peft-elp[recipes]'`.
 
 from __future__ import annotations
 
+import glob
 import io
 import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,36 @@ def cut_long(waveform: np.ndarray, most: float, on_long_audio: str) -> list[np.n
         starts = np.linspace(0, len(waveform) - length, count).round().astype(int)
         return [waveform[start : start + length] for start in starts]
     raise AudioError(f"it has {len(waveform):,} samples, and the model reads at most {int(most):,}", "too long")
+
+
+def find_recordings(names: Sequence[str]) -> tuple[list[str], int]:
+    """Find recordings by the names of files, folders and patterns, in that order.
+
+    Returns:
+        The files, and how many others lie in the folders.
+
+    Raises:
+        ValueError: A folder holds no recording. A file that does not exist is among the files.
+
+    Examples:
+        >>> find_recordings(["b.wav", "a.wav"])
+        (['b.wav', 'a.wav'], 0)
+    """
+    files: list[str] = []
+    ignored = 0
+    for name in names:
+        if os.path.isdir(name):
+            inside = sorted(os.path.join(place, file) for place, _, found in os.walk(name) for file in found)
+            found = [file for file in inside if file.lower().endswith(AUDIO_SUFFIXES)]
+            if not found:
+                raise ValueError(f"There are no recordings in the folder {name!r}.")
+            files += found
+            ignored += len(inside) - len(found)
+        elif glob.has_magic(name) and not os.path.lexists(name):
+            files += sorted(glob.glob(name, recursive=True)) or [name]
+        else:
+            files.append(name)
+    return files, ignored
 
 
 def name_of(audio: Any) -> str:

@@ -9,11 +9,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_elp.multitask import MultiTaskModel
+from peft_elp.saved.card import wheel_name
 from peft_elp.saved.folder import is_hub_id
 
 from .plots import layer_weights
@@ -52,7 +52,7 @@ def import_gradio() -> Any:
 
 
 def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:
-    """Make a page with a tab for each adapter, where a voice is recorded or uploaded and the answer is shown.
+    """Make a page with a tab for each adapter, where a voice is uploaded or recorded and the answer is shown.
 
     A recogniser shows text, a classifier its labels with their scores, and an adapter for voices compares two of them.
     Beside the answer are the layer weights of the L-adapter. Adapters on the same base share one backbone in memory.
@@ -139,11 +139,6 @@ def write_space(folder: str | Path, adapters: Mapping[str, str], title: str = "S
         Path(folder, name).write_text(text, encoding="utf-8")
 
 
-def wheel_name() -> str:
-    """Return the file name of the wheel of this version."""
-    return f"peft_elp-{version('peft-elp')}-py3-none-any.whl"
-
-
 def _task(name: str, adapter: SpeechAdapter) -> Callable[[Any, SpeechAdapter], None]:
     if adapter.tokenizer is not None:
         return _transcribing
@@ -158,24 +153,24 @@ def _task(name: str, adapter: SpeechAdapter) -> Callable[[Any, SpeechAdapter], N
 
 
 def _voice(gradio: Any, label: str) -> Any:
-    return gradio.Audio(sources=["microphone", "upload"], type="filepath", label=label)
+    return gradio.Audio(sources=["upload", "microphone"], type="filepath", label=label)
 
 
 def _answering(gradio: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the answer to recordings; what is wrong with them is shown on the page, in one sentence."""
+    """Return the answer to recordings; what is wrong with them is shown on the page alone, in one sentence."""
 
     def answered(*recordings: str | None) -> Any:
         if not all(recordings):
-            raise gradio.Error("Record or upload a voice first.")
+            raise gradio.Error("Upload or record a voice first.", print_exception=False)
         try:
             return answer(*recordings)
         except ValueError as error:  # It names the file on the server, of which the visitor knows the last part.
             message = str(error)
             for recording in filter(None, recordings):
                 message = message.replace(recording, Path(recording).name)
-            raise gradio.Error(escape(message)) from error  # The page reads HTML.
+            raise gradio.Error(escape(message), print_exception=False) from None  # The page reads HTML.
         except Exception as error:
-            raise gradio.Error("The recording could not be answered.") from error
+            raise gradio.Error("The recording could not be answered.") from error  # The terminal tells why.
 
     return answered
 
