@@ -139,6 +139,22 @@ _GRANITE = Backbone(
     no_p=_BLOCKS,
 )
 
+
+def _gemma(halves: tuple[str, str], norms: tuple[str, ...], **parts: Any) -> Backbone:
+    """Return the row of a macaron whose feed-forward and attention modules hold the residual sum, or a norm before."""
+    return Backbone(
+        feed_forward=tuple(f"{half}.ffw_layer_2" for half in halves),
+        feed_forward_before=tuple(f"{half}.ffw_layer_1" for half in halves),
+        norms=(*norms, *(f"{half}.{norm}" for half in halves for norm in ("pre_layer_norm", "post_layer_norm"))),
+        layerdrop=None,
+        feature_encoder=None,
+        front_end_inside=True,
+        taps_end="last layer",
+        no_p=_SLIDING,
+        **parts,
+    )
+
+
 BACKBONES: dict[str, Backbone] = {
     "Wav2Vec2Encoder": _WAV2VEC2,
     "Wav2Vec2EncoderStableLayerNorm": _WAV2VEC2_STABLE,
@@ -240,46 +256,17 @@ BACKBONES: dict[str, Backbone] = {
         taps_end="last layer",
         no_p="its layers share a bias of attention by distance that is computed for the frames alone",
     ),
-    # The feed-forward and attention modules of these two hold the residual sum, or a norm before it. The first one
-    # keeps every fourth frame after its layers, the second one changes the width.
-    "Gemma3nAudioEncoder": Backbone(
+    # The first one keeps every fourth frame after its layers, the second one changes the width.
+    "Gemma3nAudioEncoder": _gemma(
+        ("ffw_layer_start", "ffw_layer_end"),
+        norms=("norm", "attention.pre_attn_norm", "attention.post_norm"),
         layers="conformer",
-        feed_forward=("ffw_layer_start.ffw_layer_2", "ffw_layer_end.ffw_layer_2"),
-        feed_forward_before=("ffw_layer_start.ffw_layer_1", "ffw_layer_end.ffw_layer_1"),
         attention=("attention.post",),
-        norms=(
-            "norm",
-            "ffw_layer_start.pre_layer_norm",
-            "ffw_layer_start.post_layer_norm",
-            "attention.pre_attn_norm",
-            "attention.post_norm",
-            "ffw_layer_end.pre_layer_norm",
-            "ffw_layer_end.post_layer_norm",
-        ),
-        layerdrop=None,
-        feature_encoder=None,
-        front_end_inside=True,
-        taps_end="last layer",
-        no_p=_SLIDING,
     ),
-    "Gemma4AudioModel": Backbone(
-        feed_forward=("feed_forward1.ffw_layer_2", "feed_forward2.ffw_layer_2"),
-        feed_forward_before=("feed_forward1.ffw_layer_1", "feed_forward2.ffw_layer_1"),
+    "Gemma4AudioModel": _gemma(
+        ("feed_forward1", "feed_forward2"),
+        norms=("norm_out", "norm_pre_attn", "norm_post_attn"),
         attention=("self_attn",),
-        norms=(
-            "norm_out",
-            "feed_forward1.pre_layer_norm",
-            "feed_forward1.post_layer_norm",
-            "norm_pre_attn",
-            "norm_post_attn",
-            "feed_forward2.pre_layer_norm",
-            "feed_forward2.post_layer_norm",
-        ),
-        layerdrop=None,
-        feature_encoder=None,
-        front_end_inside=True,
-        taps_end="last layer",
-        no_p=_SLIDING,
     ),
 }
 
@@ -380,11 +367,6 @@ def refusal(module_class: type) -> str | None:
     return REFUSED.get(module_class.__name__) if module_class.__module__.startswith("transformers.") else None
 
 
-def is_encoder_stack(module: Any) -> bool:
-    """Whether a module is an encoder stack that ELP knows."""
-    return family(type(module)) is not None
-
-
 def receptive_field(config: Any) -> int:
     """Return how many samples the convolutions over the waveform need for one frame; 400 (25 ms) in wav2vec 2.0."""
     samples = 1
@@ -393,13 +375,15 @@ def receptive_field(config: Any) -> int:
     return samples
 
 
+def window_s(feature_extractor: Any) -> float:
+    """Return the seconds to which a feature extractor cuts every recording; infinity where it cuts none."""
+    if hasattr(feature_extractor, "n_samples"):
+        return feature_extractor.n_samples / feature_extractor.sampling_rate
+    frames = getattr(feature_extractor, "max_length", None)
+    return frames / 100 if isinstance(frames, int) else float("inf")  # AST counts frames of 10 ms.
+
+
 def has_fixed_window(model: Any) -> bool:
-    """Whether the encoder of a model takes audio features of one fixed length, as Whisper's does.
-
-    Its feature extractor then pads to that length by default; padding to the longest recording of a batch fails.
-
-    Args:
-        model: A model, with or without adapters.
-    """
+    """Whether the encoder of a model takes audio features of one fixed length, to which its extractor has to pad."""
     rows = (family(type(module)) for module in model.modules())
     return any(row is not None and row.window is not None for row in rows)

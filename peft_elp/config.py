@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from peft.utils import CONFIG_NAME
 from .adapters import ACTIVATIONS
 from .heads import HEAD_SETTINGS
 from .published import SETTINGS
-from .saved.weights import SavedTensor, find_weights, read_tensors
+from .saved.weights import SavedTensor, find_weights, open_tensors
 from .wording import brief
 
 LETTERS = "ELP"
@@ -162,26 +163,20 @@ class ELPConfig(PeftConfig):
         self.e_after = _places(self.e_after)
         self.e_layers = _layers("e_layers", self.e_layers)
         self.l_layers = _layers("l_layers", self.l_layers)
-        for name, least in (("e_dim", 1), ("l_dim", 0)):
+        for name, least in (("e_dim", 1), ("l_dim", 0), ("p_length", 1), ("chunk_length", 1)):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), least, LARGEST_SIZE)
         for name in ("e_activation", "l_activation"):
             _one_of(name, getattr(self, name), sorted(ACTIVATIONS))
-        for name in ("e_dropout", "l_dropout"):
-            _number(name, getattr(self, name), 0.0, 1.0)
-        for name in ("p_init_std", "init_std"):
-            _number(name, getattr(self, name), 0.0, float("inf"))
+        for name, below in (("e_dropout", 1.0), ("l_dropout", 1.0), ("p_init_std", math.inf), ("init_std", math.inf)):
+            _number(name, getattr(self, name), 0.0, below)
         _one_of("init_weights", self.init_weights, (True, False, "paper"))
         for name in ("l_input_norm", "pool_own_frames"):
             _one_of(name, getattr(self, name), (None, False, True))
         if config_format is not None and self.pool_own_frames is None:
             self.pool_own_frames = False  # An older file: the head averaged over the window.
-        if self.l_output is not None:
-            _one_of("l_output", self.l_output, L_OUTPUTS)
+        _one_of("l_output", self.l_output, (None, *L_OUTPUTS))
         _one_of("p_position", self.p_position, P_POSITIONS)
-        for name in ("p_length", "chunk_length"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1, LARGEST_SIZE)
         if self.verification_threshold is not None:
             _number("verification_threshold", self.verification_threshold, -1.0, 1.0)
         if isinstance(self.modules_to_save, str):
@@ -191,16 +186,10 @@ class ELPConfig(PeftConfig):
             )
         if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
             self.exclude_modules = sorted(self.exclude_modules)
-        if self.head_config is not None:
-            self.head_config = _head_config(self.head_config)
+        self.head_config = None if self.head_config is None else _head_config(self.head_config)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration. If that fails, the configuration that was in the folder stays there.
-
-        Args:
-            save_directory: The folder.
-            **kwargs: What PEFT adds.
-        """
+        """Save the configuration. If that fails, the configuration that was in the folder stays there."""
         os.makedirs(save_directory, exist_ok=True)
         with TemporaryDirectory(prefix=".saving-", dir=save_directory) as beside:
             super().save_pretrained(beside, **kwargs)
@@ -233,16 +222,16 @@ class ELPConfig(PeftConfig):
         path = find_weights(pretrained_model_name_or_path, subfolder, **hub_options)
         adapter = str(Path(pretrained_model_name_or_path, subfolder or ""))
         if path is not None:
-            config.as_read = copy(config), read_tensors(path, adapter)
+            tensors = open_tensors(path, adapter).items()
+            config.as_read = copy(config), {name: SavedTensor.of(tensor) for name, tensor in tensors}
         elif config.inference_mode:  # PEFT sets it when it saves weights, and leaves it out for a configuration alone.
             raise ValueError(f"{adapter!r} holds {CONFIG_NAME} but no weights. Save the adapter again.")
         return config
 
     def tensors_to_load(self) -> dict[str, SavedTensor] | None:
-        """Return the shape, dtype and largest value of each tensor saved with this configuration, by name.
+        """Return what is known of each tensor saved with this configuration, by name.
 
-        Returns:
-            None if there are none, or if the configuration was changed after it was read, for a new adapter.
+        None if there are none, or if the configuration was changed after it was read, for a new adapter.
         """
         if self.as_read is None or differing_fields(self, self.as_read[0], "computation", "selection"):
             return None
@@ -273,12 +262,7 @@ class ELPConfig(PeftConfig):
 
 
 def differing_fields(one: ELPConfig, other: ELPConfig, *roles: str) -> dict[str, tuple[Any, Any]]:
-    """Return the fields of two configurations that differ, with both values.
-
-    Args:
-        one: A configuration.
-        other: Another one.
-        roles: The roles of the fields to compare, out of `ROLES`.
+    """Return the fields of some of the `ROLES` that differ in two configurations, with both values.
 
     Examples:
         >>> differing_fields(ELPConfig(e_dim=8, e_dropout=0.1), ELPConfig(), "computation")
@@ -382,7 +366,7 @@ def _whole(name: str, value: Any, least: int, most: int) -> None:
 
 def _number(name: str, value: Any, least: float, below: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < below:
-        upper = "finite" if below == float("inf") else f"less than {below:g}"
+        upper = "finite" if below == math.inf else f"less than {below:g}"
         raise ValueError(f"{name} must be at least {least:g} and {upper}, got {brief(value)}.")
 
 

@@ -83,32 +83,32 @@ class FeatureCache:
         if self.adapter_name not in self.model.peft_config:
             raise ValueError(unknown_adapter(self.adapter_name, self.model.peft_config))
         self._encoder, self._stack = adapted_encoder(self.model)
-        self._refuse(self._encoder)
+        self._refuse()
         self.layers: list[int] = self._stack.tapped_layers[self.adapter_name]
         self._folder = Path(self.folder)
         self._stack.cacheable.add(self.adapter_name)
         # PeftModel takes these arguments out before it calls the model.
         self.model.special_peft_forward_args = {*self.model.special_peft_forward_args, CACHED}
 
-    def _refuse(self, encoder: Any) -> None:
-        name, config = self.adapter_name, encoder.backbone.config
+    def _refuse(self) -> None:
+        """Refuse an adapter whose features differ from step to step, or whose answer needs more than features."""
+        name, encoder = self.adapter_name, self._encoder
         if not Task(encoder.backbone, self._stack, name, lambda: None).leaves_layers_alone():
             raise ValueError(
-                f"Adapter {name!r} changes what the encoder computes, so that its features differ from step to step. "
-                "Features can be cached for ELPConfig(adapters='L', train_layer_norms=False) that trains nothing of "
-                "the encoder."
+                f"Adapter {name!r} changes what the encoder computes, so its features differ from step to step. Cache "
+                "features for ELPConfig(adapters='L', train_layer_norms=False) that trains nothing of the encoder."
             )
         if encoder.family.taps_end != "stack":
             raise ValueError(
                 f"{type(self._stack.base_layer).__name__} goes on after its layers. Its features cannot be cached."
             )
-        self._refuse_masking(config)
+        self._refuse_masking()
         adapter: Any = self._stack.elp_l[name]
         if adapter.residual and self._stack.tapped_layers[name][-1] != self._stack.depth - 1:
             raise ValueError("l_output='residual' also reads the last layer. Tap it (l_layers) to cache its features.")
 
-    @staticmethod
-    def _refuse_masking(config: Any) -> None:
+    def _refuse_masking(self) -> None:
+        config = self._encoder.backbone.config
         masked = [key for key in ("mask_time_prob", "mask_feature_prob") if getattr(config, key, 0)]
         if masked and getattr(config, "apply_spec_augment", True):
             raise ValueError(
@@ -168,7 +168,7 @@ class FeatureCache:
             difference = float((cached - live).abs().max() / live.abs().max().clamp(min=1e-6))
         except Exception as error:  # Whatever a model does with inputs that hold no values.
             raise ValueError(f"{self._name()} does not run from cached features ({error}).") from error
-        if not difference <= TOLERANCE[self.dtype]:
+        if not difference <= TOLERANCE[self.dtype]:  # it may be NaN
             raise ValueError(
                 f"{self._name()} answers differently with cached features: by {difference:.2g} of its largest output. "
                 "It uses its inputs in another way than once through the encoder. Train it without a cache."
@@ -179,10 +179,8 @@ class FeatureCache:
 
     def _answer(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the first floating-point output of the model for a batch, in evaluation mode."""
-        outputs = self._call(batch)
-        tensors = (
-            outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple) else [outputs]
-        )
+        outputs: Any = self._call(batch)
+        tensors = [outputs] if isinstance(outputs, Tensor) else getattr(outputs, "values", lambda: outputs)()
         return next(x for x in tensors if isinstance(x, Tensor) and x.is_floating_point() and x.dim()).float().cpu()
 
     @torch.no_grad()
@@ -202,9 +200,9 @@ class FeatureCache:
                 tuner.set_adapter(self.adapter_name)
             return self.model(**send_to_device(needed, device))
         finally:
+            self.model.train(training)
             if active != [self.adapter_name]:
                 tuner.set_adapter(active)
-            self.model.train(training)
 
     def _features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return what the taps read of one recording, `(layers, frames, hidden)`."""
@@ -261,7 +259,7 @@ class FeatureCache:
                 "These rows hold features of another encoder, another window or other layers. Read the data set with "
                 "this cache."
             )
-        self._refuse_masking(self._encoder.backbone.config)
+        self._refuse_masking()
         features = [row[CACHED] for row in rows]
         batch: dict[str, Any] = {
             CACHED: {
@@ -282,16 +280,11 @@ class FeatureCache:
 
 
 class CachedRows(torch.utils.data.Dataset):
-    """The rows of a data set with cached features instead of recordings, as `FeatureCache.read` returns them.
-
-    Args:
-        rows: The key of each recording, and what the model takes besides: labels, and inputs without their values.
-        files: The file of each key.
-        encoder: A name for the encoder that the features are of.
-    """
+    """The rows of a data set with cached features instead of recordings, as `FeatureCache.read` returns them."""
 
     def __init__(self, rows: Sequence[tuple[str, dict[str, Tensor]]], files: Mapping[str, Path], encoder: str) -> None:
-        self.rows, self.files, self.encoder = rows, dict(files), encoder
+        self.rows = rows  # the key of each recording, labels, and inputs without their values
+        self.files, self.encoder = dict(files), encoder  # the file of each key; whose features they are
         self._open: dict[Path, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,24 +17,16 @@ Output = Literal["hidden_states", "labels", "frame_labels", "frame_tokens", "gen
 class HeadRow:
     """One kind of head.
 
-    Args:
-        task: The name of the task on the Hub.
-        output: What the model returns for a recording: labels for the recording or for each frame, text tokens for
-            each frame, generated text tokens, an embedding of the voice, or hidden states.
-        input_layer: The first linear layer of the head, if it reads the encoder's output frame by frame.
-        commands: What `SpeechAdapter` and `peft-elp` can do with the head: "transcribe", "classify" or "verify".
-        settings: The settings of the model's configuration that the head is built from.
-
     Examples:
         >>> HEADS["ForCTC"].input_layer
         'lm_head'
     """
 
-    task: str
-    output: Output
-    input_layer: str | None = None
-    commands: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
+    task: str  # the name of the task on the Hub
+    output: Output  # what the model returns for a recording
+    input_layer: str | None = None  # the first linear layer of the head, if it reads the encoder frame by frame
+    commands: tuple[str, ...] = ()  # what `SpeechAdapter` and `peft-elp` can do: "transcribe", "classify", "verify"
+    settings: tuple[str, ...] = ()  # of the model's configuration, that the head is built from
 
 
 _RECOGNITION, _CLASSIFICATION = "automatic-speech-recognition", "audio-classification"
@@ -65,13 +57,7 @@ HEAD_SETTINGS: tuple[str, ...] = tuple(dict.fromkeys(setting for row in HEADS.va
 
 
 def head_row(model_class: type | str | None) -> HeadRow | None:
-    """Find the row of a model's class.
-
-    Args:
-        model_class: The class, whose base classes are looked up as well, or only its name.
-
-    Returns:
-        The row, or None for a class without a known head.
+    """Return the row of a model's class, or of the name of one; None for a class without a known head.
 
     Examples:
         >>> head_row("WavLMForCTC").task

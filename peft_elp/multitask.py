@@ -104,17 +104,7 @@ class MultiTaskModel(nn.Module):
 
 
 def share_tensors(encoder: Encoder, other: Encoder, task: str, other_task: str) -> None:
-    """Replace the tensors of one backbone by those of another, which have to be equal.
-
-    Args:
-        encoder: The encoder whose tensors stay.
-        other: The encoder whose tensors are replaced.
-        task: The task of `encoder`, for the error.
-        other_task: The task of `other`, for the error.
-
-    Raises:
-        ValueError: The backbones are configured differently, or have different weights.
-    """
+    """Replace the tensors of `other` by those of `encoder`, which have to be equal; the tasks are for the error."""
     kept, replaced = _backbone_tensors(encoder.backbone), _backbone_tensors(other.backbone)
     differing = sorted(kept.keys() ^ replaced.keys()) or [
         name
@@ -127,9 +117,8 @@ def share_tensors(encoder: Encoder, other: Encoder, task: str, other_task: str) 
             f"{shortened(differing, shown=3)}. Load both models from the same base checkpoint."
         )
     for name, (module, attribute, _) in replaced.items():
-        holder, held, _ = kept[name]
-        kind = "_parameters" if held in holder._parameters else "_buffers"
-        getattr(module, kind)[attribute] = getattr(holder, kind)[held]
+        holder, held, tensor = kept[name]
+        (module._parameters if held in holder._parameters else module._buffers)[attribute] = tensor
 
 
 def _backbone_tensors(backbone: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_pt_utils import get_parameter_names
 
 from .parameters import parameters_by_part
+from .wording import shortened
 
 LAYER_WEIGHTS = "layer weights"  # a separate part for optimizers; everywhere else they count as L
 LAYER_WEIGHTS_RATIO = 30.0  # their default learning rate, as a multiple of the rate of L
@@ -63,9 +64,7 @@ def parameter_groups(
                 f"{', '.join(map(repr, trained)) or 'no part (in inference mode?)'}. Remove {part!r} from rates."
             )
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-            raise ValueError(
-                f"The learning rate of {part!r} must be a positive number, got {rate!r}. Write for example 1e-4."
-            )
+            raise ValueError(f"The learning rate of {part!r} must be a positive number, got {rate!r}. Write 1e-4.")
     for part in trained:
         if part not in rates:
             raise ValueError(
@@ -76,9 +75,8 @@ def parameter_groups(
     others = [name for name, p in model.named_parameters() if p.requires_grad and name not in covered]
     if others:
         raise ValueError(
-            f"{len(others)} trainable tensors belong to no part of adapter {adapter_name!r}: {', '.join(others[:3])}"
-            f"{', ...' if others[3:] else ''}. Freeze them with requires_grad_(False); to train a module outside the "
-            "encoder with the adapter, name it in modules_to_save."
+            f"{len(others)} trainable tensors belong to no part of adapter {adapter_name!r}: "
+            f"{shortened(others, shown=3)}. Freeze them, or name their module in modules_to_save."
         )
 
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY)) if weight_decay else set()
@@ -176,13 +174,10 @@ def get_epochwise_schedule(
         [0.5, 0.5, 1.0, 1.0]
     """
     if not len(factors) or not all(0 <= factor < math.inf for factor in factors):
-        raise ValueError(
-            f"factors must be one or more numbers of at least 0, got {factors!r}. Write for example [1.0, 0.1]."
-        )
+        raise ValueError(f"factors must be one or more numbers of at least 0, got {factors!r}. Write [1.0, 0.1].")
     if num_training_steps < 1:
         raise ValueError(
-            f"num_training_steps must be at least 1, got {num_training_steps!r}. Count the optimizer steps of "
-            "the whole training."
+            f"num_training_steps must be at least 1, got {num_training_steps!r}: the steps of all epochs."
         )
     return LambdaLR(optimizer, partial(_factor_at, factors=tuple(factors), steps=num_training_steps), last_epoch)
 

@@ -24,27 +24,10 @@ def belongs_to(adapter_name: str, name: str) -> bool:
 
 
 def parameters_by_part(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, nn.Parameter]]:
-    """Return the parameters of an adapter, by part and name.
-
-    Args:
-        model: A model with ELP-adapters, as `get_peft_model` returns it.
-        adapter_name: The adapter's name.
-
-    Returns:
-        A dictionary for each of `PARTS`: parameters by their names in `model.named_parameters()`, or empty if the
-        adapter does not have that part. "L" includes the layer weights.
+    """Return the parameters of an adapter by part, one of `PARTS`, and by name; "L" includes the layer weights.
 
     Raises:
         ValueError: The model has no adapter of that name.
-
-    Examples:
-        >>> from peft import get_peft_model
-        >>> from transformers import WavLMConfig, WavLMModel
-        >>> from peft_elp import ELPConfig
-        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, layerdrop=0.0)
-        >>> model = get_peft_model(WavLMModel(WavLMConfig(**size)), ELPConfig(adapters="P", p_length=4))
-        >>> {name: tuple(parameter.shape) for name, parameter in parameters_by_part(model)["P"].items()}
-        {'base_model.model.encoder.elp_p.default.rows': (4, 32)}
     """
     peft_config = getattr(model, "peft_config", {})
     if adapter_name not in peft_config:

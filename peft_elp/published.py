@@ -26,6 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SETTINGS["paper"] = SETTINGS["e+l+p"]
 
+_HEADS = {"asv": 5e-4, "er": 5e-4, "asr": 2e-3, "ic": 5e-4}
+_E_ALONE = {task: {"head": head, "E": 1e-5, "layer norms": 1e-5} for task, head in _HEADS.items()}
 # By setting and task: the rates of the head and of the parts that the setting trains.
 RATES: dict[str, dict[str, dict[str, float]]] = {
     "e+l": {
@@ -34,18 +36,8 @@ RATES: dict[str, dict[str, dict[str, float]]] = {
         "asr": {"head": 2e-3, "L": 1e-3, "E": 1e-3, "layer norms": 1e-3},
         "ic": {"head": 5e-4, "L": 1e-5, "E": 1e-5, "layer norms": 1e-5},
     },
-    "conventional": {
-        "asv": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
-        "er": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
-        "asr": {"head": 1e-3, "E": 1e-5, "layer norms": 1e-5},
-        "ic": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
-    },
-    "e-only": {
-        "asv": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
-        "er": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
-        "asr": {"head": 2e-3, "E": 1e-5, "layer norms": 1e-5},
-        "ic": {"head": 5e-4, "E": 1e-5, "layer norms": 1e-5},
-    },
+    "conventional": {**_E_ALONE, "asr": {"head": 1e-3, "E": 1e-5, "layer norms": 1e-5}},
+    "e-only": _E_ALONE,
     "l-only": {
         "asv": {"head": 5e-4, "L": 5e-4, "layer norms": 5e-4},
         "er": {"head": 5e-4, "L": 5e-4, "layer norms": 5e-4},

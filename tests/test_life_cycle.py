@@ -38,7 +38,7 @@ from peft_elp import ELPConfig, count_parameters
          "No E-adapter would be placed.*behind the last tapped one"),
         (build, {"exclude_modules": "("}, r"exclude_modules='\(' is not a regular expression: missing \)"),
         (build, {"e_layers": [0, 1], "l_layers": [0], "l_output": "head"},
-         r"e_layers=\[0, 1\] names \[1\].*nothing reads the layers behind it.*l_output='residual'"),
+         r"e_layers=\[0, 1\] names \[1\].*nothing reads the layers behind the last tapped one, 0.*'residual'"),
         (build, {"adapter_name": "encoder"}, "cannot be named 'encoder'"),
         (build, {"adapter_name": "weight"}, "cannot be named 'weight'"),
         (build, {"adapter_name": "a.b"}, "cannot be named 'a.b', which is not a valid module name"),

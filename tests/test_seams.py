@@ -111,18 +111,15 @@ def test_a_peft_model_passes_its_tuner_a_dictionary_and_injection_passes_a_confi
     assert isinstance(alone, PeftConfig)
 
 
-def test_a_tuner_places_every_adapter_through_inject_adapter(monkeypatch):
-    """Mend ELPModel.inject_adapter in tuner/model.py, which takes its place."""
-    calls = spied(monkeypatch, BaseTuner, "inject_adapter")
-    lora().add_adapter("other", LoraConfig(**LORA))
-    assert [args[2] for args, _ in calls] == ["default", "other"]
-
-
-def test_a_peft_model_enters_the_hooks_of_its_tuner_around_each_call(monkeypatch):
-    """Mend ELPModel._enable_peft_forward_hooks in tuner/model.py, which routes mixed batches by it."""
-    calls = spied(monkeypatch, LoraModel, "_enable_peft_forward_hooks")
-    lora().eval()(waveforms()[0], adapter_names=["__base__"] * 3)
-    assert [kwargs.get("adapter_names") for _, kwargs in calls] == [["__base__"] * 3]
+def test_a_tuner_places_adapters_and_surrounds_calls_by_two_methods(monkeypatch):
+    """Mend ELPModel.inject_adapter and ELPModel._enable_peft_forward_hooks in tuner/model.py."""
+    placed = spied(monkeypatch, BaseTuner, "inject_adapter")
+    called = spied(monkeypatch, LoraModel, "_enable_peft_forward_hooks")
+    model = lora()
+    model.add_adapter("other", LoraConfig(**LORA))
+    assert [args[2] for args, _ in placed] == ["default", "other"]
+    model.eval()(waveforms()[0], adapter_names=["__base__"] * 3)
+    assert [kwargs.get("adapter_names") for _, kwargs in called] == [["__base__"] * 3]
 
 
 def test_peft_takes_arguments_of_a_call_out_by_their_names():
@@ -185,18 +182,14 @@ def test_unloading_and_merging_go_through_private_methods(monkeypatch):
     assert [kwargs.get("merge") for _, kwargs in unloads] == [False]
 
 
-def test_peft_sets_adapters_and_switches_them_off_on_tuner_layers():
-    """Mend ELPLayer in tuner/layers.py and tuner/trained.py."""
+def test_tuner_layers_hold_adapters_and_name_the_device_of_new_ones(monkeypatch):
+    """Mend ELPLayer in tuner/layers.py, which answers for modules without weight, and tuner/trained.py."""
     layer = lora_layer()
     assert isinstance(layer, BaseTunerLayer)
-    assert all(hasattr(layer, name) for name in ("_active_adapter", "merged_adapters", "adapter_layer_names"))
+    names = ("_active_adapter", "merged_adapters", "adapter_layer_names", "other_param_names")
+    assert all(hasattr(layer, name) for name in names)
     layer._disable_adapters = True
     assert layer.disable_adapters
-
-
-def test_an_adapter_moves_to_the_device_that_its_layer_names(monkeypatch):
-    """Mend ELPLayer._get_base_layer_device_and_dtype in tuner/layers.py, which answers for modules without weight."""
-    layer = lora_layer()
     calls = spied(monkeypatch, BaseTunerLayer, "_get_base_layer_device_and_dtype")
     layer._move_adapter_to_device_of_base_layer("default")
     assert calls
@@ -234,27 +227,22 @@ def test_convolutions_record_a_graph_because_of_a_private_flag(family):
         assert model.feature_extractor(waveforms()[0]).requires_grad == flag
 
 
-def test_transformers_initialises_one_module_by_a_private_method():
-    """Mend tuner/head_config.py, which initialises new layers of a head."""
+def test_transformers_marks_what_it_loads_and_initialises_a_module_by_a_private_method(tmp_path):
+    """Mend tuner/head_modules.py, which tells a new head from a trained one, and tuner/head_config.py."""
+    build("hubert", "Model").save_pretrained(tmp_path)
+    model: Any = transformers.HubertForCTC.from_pretrained(tmp_path)
+    assert all(getattr(p, "_is_hf_initialized", False) for p in model.hubert.parameters())
+    assert not any(getattr(p, "_is_hf_initialized", False) for p in model.lm_head.parameters())
     module = nn.Linear(300, 300)
     nn.init.constant_(module.weight, 5.0)
-    nn.init.constant_(module.bias, 5.0)
     build()._init_weights(module)
     assert module.weight.std() < 1
     assert not module.bias.any()
 
 
-def test_parameters_that_were_loaded_carry_a_mark(tmp_path):
-    """Mend tuner/head_modules.py, which tells a new head from a trained one by the mark."""
-    build("hubert", "Model").save_pretrained(tmp_path)
-    model: Any = transformers.HubertForCTC.from_pretrained(tmp_path)
-    assert all(getattr(p, "_is_hf_initialized", False) for p in model.hubert.parameters())
-    assert not any(getattr(p, "_is_hf_initialized", False) for p in model.lm_head.parameters())
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_layers_know_the_form_of_gradient_checkpointing(use_reentrant):
-    """Mend tuner/checkpointing.py, which reads the form."""
+    """Mend tuner/stack.py, which reads the form."""
     model: Any = build("wav2vec2")
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     layer = model.wav2vec2.encoder.layers[0]
@@ -381,12 +369,6 @@ def test_writing_into_a_tensor_counts():
 def test_batch_norms_have_a_base_class():
     """Mend tuner/stack.py, which keeps frozen batch norms in evaluation."""
     assert isinstance(nn.BatchNorm1d(2), nn.modules.batchnorm._BatchNorm)
-
-
-def test_a_compiled_model_holds_the_plain_one():
-    """Mend tuner/hotswap.py, which looks inside."""
-    model = nn.Linear(2, 2)
-    assert torch.compile(model, backend="eager")._orig_mod is model
 
 
 # All of them --------------------------------------------------------------------------------------------------------

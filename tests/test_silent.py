@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from backbones import ELP, answer, build, shaken, waveforms
-from families import FAMILIES
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -193,18 +192,6 @@ def test_weights_of_an_adapter_with_the_same_settings_are_taken(kind, tmp_path):
 
 
 # Averages, heads, batch norms, windows ------------------------------------------------------------------------------
-
-
-def test_an_average_with_weight_one_is_the_adapter_also_where_the_model_is_the_stack():
-    family = FAMILIES["voxtral"]
-    stack = find_encoder(family.model()).stack
-    model = shaken(get_peft_model(stack, ELPConfig(**ELP))).eval()
-    model.add_weighted_adapter(["default"], [1.0], "same")
-    states = model.state_dict()
-    own = [name for name in states if ".default." in name]
-    assert any(".elp_l." in f".{name}" for name in own)
-    for name in own:
-        assert torch.equal(states[name], states[name.replace(".default.", ".same.")]), name
 
 
 def test_a_head_with_several_labels_at_a_time_is_saved_as_one(tmp_path):

@@ -116,16 +116,7 @@ class Tap(nn.Module):
     """Transform of the hidden states of one layer in an L-adapter: `A_l = norm(dropout(activation(down(x))))`.
 
     With `input_norm`, `x` is first normalised per frame, without parameters. A tap of size 0 has no parameters: it is
-    the normalised `x` itself.
-
-    Args:
-        hidden_size: Width of the backbone's hidden states.
-        tap_size: Width of the tap, or 0.
-        activation: A name from `ACTIVATIONS`.
-        dropout: Probability, in training, that an element is dropped before the norm.
-        init_std: Standard deviation of the initial linear weights, with biases of 0. None keeps PyTorch's
-            initialisation.
-        input_norm: Whether to normalise the input.
+    the normalised `x` itself. The arguments are those of `LAdapter`.
 
     Shape:
         `(batch, frames, hidden)` to `(batch, frames, tap)`, or to the same with a size of 0.
@@ -262,8 +253,8 @@ class TapSum:
         if sorted(self.seen) != list(range(expected)):
             raise RuntimeError(
                 f"An L-adapter must read each of its {expected} layers once per call, but it read {self.seen} "
-                "(numbers of its taps). Some layers did not run, ran twice, or ran outside their wrappers. Leave the "
-                "backbone's layerdrop at 0 while an L-adapter is active, because a skipped layer has no output."
+                "(numbers of its taps). Leave the backbone's layerdrop at 0, because a skipped layer has no output, "
+                "and let no layer run twice."
             )
 
     def result(self) -> Tensor:

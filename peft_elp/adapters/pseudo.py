@@ -14,19 +14,12 @@ from .shapes import FrameIndex, FrameMask, HiddenStates, JoinedIndex, JoinedMask
 
 @dataclass(frozen=True)
 class RealFrames:
-    """Positions of the real frames among frames and pseudo features.
+    """Positions of the real frames among frames and pseudo features."""
 
-    Args:
-        joined: Number of frames and pseudo features together.
-        index: Position of each real frame, `(batch, frames)`. None if the positions are the same in all utterances.
-        start: Position of the first real frame. Used if `index` is None.
-        frames: Number of real frames.
-    """
-
-    joined: int
-    index: Tensor | None
-    start: int
-    frames: int
+    joined: int  # number of frames and pseudo features together
+    index: Tensor | None  # position of each real frame, `(batch, frames)`; None if the same in all utterances:
+    start: int  # position of the first real frame
+    frames: int  # number of real frames
 
     def of(self, x: JoinedStates) -> HiddenStates:
         """Return the real frames of `x`: `(batch, joined, width)` to `(batch, frames, width)`."""
@@ -43,35 +36,21 @@ class RealFrames:
 
 @dataclass(frozen=True)
 class Carried:
-    """Positions of pseudo features that are carried through the encoder layers beside the frames.
-
-    Args:
-        real: Where the real frames are.
-        source: For each position, which of `[frames ; pseudo features]` is put there, `(batch, joined)`. None if the
-            pseudo features stay behind the frames.
-        rows: Position of each pseudo feature, `(batch, rows)`. None if they stay behind the frames.
-        mask: The attention mask of frames and pseudo features, `(batch, heads, queries, keys)`, or None.
-    """
+    """Positions of pseudo features that are carried through the encoder layers beside the frames."""
 
     real: RealFrames
+    # For each position, which of `[frames ; pseudo features]` is put there, `(batch, joined)`; the position of each
+    # pseudo feature, `(batch, rows)`. None if they stay behind the frames.
     source: Tensor | None
     rows: Tensor | None
-    mask: Tensor | None
+    mask: Tensor | None  # of frames and pseudo features, `(batch, heads, queries, keys)`
 
     @classmethod
     def beside(cls, x: Tensor, pseudo: Tensor, counts: Tensor | None, mask: Any) -> Carried:
-        """Put pseudo features after the last valid frame of each utterance.
+        """Put pseudo features after the last valid frame of each utterance, one that the first frame may attend to.
 
-        The valid frames are those that the first frame may attend to.
-
-        Args:
-            x: The frames, `(batch, frames, hidden)`.
-            pseudo: The pseudo features, `(rows, hidden)` or `(batch, rows, hidden)`.
-            counts: How many pseudo features each utterance has, `(batch, 1)`. None if it has all.
-            mask: The attention mask of the frames, boolean or additive, or None.
-
-        Raises:
-            ValueError: The mask is neither None nor a tensor with four axes.
+        Takes frames `(batch, frames, hidden)`, pseudo features `(rows, hidden)` or `(batch, rows, hidden)`, how many
+        each utterance has, `(batch, 1)` (None: all), and the mask of the frames, boolean, additive or None.
         """
         (batch, frames, _), length = x.shape, pseudo.shape[-2]
         if mask is None:
@@ -80,9 +59,8 @@ class Carried:
             mask = x.new_zeros(batch, 1, 1, frames)
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             raise ValueError(
-                "Pseudo features pass through the layers of this encoder, and its attention mask, a "
-                f"{type(mask).__name__}, cannot be extended. Use attn_implementation='sdpa' or 'eager', or leave P "
-                "out of adapters."
+                f"This encoder's attention mask, a {type(mask).__name__}, cannot be extended by pseudo features. "
+                "Use attn_implementation='sdpa' or 'eager', or leave P out of adapters."
             )
         boolean = mask.dtype == torch.bool
         seen = mask[:, 0, 0] if boolean else mask[:, 0, 0] == 0
@@ -124,18 +102,10 @@ def join_each(
     before: Bool[Tensor, "batch 1"],
     squeeze: int = 1,
 ) -> tuple[JoinedStates, JoinedMask, RealFrames]:
-    """Join each utterance of a batch with pseudo features of its own.
+    """Join each utterance of a batch with pseudo features of its own: `counts` of its `rows`, the rest is padding.
 
-    Args:
-        x: The frames, `(batch, frames, hidden)`.
-        mask: Which frames are valid, `(batch, frames)`, or None if all are.
-        rows: The pseudo features of each utterance, padded to the largest number of them.
-        counts: How many of them are not padding. The padding is masked.
-        before: Whether to put them before the first valid frame of the utterance instead of after the last.
-        squeeze: How many frames the encoder takes as one.
-
-    Returns:
-        The joined frames, their mask and the positions of the real frames, as from `PAdapter`.
+    They come before the first valid frame of the utterance where `before` says so, else after the last. The other
+    arguments and the results are those of `PAdapter`.
     """
     frames = x.shape[1]
     padding = -frames % squeeze

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -17,7 +17,7 @@ class CallVariable(Generic[T]):
     """A value that is set for a `with` block, in the thread that entered the block.
 
     torch.compile cannot trace a context variable. It traces in one thread at a time, so a value that is set during
-    tracing is kept in an attribute. `_held` tells without a context variable whether any thread has set a value.
+    tracing is kept in an attribute. `_holders` tells without a context variable whether any thread has set a value.
 
     Args:
         name: Name of the context variable.
@@ -35,11 +35,10 @@ class CallVariable(Generic[T]):
         self._variable: ContextVar[T | None] = ContextVar(name, default=None)
         self._traced: T | None = None
         self._lock = Lock()
-        self._tokens: set[int] = set()  # Of the blocks that hold a value, by identity.
-        self._held = False
+        self._holders = 0  # How many blocks hold a value, in all threads.
 
     def get(self) -> T | None:
-        if torch.compiler.is_dynamo_compiling() and (self._traced is not None or not self._held):
+        if torch.compiler.is_dynamo_compiling() and (self._traced is not None or not self._holders):
             return self._traced
         # Layers that are compiled one by one, or after a graph break, are called by a stack that is not traced.
         return self._variable.get()
@@ -53,20 +52,14 @@ class CallVariable(Generic[T]):
             finally:
                 self._traced = before
             return
-        token = None
+        token = self._variable.set(value)
         try:
-            token = self._variable.set(value)
-            self._hold(token, True)
+            self._count(1)
             yield
-        finally:  # An error at any line above leaves nothing set.
-            if token is not None:
-                self._variable.reset(token)  # First: a value that stayed would serve the next call.
-                self._hold(token, False)
+        finally:
+            self._variable.reset(token)  # First: a value that stayed would serve the next call.
+            self._count(-1)
 
-    def _hold(self, token: Token[T | None], held: bool) -> None:
+    def _count(self, change: int) -> None:
         with self._lock:
-            if held:
-                self._tokens.add(id(token))
-            else:
-                self._tokens.discard(id(token))
-            self._held = bool(self._tokens)
+            self._holders += change

@@ -12,17 +12,8 @@ from .outputs import hidden_states_of, with_hidden_states
 def own_frames_weight(mask: Tensor, x: Tensor) -> Tensor:
     """Return the weight of each frame with which a mean over all frames is one over a recording's own frames.
 
-    Computes `own * frames / sum(own)`, with `own` 1 for the frames of the recording and 0 for padding.
-
-    Args:
-        mask: The attention mask of the feature extractor, `(batch, steps)`, with a whole number of steps per frame.
-        x: The hidden states that are averaged, `(batch, frames, hidden)`.
-
-    Returns:
-        `(batch, frames, 1)`.
-
-    Raises:
-        ValueError: The mask is not that of these hidden states.
+    Computes `own * frames / sum(own)`, `(batch, frames, 1)`, with `own` 1 for frames of the recording and 0 for
+    padding, from the attention mask of the feature extractor, `(batch, steps)`, with whole steps per frame.
 
     Examples:
         >>> import torch
@@ -34,8 +25,7 @@ def own_frames_weight(mask: Tensor, x: Tensor) -> Tensor:
     if mask.dim() != 2 or len(mask) != len(x) or mask.shape[1] < frames or mask.shape[1] % frames:
         raise ValueError(
             f"attention_mask must be (batch, steps) with a multiple of {frames} steps for {tuple(x.shape)} hidden "
-            f"states, got {tuple(mask.shape)}. Pass the attention_mask that the feature extractor returns with "
-            "return_attention_mask=True."
+            f"states, got {tuple(mask.shape)}. Let the feature extractor return it: return_attention_mask=True."
         )
     own = (mask[:, :: mask.shape[1] // frames] != 0).to(x.dtype)
     return (own * (frames / own.sum(1, keepdim=True).clamp(min=1)))[:, :, None]

@@ -20,13 +20,9 @@ reports_asked: CallVariable[bool] = CallVariable("peft_elp_reports_asked")
 
 
 def asking(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """Remember for a block whether a call asks for reports.
+    """Remember for a block whether a call asks for reports, by its arguments or the configurations of the model.
 
-    Args:
-        model: The model that is called. Nothing is remembered for classes of others, which may read hidden states
-            without being asked.
-        args: The arguments of the call by position, in which True asks for something.
-        kwargs: The arguments by name. The configurations of the model answer what they leave open.
+    Nothing is remembered for classes of others, which may read hidden states without being asked.
     """
     if not type(model).__module__.startswith("transformers."):
         return nullcontext()
@@ -37,13 +33,7 @@ def asking(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Abstra
 
 
 def are_watched(layers: Iterable[nn.Module], kwargs: Mapping[str, Any], config: Any) -> bool:
-    """Whether a call reports what layers compute, or somebody has put a hook on one of them.
-
-    Args:
-        layers: The layers.
-        kwargs: The arguments of the encoder stack.
-        config: The configuration of the model, which may ask for reports as well.
-    """
+    """Whether a call of the stack reports what layers compute, or somebody has put a hook on one of them."""
     asked = reports_asked.get()
     if asked is None:  # The model is of another class, or was not called through PEFT.
         asked = any(kwargs.get(name) or getattr(config, name, False) for name in REPORTS) or _transformers_collects()

@@ -14,11 +14,7 @@ BASE = "__base__"
 
 
 class Route:
-    """The adapters of one call, by utterance.
-
-    Args:
-        names: The adapter name of each utterance, or "__base__" for the backbone alone.
-        beams: How often generation repeats each utterance behind the encoder.
+    """The adapters of one call, by utterance; `beams`: how often generation repeats each behind the encoder.
 
     Examples:
         >>> Route(["asr", "emotion", "asr"]).indices("asr", torch.zeros(3, 49, 768))
@@ -40,30 +36,19 @@ class Route:
         return route
 
     def check(self, x: Tensor, axes: int) -> int:
-        """Compare the size of a batch with the number of names.
-
-        Returns:
-            How often each utterance is repeated in the batch.
-
-        Raises:
-            ValueError: The sizes differ.
-        """
+        """Return how often each utterance is repeated in a batch, whose size has to fit the number of names."""
         repeats = len(x) // len(self.names)
         if x.dim() < axes or len(x) != repeats * len(self.names) or repeats not in (1, self.beams):
             raise ValueError(
                 f"adapter_names holds {len(self.names)} names, and the batch has the shape {tuple(x.shape)}. Pass one "
                 "adapter name per utterance. An encoder that packs utterances into one sequence, or splits long ones, "
-                "cannot mix adapters. Nor can generation from recordings longer than the window, which drops "
-                "ended ones. Call the model once per adapter."
+                "cannot mix adapters. Nor can generation from recordings longer than the window. Call the model once "
+                "per adapter."
             )
         return repeats
 
     def indices(self, name: str, x: Tensor, axes: int = 3) -> Tensor:
-        """Return the indices of the utterances that use an adapter.
-
-        Raises:
-            ValueError: The size of the batch is not the number of names.
-        """
+        """Return the indices of the utterances that use an adapter."""
         repeats = self.check(x, axes)
         key = (name, x.device, repeats)
         if key not in self._indices:

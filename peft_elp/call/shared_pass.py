@@ -20,29 +20,19 @@ from .outputs import another, hidden_states_of
 
 @dataclass
 class SharedPass:
-    """What one pass computes for the calls that follow it.
+    """What one pass computes for the calls that follow it."""
 
-    Args:
-        readers: For each task that shares the layers, its L-adapter and the layers that the adapter taps.
-        task: The task whose call is under way.
-        features: The output of the convolutions over the waveform, once they have run.
-        cached: The hidden states of tapped layers, `(batch, frames, hidden)` by the number of the layer, if they were
-            computed in an earlier call. The layers do not run then.
-        ends: For each task, what replaces the encoder's output, once the layers have run.
-        output: The output of the stack, if the sums of taps replace it. The stack is not called again then.
-        layer_outputs: The output of each layer, by the number of the layer, for a stack that goes on after its layers:
-            it is called again without them.
-        entered: The modules that the call of each task has reached.
-    """
-
+    # For each task that shares the layers, its L-adapter and the layers that the adapter taps.
     readers: dict[str, tuple[LAdapter, list[int]]] = field(default_factory=dict)
-    task: str = ""
-    features: Any = None
+    task: str = ""  # whose call is under way
+    features: Any = None  # the output of the convolutions over the waveform, once they have run
+    # Hidden states of tapped layers by the layer's number, from an earlier call. The layers do not run then.
     cached: Mapping[int, Tensor] | None = None
-    ends: dict[str, Tensor] = field(default_factory=dict)
-    output: Any = None
+    ends: dict[str, Tensor] = field(default_factory=dict)  # by task: what replaces the encoder's output
+    output: Any = None  # of the stack, if sums of taps replace it; the stack is not called again then
+    # By layer, for a stack that goes on after its layers: it is called again without them.
     layer_outputs: dict[int, Any] = field(default_factory=dict)
-    entered: list[tuple[str, str]] = field(default_factory=list)
+    entered: list[tuple[str, str]] = field(default_factory=list)  # the modules that the call of each task has reached
 
     def enter(self, module: str) -> None:
         """Note that the call of a task has reached a module, whose result is computed once.

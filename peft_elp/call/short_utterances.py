@@ -15,9 +15,6 @@ def refuse_short_utterances(module: nn.Module, args: tuple[Any, ...], kwargs: di
 
     In a padded batch Transformers would treat such an utterance as a full-length one, since the mask of zero frames
     wraps around to all frames.
-
-    Raises:
-        ValueError: An utterance is too short.
     """
     waveforms = args[0] if args else kwargs.get("input_values")
     if waveforms is None or torch.compiler.is_compiling():
@@ -28,6 +25,5 @@ def refuse_short_utterances(module: nn.Module, args: tuple[Any, ...], kwargs: di
     if shortest < least:
         raise ValueError(
             f"An utterance of {shortest} samples is too short for {type(module).__name__}: its convolutions need at "
-            f"least {least} samples ({1000 * least / 16000:.0f} ms at 16 kHz) for one frame. Drop it, or pad it with "
-            "silence and a mask of ones."
+            f"least {least} samples ({least / 16:.0f} ms at 16 kHz). Drop it, or pad it with silence, unmasked."
         )

@@ -23,19 +23,12 @@ from .shared_pass import SharedPass
 
 @dataclass
 class TapReader:
-    """The running sum of one L-adapter during one call.
-
-    Args:
-        sum: The sum.
-        of_layer: For each tapped layer, its number among the taps.
-        indices: Returns the indices of the utterances that the adapter serves. None if it serves all.
-        task: The task that the adapter serves, if several share a pass.
-    """
+    """The running sum of one L-adapter during one call."""
 
     sum: TapSum
-    of_layer: dict[int, int]
-    indices: Callable[[Tensor], Tensor] | None = None
-    task: str = ""
+    of_layer: dict[int, int]  # for each tapped layer, its number among the taps
+    indices: Callable[[Tensor], Tensor] | None = None  # of the utterances that the adapter serves; None: all
+    task: str = ""  # that the adapter serves, if several share a pass
 
     def read(self, layer: int, x: Tensor, copy: bool) -> None:
         """Add the tap of a layer with output `x`, if it has one."""
@@ -55,37 +48,23 @@ class TapReader:
 
 @dataclass
 class StackCall:
-    """One call of one encoder stack.
+    """One call of one encoder stack."""
 
-    Args:
-        readers: The L-adapters in use. Several are in use in a batch that mixes adapters, or if tasks share the pass.
-        shared: What the tasks that share the pass have in common, or None.
-        last_layer: Number of the stack's last layer.
-        last_run: Number of the last layer that runs. Nothing reads the layers after it.
-        ends_in_layer: Whether the sum of taps replaces the output of the last layer, not the output of the stack.
-        copy_taps: Whether the stack writes into the outputs of its layers.
-        real: Where the real frames are in the stack's input, for each active P-adapter in the order of joining.
-        squeeze: How many frames of the stack's input the layers take as one.
-        pseudo: Pseudo features that are carried through the layers: `(rows, hidden)` before the first layer,
-            `(batch, rows, hidden)` after it. None if there are none, or if they joined the stack's input.
-        counts: How many of them each utterance has, `(batch, 1)`. None if it has all.
-        positions: Computes the position embeddings that the layers take, from hidden states `(batch, frames, hidden)`
-            and the numbers of their frames, `(1, frames)`. None if the layers take none.
-        needs_gradient: Whether a layer loses the gradients of its adapters unless its input requires a gradient.
-    """
-
-    readers: tuple[TapReader, ...] = ()
+    readers: tuple[TapReader, ...] = ()  # several if a batch mixes adapters, or if tasks share the pass
     shared: SharedPass | None = None
-    last_layer: int = 0
-    last_run: int = 0
-    ends_in_layer: bool = False
-    copy_taps: bool = False
-    real: tuple[RealFrames, ...] = ()
-    squeeze: int = 1
+    last_layer: int = 0  # number of the stack's last layer
+    last_run: int = 0  # number of the last layer that runs; nothing reads the layers after it
+    ends_in_layer: bool = False  # whether the sum of taps replaces the output of the last layer, not of the stack
+    copy_taps: bool = False  # whether the stack writes into the outputs of its layers
+    real: tuple[RealFrames, ...] = ()  # in the stack's input, for each P-adapter in the order of joining
+    squeeze: int = 1  # how many frames of the stack's input the layers take as one
+    # Pseudo features that are carried through the layers: `(rows, hidden)` before the first layer, `(batch, rows,
+    # hidden)` after it. None if there are none, or if they joined the stack's input.
     pseudo: Tensor | None = None
-    counts: Tensor | None = None
+    counts: Tensor | None = None  # how many of them each utterance has, `(batch, 1)`; None if it has all
+    # The position embeddings that the layers take, from hidden states and the numbers of their frames, `(1, frames)`.
     positions: Callable[[Tensor, Tensor], Any] | None = None
-    needs_gradient: bool = False
+    needs_gradient: bool = False  # whether a layer's adapters get none unless its input requires one
     _carried: Carried | None = None
     _positions: Any = None
     _last_output: Any = None

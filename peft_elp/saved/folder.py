@@ -34,19 +34,12 @@ KINDS = {  # fields of PEFT's that are read here and that nothing else checks
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter on disk.
-
-    Args:
-        folder: Where it is.
-        config: The fields of its `adapter_config.json`, checked.
-        counts: Numbers of parameters under "E", "L" (with its layer weights), "P", "layer norms" and "head".
-        layer_weights: For each layer that an L-adapter taps its number, from 0, and its share.
-    """
+    """An adapter on disk."""
 
     folder: Path
-    config: dict[str, Any]
-    counts: dict[str, int] = field(default_factory=dict)
-    layer_weights: list[tuple[int, float]] = field(default_factory=list)
+    config: dict[str, Any]  # the fields of its `adapter_config.json`, checked
+    counts: dict[str, int] = field(default_factory=dict)  # of parameters: E, L, P, layer norms, head
+    layer_weights: list[tuple[int, float]] = field(default_factory=list)  # of each tapped layer: number, share
 
     @property
     def base(self) -> str | None:
@@ -88,7 +81,7 @@ class SavedAdapter:
         words = {
             "E": f"bottleneck of {get('e_dim')} after {places}, layers {_ranges(get('e_layers'))}",
             "L": f"taps of {get('l_dim')}, layers {_ranges(get('l_layers'))}, to: {get('l_output')}",
-            "P": f"{get('p_length')} pseudo features, {get('p_position')}ed",
+            "P": f"{(p := get('p_length'))} pseudo feature{'s' * (p != 1)}, {get('p_position')}ed",
             "layer norms": "copies that replace those of the base",
             "head": ", ".join(get("modules_to_save") or ()),
         }
@@ -102,17 +95,7 @@ class SavedAdapter:
 def find_adapter(
     adapter: str | Path, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """Find the folder of an adapter: the one named, or a copy of a repository on the Hub.
-
-    Args:
-        adapter: A folder, or a name on the Hub.
-        subfolder: The folder inside of it.
-        revision: A branch or a commit on the Hub.
-        token: For private repositories.
-
-    Raises:
-        ValueError: There is no such folder, and no repository of that name could be fetched.
-    """
+    """Find the folder of an adapter: the one named, or a copy of a repository on the Hub."""
     name = os.fspath(adapter)
     folder = Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
@@ -148,12 +131,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
-    """Read a folder in which an ELP-adapter was saved, and check the types of all that it says.
-
-    Raises:
-        ValueError: The folder holds no adapter or one of another method, its configuration is not valid, or its
-            weights are broken.
-    """
+    """Read a folder in which an ELP-adapter was saved, and check the types of all that it says."""
     folder = Path(folder)
     config = _read_config(folder)
     path = find_weights(folder)

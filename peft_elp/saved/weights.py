@@ -24,17 +24,11 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor in a file of weights, without its values.
-
-    Args:
-        shape: Its shape.
-        dtype: Its dtype, floating-point or int64.
-        largest: The largest absolute value; NaN or infinite if a value is.
-    """
+    """A tensor in a file of weights, without its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    largest: float
+    largest: float  # the largest absolute value; NaN or infinite if a value is
 
     @classmethod
     def of(cls, tensor: Tensor) -> SavedTensor:
@@ -46,20 +40,7 @@ class SavedTensor:
 
 
 def find_weights(name_or_path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path | None:
-    """Find the weights of a saved adapter, and download them if they are on the Hub.
-
-    Args:
-        name_or_path: A folder, or the name of a repository on the Hub.
-        subfolder: The folder inside of it.
-        **hub: What `huggingface_hub.hf_hub_download` takes, such as `token` and `revision`.
-
-    Returns:
-        The file, or None for a folder without one.
-
-    Raises:
-        ValueError: The repository has no such file, or the folder has two.
-        OSError: The download failed. Other errors of the Hub are passed on as they are.
-    """
+    """Find the weights of a saved adapter, and download them if they are on the Hub; None for a folder without any."""
     folder = Path(name_or_path, subfolder or "")
     if Path(name_or_path).is_dir():
         there = [folder / name for name in FILES if os.path.lexists(folder / name)]
@@ -80,22 +61,8 @@ def find_weights(name_or_path: str | os.PathLike[str], subfolder: str | None = N
     )
 
 
-def read_tensors(path: Path, adapter: str) -> dict[str, SavedTensor]:
-    """Read the shape, dtype and largest value of each tensor in a file of weights.
-
-    Args:
-        path: The file.
-        adapter: The folder or repository that it belongs to, for the errors.
-
-    Raises:
-        ValueError: The file is broken, or holds anything but tensors of floating-point numbers or int64 by name. Code
-            in a `.bin` file is not run.
-    """
-    return {name: SavedTensor.of(tensor) for name, tensor in open_tensors(path, adapter).items()}
-
-
 def open_tensors(path: Path, adapter: str) -> dict[str, Tensor]:
-    """Open a file of weights. The values of the tensors are read when they are used; see `read_tensors`."""
+    """Open a file of weights, whose values are read when they are used. Code in a `.bin` file is not run."""
     if not path.is_file():
         raise ValueError(f"The weights of the adapter {adapter!r} cannot be read: {path.name} is not a regular file.")
     try:

@@ -17,17 +17,7 @@ from peft_elp.wording import shortened, unknown_adapter
 def check_combination(
     configs: dict[str, Any], adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> ELPConfig:
-    """Return the configuration that the adapters to be combined have in common.
-
-    Args:
-        configs: The configurations of all adapters of the model, by adapter name.
-        adapters: Names of the adapters to combine.
-        weights: One weight for each of them.
-        adapter_name: Name of the adapter to be added.
-
-    Raises:
-        ValueError: The adapters cannot be combined with these weights under this name.
-    """
+    """Return the configuration that the adapters have in common, if they can be combined with these weights."""
     unknown = set(adapters) - set(configs)
     if unknown:
         raise ValueError(unknown_adapter(unknown, configs))
@@ -46,9 +36,8 @@ def check_combination(
         differing = differing_fields(configs[first], configs[name], "computation", "selection")
         for field, (one, other) in differing.items():
             raise ValueError(
-                f"{first!r} and {name!r} are configured differently: {field} is {one!r} and {other!r}. Only adapters "
-                "whose tensors have the same shape and meaning can be averaged. To keep both, use set_adapter, "
-                "adapter_names or forward_all."
+                f"{first!r} and {name!r} are configured differently: {field} is {one!r} and {other!r}. Average "
+                "adapters of the same settings; to keep both, use set_adapter, adapter_names or forward_all."
             )
     return configs[first]
 

@@ -24,10 +24,10 @@ class Encoder:
 
     Args:
         backbone: The encoder as a whole: the nearest Transformers model around the stack, or the stack itself.
-        backbone_path: Path of `backbone` in the model.
+        backbone_path: Its path in the model.
         stack: The encoder stack, without ELP's wrapper.
-        stack_path: Path of the stack in the model.
-        family: The stack's row in the table of backbones.
+        stack_path: Its path in the model.
+        family: Its row in the table of backbones.
         layers: The encoder layers, without ELP's wrappers.
         hidden_size: Width of the hidden states.
     """
@@ -102,11 +102,7 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _described(model: nn.Module, modules: dict[str, nn.Module], stack_path: str) -> Encoder:
-    """Return the encoder whose stack is at a path.
-
-    Raises:
-        ValueError: ELP cannot adapt it, or the table of backbones does not describe it correctly.
-    """
+    """Return the encoder whose stack is at a path, if ELP can adapt it and the table describes it correctly."""
     stack = modules[stack_path]
     row = family(type(stack))
     assert row is not None
@@ -132,9 +128,8 @@ def _described(model: nn.Module, modules: dict[str, nn.Module], stack_path: str)
         ) from error
     if width.numel() == 0:
         raise ValueError(
-            f"The weights of {type(model).__name__} are already partitioned among processes (DeepSpeed ZeRO-3). Set "
-            "zero3_init_flag to false in Accelerate's configuration, or place the adapters before the model is "
-            "partitioned."
+            f"The weights of {type(model).__name__} are already partitioned (DeepSpeed ZeRO-3). Set zero3_init_flag "
+            "to false in Accelerate's configuration, or place the adapters before the model is partitioned."
         )
     return Encoder(backbone, backbone_path, stack, stack_path, row, plain, width.shape[0])
 

@@ -20,10 +20,6 @@ class Head(KeepsTrained, ModulesToSaveWrapper):
     PEFT's own wrapper mixes only linear and convolutional layers in a batch, and asks whether the active adapter has a
     copy where it should ask for each adapter of the batch. When it switches, it freezes the copy that was active,
     although another one may be trainable.
-
-    Args:
-        module: The module of the model.
-        active_adapters: The names of the adapters that are active in the model.
     """
 
     # PEFT's `ModulesToSaveWrapper` is subclassed. This relies on `original_module`, `modules_to_save` (a ModuleDict by
@@ -74,17 +70,15 @@ class Head(KeepsTrained, ModulesToSaveWrapper):
             output = module(features, *(y[indices] if isinstance(y, Tensor) else y for y in others), **kwargs)
             if not isinstance(output, Tensor) or output.shape[:1] != indices.shape:
                 raise ValueError(
-                    f"A {type(self.original_module).__name__} of the head does not return one row per utterance, so a "
-                    "batch with adapter_names cannot be put together again. If it computes a loss, call the model "
-                    "without labels. Else call the model once per adapter."
+                    f"A {type(self.original_module).__name__} of the head does not return one row per utterance, as "
+                    "adapter_names needs: call the model without labels, or once per adapter."
                 )
             outputs.append((indices, output))
         shapes = {tuple(output.shape[1:]) for _, output in outputs}
         if len(shapes) > 1:
             raise ValueError(
                 f"The heads of {shortened(map(repr, dict.fromkeys(route.names)))} return different shapes, "
-                f"{' and '.join(map(str, sorted(shapes)))}, which do not fit into one batch. Call the model once per "
-                "adapter."
+                f"{' and '.join(map(str, sorted(shapes)))}. Call the model once per adapter."
             )
         y = outputs[0][1].new_empty(len(x), *shapes.pop())
         for indices, output in outputs:

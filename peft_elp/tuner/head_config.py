@@ -24,18 +24,13 @@ from .paths import original
 def head_config(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the settings that an adapter's head is made from: the model's, with `given` in place of some.
 
-    Returns:
-        None if the head is not one that Transformers makes from settings.
-
-    Raises:
-        ValueError: There is no such head, and yet settings are given.
+    None if the head is not one that Transformers makes from settings.
     """
     if not isinstance(model, PreTrainedModel) or head_input(type(model)) is None:
         if given:
             raise ValueError(
                 f"head_config={brief(given)} describes a head that Transformers makes, and {type(model).__name__} has "
-                "none that ELP knows. Load the model with such a head, as AutoModelForCTC does, or leave head_config "
-                "out."
+                "none that ELP knows. Load it with one, as AutoModelForCTC does, or leave head_config out."
             )
         return None
     settings = _settings(_config_without_adapters(model))
@@ -45,33 +40,19 @@ def head_config(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any
 
 
 def refuse_left_out(model: nn.Module, head: Iterable[str], trained: Collection[str], settings: dict[str, Any]) -> None:
-    """Refuse settings that change a module of the head which is not trained, and would stay as the model has it.
-
-    Args:
-        model: The model.
-        head: The paths of all modules of the head.
-        trained: The paths of those that the adapter has its own copy of.
-        settings: The settings of the adapter's head.
-
-    Raises:
-        ValueError: The settings change such a module.
-    """
+    """Refuse settings that change a module of the head which is not trained, and would stay as the model has it."""
     left_out = sorted(remade_modules(model, [path for path in head if path not in trained], settings))
     if left_out:
         raise ValueError(
             f"head_config changes {shortened(map(repr, left_out))}, which modules_to_save={brief(list(trained))} "
-            "leaves out, so the model's own would be used. Add it to modules_to_save, or leave modules_to_save at "
-            "None to train the whole head."
+            "leaves out. Add it to modules_to_save, or leave modules_to_save at None to train the whole head."
         )
 
 
 def remade_modules(model: nn.Module, paths: Iterable[str], settings: dict[str, Any] | None) -> dict[str, nn.Module]:
-    """Return the modules of a head that are different under the given settings, on the meta device.
+    """Return the modules of a head that are different under the given settings, by path, on the meta device.
 
     They are taken from a second model of the same class, no tensor of which is allocated.
-
-    Returns:
-        The new modules by path.
     """
     if not settings or not isinstance(model, PreTrainedModel):
         return {}
@@ -94,12 +75,7 @@ def planned_head(
 ) -> dict[str, nn.Module]:
     """Return the modules of the head that an adapter does not copy from the model, by path, on the meta device.
 
-    Args:
-        model: The model.
-        paths: The paths of the head's modules that the adapter has.
-        settings: The settings of the adapter's head.
-        input_path: The path of the head's first linear layer, if the L-adapter feeds it.
-        input_size: The width of what it is fed then.
+    The head's first linear layer is among them if the L-adapter feeds it (`input_path`, at width `input_size`).
     """
     modules = remade_modules(model, paths, settings)
     if input_path is not None:
@@ -215,12 +191,7 @@ class TaskHead:
         self._tell(self.model)
 
     def keep_problem_type(self, adapter_name: str | None = None, config: Any = None) -> None:
-        """Take what Transformers has guessed during a call into the settings of an adapter.
-
-        Args:
-            adapter_name: The adapter. None: the active one.
-            config: The configuration of the model that was called. None: the model's own.
-        """
+        """Take what Transformers has guessed during a call into the settings of the adapter that was active."""
         name = adapter_name or self.followed
         guess = getattr(config or self.config, "problem_type", None)
         if name in self.settings and guess is not None:

@@ -9,7 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_elp.backbones import BRIDGES, is_encoder_stack
+from peft_elp.backbones import BRIDGES, family
 from peft_elp.heads import head_input
 from peft_elp.wording import brief, shortened
 
@@ -26,12 +26,8 @@ def find_head(model: nn.Module, backbone_path: str, warn: bool = False) -> list[
 
     The head is found without knowing its name: it is every module with parameters that is not on the way from the
     model to the encoder. A bare model of Transformers has no head, so the search ends there. The modules in a list are
-    named one by one, since a list is never called.
-
-    Args:
-        model: The whole model.
-        backbone_path: The path of the speech encoder; empty if the model is the encoder.
-        warn: Warn about parameters outside any module, which PEFT cannot train.
+    named one by one, since a list is never called. With `warn`, parameters outside any module are named, which PEFT
+    cannot train.
     """
     head: list[str] = []
     here, path = model, ""
@@ -42,16 +38,12 @@ def find_head(model: nn.Module, backbone_path: str, warn: bool = False) -> list[
         if bare and warn:
             warnings.warn(
                 f"{shortened(bare)} of {type(here).__name__} stay frozen and are not saved with the adapter: PEFT "
-                "trains modules, and these are parameters outside any module of the head. "
-                + (
-                    "For a trained sum over layers, use an L-adapter instead of use_weighted_layer_sum."
-                    if "layer_weights" in bare
-                    else "To train them, move them into a module."
-                ),
+                "trains modules, and these are outside any module of the head. Move them into one; for a trained sum "
+                "over layers, use an L-adapter instead of use_weighted_layer_sum.",
                 stacklevel=2,
             )
         for name, child in here.named_children():
-            if name != step and not any(is_encoder_stack(module) for module in child.modules()):
+            if name != step and not any(family(type(module)) for module in child.modules()):
                 head += _callable_modules(join(path, name), child)
         here, path = here.get_submodule(step), join(path, step)
     return head
@@ -67,16 +59,9 @@ def _callable_modules(path: str, module: nn.Module) -> list[str]:
 
 
 def choose_head(model: nn.Module, encoder: Encoder, wanted: list[str] | None, warn: bool) -> list[str]:
-    """Return the paths of the modules that an adapter trains and saves whole.
+    """Return the paths of the modules that an adapter trains and saves whole: those that `modules_to_save` names.
 
-    Args:
-        model: The whole model.
-        encoder: Its speech encoder.
-        wanted: What `modules_to_save` names. None: the head, or what joins the encoder to a pre-trained decoder.
-        warn: Warn about a head that holds a large part of the model.
-
-    Raises:
-        ValueError: A name does not fit the model, or a module is quantised.
+    None: the head, or what joins the encoder to a pre-trained decoder. With `warn`, a large head is named.
     """
     if wanted is not None:
         chosen = _resolve(model, wanted, encoder.stack_path, find_head(model, encoder.backbone_path))
@@ -97,11 +82,7 @@ def _generates(model: nn.Module) -> bool:
 
 
 def _resolve(model: nn.Module, names: list[str], stack_path: str, head: list[str]) -> list[str]:
-    """Return the full paths of the modules that `modules_to_save` names.
-
-    A name that is the full path of a module means that module alone. Any other name means all modules whose path ends
-    with it.
-    """
+    """Return the full paths of the modules that `modules_to_save` names, by a full path or by endings of paths."""
     modules = {canonical(name): module for name, module in model.named_modules() if ".modules_to_save." not in name}
     paths: list[str] = []
     for name in names:
@@ -110,15 +91,13 @@ def _resolve(model: nn.Module, names: list[str], stack_path: str, head: list[str
         if not found:
             raise ValueError(
                 f"modules_to_save names {brief(name)}, and {type(model).__name__} has no such module with parameters. "
-                f"Its head is {brief(head) if head else 'empty: it is a bare encoder'}. modules_to_save=None trains "
-                "the whole head."
+                f"Its head, which None trains, is {brief(head) if head else 'empty: it is a bare encoder'}."
             )
         for path in found:
             if f"{stack_path}.".startswith(f"{path}.") or path.startswith(f"{stack_path}."):
                 raise ValueError(
                     f"modules_to_save names {brief(name)}, which means {path!r}: that lies around or inside the "
-                    f"encoder {stack_path!r}, where the adapters are. Name modules outside of it, such as "
-                    f"{brief(head) if head else 'a head'}."
+                    f"encoder {stack_path!r}. Name modules outside of it, such as {brief(head) if head else 'a head'}."
                 )
         paths += [path for path in found if path not in paths]
     return paths
@@ -156,14 +135,7 @@ def was_loaded(parameter: nn.Parameter) -> bool:
 
 
 def warn_of_new_and_frozen(model: nn.Module, encoder: Encoder, trained: list[str], chosen: bool) -> None:
-    """Warn about modules that are newly initialised, not pre-trained, and yet stay frozen.
-
-    Args:
-        model: The model.
-        encoder: Its speech encoder.
-        trained: The modules that are trained whole.
-        chosen: Whether the user has named the modules that are trained.
-    """
+    """Warn about modules that are newly initialised and yet stay frozen; `chosen`: the user named the `trained`."""
     marked = {id(parameter) for parameter in model.parameters() if was_loaded(parameter)}
     if marked:
         frozen = _largest_without(lambda parameter: id(parameter) in marked, "", model, {*trained})

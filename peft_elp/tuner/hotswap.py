@@ -44,15 +44,13 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
         >>> model.save_pretrained(folder)
         >>> peft_elp.hotswap_adapter(model, folder)
     """
-    base: Any = getattr(model, "_orig_mod", model)  # torch.compile returns a module that holds the model there.
-    loaded = getattr(base, "peft_config", {})
-    config = loaded.get(adapter_name)
-    if not isinstance(config, ELPConfig):
-        elp = [name for name, known in loaded.items() if isinstance(known, ELPConfig)]
+    loaded = {k: known for k, known in getattr(model, "peft_config", {}).items() if isinstance(known, ELPConfig)}
+    if adapter_name not in loaded:
         raise ValueError(
-            f"{unknown_adapter(adapter_name, elp)} Load a first ELP-adapter with PeftModel.from_pretrained, then "
+            f"{unknown_adapter(adapter_name, loaded)} Load a first ELP-adapter with PeftModel.from_pretrained, then "
             "others can replace it."
         )
+    config = loaded[adapter_name]
     saved = PeftConfig.from_pretrained(model_name_or_path, **hub)
     if not isinstance(saved, ELPConfig):
         raise ValueError(
@@ -61,7 +59,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
         )
     new = load_peft_weights(model_name_or_path, device="cpu", **hub)
     # These tensors share their storage with the parameters and buffers of the model.
-    old = get_peft_model_state_dict(base, adapter_name=adapter_name, save_embedding_layers=False)
+    old = get_peft_model_state_dict(model, None, adapter_name, unwrap_compiled=True, save_embedding_layers=False)
     differences = [
         f"{name} is {brief(there)}, here {brief(here)}"
         for name, (there, here) in differing_fields(saved, config, "computation").items()

@@ -28,12 +28,7 @@ WHY_NO_MERGE = (
 
 
 class ELPLayer(KeepsTrained, Wrapper, BaseTunerLayer):
-    """Base of the tuner layers, with what PEFT asks of each.
-
-    Args:
-        base_layer: The wrapped part of the backbone.
-        active_adapters: The names of the adapters that are active in the model.
-    """
+    """Base of the tuner layers, with what PEFT asks of each."""
 
     adapter_layer_names: tuple[str, ...] = ()
     cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it.
@@ -72,11 +67,7 @@ class ELPLayer(KeepsTrained, Wrapper, BaseTunerLayer):
         return [(name, route.indices(name, x)) for name in route.adapters if name in container]
 
     def only_running(self, container: nn.ModuleDict, what: str) -> str | None:
-        """Return the one active adapter in `container`, or None.
-
-        Raises:
-            ValueError: Several are active, and only one can be.
-        """
+        """Return the one active adapter in `container`, or None; refuse several."""
         names = self.running(container)
         if len(names) > 1:
             raise ValueError(
@@ -111,11 +102,6 @@ class TappedLayer(ELPLayer):
     It is a wrapper rather than a hook, so that taps stay outside of gradient checkpointing and do not depend on the
     order in which Transformers installs its own hooks. It holds no adapter, but it is a tuner layer, so that PEFT
     leaves it out when it names the backbone's tensors.
-
-    Args:
-        base_layer: The encoder layer.
-        index: Its 0-based number.
-        active_adapters: The names that are active in the model that gets the layer.
     """
 
     index: int = -1

@@ -35,11 +35,7 @@ class Settings(nn.Module):
 
 
 def refuse_other_settings(adapter_name: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse the weights of an adapter with other settings. What holds no checksums, as older files, is accepted.
-
-    Raises:
-        ValueError: The weights are those of an adapter that computes something else, or has other labels.
-    """
+    """Refuse the weights of an adapter with other settings. What holds no checksums, as older files, is accepted."""
     for name in (name for name in own if SETTINGS in name and name in given):
         for one, other, what in zip(own[name].cpu(), given[name].cpu(), ("settings", "labels"), strict=False):
             whole = bool(((other - other.round()).abs() < 1e-2).all())  # else it was computed with
@@ -51,11 +47,7 @@ def refuse_other_settings(adapter_name: str, own: Mapping[str, Tensor], given: M
 
 
 def find_misfits(expected: Mapping[str, Tensor], given: Mapping[str, SavedTensor], shapes: bool = True) -> str:
-    """Say how saved tensors differ from those of an adapter.
-
-    Returns:
-        The differences in words; empty if there are none.
-    """
+    """Say how saved tensors differ from those of an adapter; nothing if they do not."""
     both = [(name, expected[name], tensor) for name, tensor in given.items() if name in expected]
     found = {
         "missing": [
@@ -88,11 +80,7 @@ def refuse_misfits(
     given: Mapping[str, SavedTensor],
     shapes: bool = True,
 ) -> None:
-    """Refuse saved tensors that are not those of an adapter; see `find_misfits`.
-
-    Raises:
-        ValueError: They differ.
-    """
+    """Refuse saved tensors that are not those of an adapter; see `find_misfits`."""
     found = find_misfits(expected, given, shapes)
     if found:
         raise ValueError(

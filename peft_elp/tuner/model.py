@@ -76,9 +76,8 @@ class ELPModel(BaseTuner):
         if others:
             kinds = sorted({type(module).__module__.split(".")[-2] for module in others} - {"tuner"}) or ["ELP"]
             raise ValueError(
-                f"{type(model).__name__} already has adapters ({', '.join(kinds)}), and ELP-adapters are placed in a "
-                "model without any. Add a further ELP-adapter with model.add_adapter(name, config), or call unload() "
-                "first."
+                f"{type(model).__name__} already has adapters ({', '.join(kinds)}). Add a further ELP-adapter with "
+                "model.add_adapter(name, config), or call unload() first."
             )
 
     def inject_adapter(
@@ -94,10 +93,6 @@ class ELPModel(BaseTuner):
         PEFT's own walk replaces modules by a list of names made beforehand, in which a parent that is replaced hides
         its children. ELP wraps parents and children, so it follows a plan of its own. What can be refused is refused
         before the model is changed.
-
-        Raises:
-            ValueError: The configuration does not fit the model, or the file that it was read with holds the tensors
-                of another adapter.
         """
         try:
             plan = self._plan(model, adapter_name)
@@ -153,12 +148,7 @@ class ELPModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Let the utterances of a batch use different adapters. PeftModel enters this private hook around each call.
-
-        Raises:
-            TypeError: `adapter_names` is not a list of names.
-            ValueError: The model is in training mode, or an adapter does not exist.
-        """
+        """Let the utterances of a batch use different adapters. PeftModel enters this hook around each call."""
         names, cached = kwargs.get("adapter_names"), kwargs.get(CACHED)
         if names is None:
             passed = nullcontext() if cached is None else current_pass.set(cached_pass(cached))
@@ -197,8 +187,6 @@ class ELPModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, and the only trained one unless `inference_mode` is set.
 
-        PEFT searches the whole model for what has to be switched. This searches once.
-
         Args:
             adapter_name: Its name, or several names. E-adapters then run one after the other, and pseudo features are
                 all joined. Of L-adapters, trained layer norms and heads only one can be active.
@@ -213,11 +201,8 @@ class ELPModel(BaseTuner):
         if unknown:
             raise ValueError(unknown_adapter(unknown, self.peft_config))
         if self._switched is None:
-            modules = list(self.model.modules())
-            self._switched = (
-                [module for module in modules if isinstance(module, Head)],
-                [module for module in modules if isinstance(module, ELPLayer)],
-            )
+            heads = [module for module in self.model.modules() if isinstance(module, Head)]
+            self._switched = heads, [module for module in self.model.modules() if isinstance(module, ELPLayer)]
         heads, layers = self._switched
         copies = [head.check_set_adapter(adapter_name) for head in heads]
         for layer in layers:
@@ -297,10 +282,9 @@ class ELPModel(BaseTuner):
                 config: Any = self.peft_config[name]
                 raise ValueError(
                     f"{name!r} changes what the layers compute (adapters={config.adapters!r}, "
-                    f"train_layer_norms={config.train_layer_norms}, modules_to_save={config.modules_to_save}), so "
-                    "that it has no pass in common with others. Share passes among adapters with adapters='L' and "
-                    "train_layer_norms=False that train nothing of the encoder but its head, and call the model once "
-                    "for each of the others."
+                    f"train_layer_norms={config.train_layer_norms}, modules_to_save={config.modules_to_save}). "
+                    "Share passes among adapters with adapters='L' and train_layer_norms=False that train nothing of "
+                    "the encoder, and call the model once for each of the others."
                 )
         return run_tasks(tasks)
 
@@ -400,9 +384,6 @@ class ELPModel(BaseTuner):
         """Return the saved tensors under their names in the model, if they are those of the adapter.
 
         PEFT has given the tensors of the head their names in the model before.
-
-        Raises:
-            ValueError: They are not.
         """
         own = {name: tensor for name, tensor in model.state_dict().items() if belongs_to(adapter_name, name)}
         names = {cls._remove_adapter_name_from_key(name, adapter_name): name for name in own}

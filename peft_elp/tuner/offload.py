@@ -24,13 +24,6 @@ def running_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def is_kept_elsewhere(module: nn.Module) -> bool:
-    """Whether weights of a module are brought back by accelerate for each call."""
-    return any(parameter.is_meta for parameter in module.parameters()) and any(
-        "_hf_hook" in vars(inner) for inner in module.modules()
-    )
-
-
 def copy_with_weights(module: nn.Module) -> nn.Module:
     """Return a copy of a module that holds its weights itself, on the device where the module runs."""
     hooks = [vars(inner)["_hf_hook"] for inner in module.modules() if "_hf_hook" in vars(inner)]

@@ -25,21 +25,13 @@ from .window import common_window
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a call that serves several.
+    """One task of a call that serves several."""
 
-    Args:
-        backbone: The speech encoder of the task's model, as a whole.
-        stack: The encoder stack in it.
-        adapter: The adapter that the task uses.
-        call: Calls the model.
-        route: Makes the model use `adapter`, if it is not the active one.
-    """
-
-    backbone: nn.Module
-    stack: ELPStack
+    backbone: nn.Module  # the speech encoder of the task's model, as a whole
+    stack: ELPStack  # in it
     adapter: str
-    call: Callable[[], Any]
-    route: Route | None = None
+    call: Callable[[], Any]  # calls the model
+    route: Route | None = None  # makes the model use `adapter`, if it is not the active one
 
     def leaves_layers_alone(self) -> bool:
         """Whether the adapter reads the encoder layers and changes nothing that they compute."""
@@ -61,16 +53,10 @@ def _changing(module: nn.Module) -> tuple[str, ...]:
 
 
 def run_tasks(tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """Run several tasks on the same input.
+    """Run several tasks on the same input, and return the output of each.
 
     The convolutions over the waveform run once. The tasks that leave the encoder layers alone share one pass through
     them; each other task has its own.
-
-    Returns:
-        The output of each task.
-
-    Raises:
-        ValueError: The adapters of tasks that share a pass take windows of different lengths.
     """
     shared = SharedPass()
     for name, task in tasks.items():
@@ -95,11 +81,7 @@ _wrapping = Lock()
 
 
 def adapted_encoder(model: nn.Module) -> tuple[Encoder, ELPStack]:
-    """Return the encoder of a model that has ELP-adapters, ready for tasks that share a pass, and its wrapped stack.
-
-    Raises:
-        ValueError: The model has no encoder with ELP-adapters, or several.
-    """
+    """Return the encoder of a model that has ELP-adapters, ready to share a pass, and its wrapped stack."""
     stacks = [module for module in model.modules() if isinstance(module, ELPStack)]
     if len(stacks) != 1:
         raise ValueError(
@@ -113,15 +95,7 @@ def adapted_encoder(model: nn.Module) -> tuple[Encoder, ELPStack]:
 
 
 def refuse_reports(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Refuse to report hidden states or attentions: tasks that share a pass have none of their own.
-
-    Args:
-        model: The model, whose configuration may ask for them.
-        kwargs: The arguments of the call, which may ask for them as well.
-
-    Raises:
-        ValueError: Hidden states or attentions are asked for.
-    """
+    """Refuse to report hidden states or attentions, if the call or the model's configuration asks for them."""
     config = getattr(model, "config", None)
     for name in REPORTS:
         asked = kwargs.get(name)
@@ -133,11 +107,7 @@ def refuse_reports(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
 
 def refuse_idle_labels(names: Iterable[str], labels: Mapping[str, Any] | None) -> None:
-    """Refuse labels of tasks that are not run.
-
-    Raises:
-        ValueError: There are labels of another task.
-    """
+    """Refuse labels of tasks that are not run."""
     idle = sorted({*(labels or ())} - {*names})
     if idle:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -32,3 +33,35 @@ class Patches:
             if before is not ...:
                 vars(module)[name] = before
         self.handles, self.attributes = [], []
+
+
+class LayerDrop:
+    """The LayerDrop of one encoder stack, which skips layers in training: off while adapters are active.
+
+    Args:
+        stack: The encoder stack, without ELP's wrapper.
+        attribute: Path from it to the attribute that holds the probability of skipping a layer, or None.
+    """
+
+    def __init__(self, stack: nn.Module, attribute: str | None) -> None:
+        self.stack = stack
+        self.attribute = attribute
+        self.before: float | None = None  # The backbone's own probability, while LayerDrop is off.
+
+    def turn_off(self) -> None:
+        """Let no layer be skipped until `restore`."""
+        holder, name = self._place()
+        if name and (self.before is None or getattr(holder, name)):
+            self.before = getattr(holder, name)
+            setattr(holder, name, 0.0)
+
+    def restore(self) -> None:
+        """Give the encoder its own probability back, or leave it the one that a user has written meanwhile."""
+        holder, name = self._place()
+        if self.before is not None and not getattr(holder, name):
+            setattr(holder, name, self.before)
+        self.before = None
+
+    def _place(self) -> tuple[Any, str]:
+        path, _, name = (self.attribute or "").rpartition(".")
+        return attrgetter(path)(self.stack) if path else self.stack, name

@@ -19,17 +19,7 @@ from .stack import ELPStack
 
 
 def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapters: list[str]) -> nn.Module:
-    """Put an adapter into a model, frozen.
-
-    Args:
-        model: The model.
-        plan: What to place, and where.
-        adapter_name: The adapter's name.
-        active_adapters: The names of the adapters that are active in the model.
-
-    Returns:
-        The model. It is another object only if the model is an encoder stack itself, which is wrapped then.
-    """
+    """Put an adapter into a model, frozen, and return the model: its wrapper if it is an encoder stack itself."""
     made = [site.make() for site in plan.sites]  # A module that cannot be copied is an error before anything changes.
     stack = _wrap_stack(model, plan.encoder, active_adapters)
     model = model if plan.encoder.stack_path else stack
@@ -104,12 +94,7 @@ def adapted_modules(model: nn.Module) -> list[str]:
 def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
     """Put the model's own modules back in place of ELP's wrappers, and undo what ELP has changed besides.
 
-    Args:
-        model: The whole model.
-        only_unused: Keep the wrappers that hold an adapter, and those around a wrapper that does.
-
-    Returns:
-        The model. It is another object only if the model was a wrapped encoder stack itself.
+    With `only_unused`, wrappers that hold an adapter stay, and those around a wrapper that does.
     """
     idle = {
         module

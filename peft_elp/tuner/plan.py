@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -36,21 +36,13 @@ SAVED_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Site:
-    """A module of the model, and what an adapter puts beside it.
+    """A module of the model, and what an adapter puts beside it."""
 
-    Args:
-        path: Path of the module in the model.
-        wrapper: The tuner layer that goes around the module.
-        container: Where the tuner layer holds what its adapters put there, by adapter name.
-        like: A module that has tensors of the same names and shapes, maybe without values.
-        make: Makes what the adapter puts there.
-    """
-
-    path: str
-    wrapper: type[ELPSublayer | ELPNorm | ELPStack | Head]
-    container: str
-    like: nn.Module
-    make: Callable[[], nn.Module]
+    path: str  # of the module in the model
+    wrapper: type[ELPSublayer | ELPNorm | ELPStack | Head]  # the tuner layer that goes around it
+    container: str  # where the tuner layer holds what its adapters put there, by adapter name
+    like: nn.Module  # has tensors of the same names and shapes, maybe without values
+    make: Callable[[], nn.Module]  # makes what the adapter puts there
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of `like` under the names that a saved adapter gives them."""
@@ -60,17 +52,11 @@ class Site:
 
 @dataclass
 class Plan:
-    """Everything that one injection will do.
-
-    Args:
-        encoder: The speech encoder of the model.
-        config: The configuration with every open choice resolved.
-        sites: What the adapter consists of.
-    """
+    """Everything that one injection will do."""
 
     encoder: Encoder
-    config: ELPConfig
-    sites: list[Site] = field(default_factory=list)
+    config: ELPConfig  # with every open choice resolved
+    sites: list[Site]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that the adapter will have, under their names in a saved file, maybe without values."""
@@ -106,12 +92,7 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuse a name that PEFT would also find elsewhere, since it finds an adapter's tensors by the name.
-
-    Raises:
-        ValueError: The name is not one of a module, stands for the backbone, or is taken by a part of the model or of
-            an adapter.
-    """
+    """Refuse a name that PEFT would also find elsewhere, since it finds an adapter's tensors by the name."""
     if not adapter_name or "." in adapter_name or adapter_name == "__base__" or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"An adapter cannot be named {adapter_name!r}, which is not a valid module name or has a meaning of its "
@@ -130,13 +111,10 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
 def _check_family(encoder: Encoder, config: ELPConfig) -> None:
     """Refuse adapters that have no sound place in the encoder's family, and resolve the length of P."""
     row, stack = encoder.family, type(encoder.stack).__name__
-    for letter, reason in (("L", row.no_l), ("P", row.no_p)):
-        if letter in config.adapters and reason:
-            left = config.adapters.replace("L", "" if row.no_l else "L").replace("P", "" if row.no_p else "P")
-            raise ValueError(
-                f"There is no {letter}-adapter for {stack}: {reason}. "
-                + (f"Write adapters={left!r}." if left else "Choose another adapter.")
-            )
+    none = {letter: reason for letter, reason in (("L", row.no_l), ("P", row.no_p)) if reason}
+    for letter in (letter for letter in none if letter in config.adapters):
+        left = "".join(other for other in config.adapters if other not in none) or "E"
+        raise ValueError(f"There is no {letter}-adapter for {stack}: {none[letter]}. Write adapters={left!r}.")
     if "P" not in config.adapters:
         return
     if row.front_end_inside and config.p_position == "prepend":
@@ -170,9 +148,9 @@ def _choose_layers(model: nn.Module, encoder: Encoder, config: ELPConfig) -> Non
         configs = [getattr(module, "config", None) for module in (model, encoder.backbone)]
         if any(getattr(known, "use_weighted_layer_sum", False) for known in configs):
             raise ValueError(
-                f"use_weighted_layer_sum=True makes {name}'s head read the backbone's hidden states, past the "
-                "L-adapter, which would never train. Set model.config.use_weighted_layer_sum=False before loading the "
-                "model, since the L-adapter learns such a sum itself, or leave L out of adapters."
+                f"use_weighted_layer_sum=True makes {name}'s head read past the L-adapter, which would never train. "
+                "Load the model with use_weighted_layer_sum=False, since the L-adapter learns such a sum itself, or "
+                "leave L out of adapters."
             )
         config.l_layers = list(range(depth)) if config.l_layers is None else config.l_layers
         config.l_input_norm = encoder.family.pre_norm if config.l_input_norm is None else config.l_input_norm
@@ -190,27 +168,23 @@ def _choose_pooling(model: nn.Module, encoder: Encoder, config: ELPConfig) -> No
     possible = averages_over_padding(model, encoder)
     if config.pool_own_frames and not possible:
         raise ValueError(
-            f"pool_own_frames=True needs a head that averages over a fixed window, as WhisperForAudioClassification "
-            f"does in recent versions of Transformers, and {type(model).__name__} has none. Leave pool_own_frames out."
+            "pool_own_frames=True needs a head that averages over a fixed window, as WhisperForAudioClassification in "
+            f"recent versions of Transformers, and {type(model).__name__} has none. Leave pool_own_frames out."
         )
     config.pool_own_frames = possible if config.pool_own_frames is None else config.pool_own_frames
 
 
 def _leave_out_what_nothing_reads(config: ELPConfig, chosen: list[int] | None) -> None:
-    """Leave out the E-adapters behind the last tapped layer if the sum of taps replaces the encoder's output.
-
-    Raises:
-        ValueError: The user has chosen these layers for E-adapters, which would never be trained.
-    """
+    """Leave out the E-adapters behind the last tapped layer if the sum of taps replaces the encoder's output."""
     last = max(config.l_layers or [0])
     unread = [layer for layer in config.e_layers or () if layer > last]
     if config.l_output == "residual" or "E" not in config.adapters or not unread:
         return
     if chosen is not None:
         raise ValueError(
-            f"e_layers={brief(chosen)} names {brief(unread)}, and l_layers={brief(config.l_layers)} ends with {last}: "
-            f"with l_output={config.l_output!r} nothing reads the layers behind it, and these E-adapters would never "
-            "be trained. Tap a later layer, leave them out of e_layers, or write l_output='residual'."
+            f"e_layers={brief(chosen)} names {brief(unread)}, and with l_output={config.l_output!r} nothing reads the "
+            f"layers behind the last tapped one, {last}. Tap a later layer, leave them out of e_layers, or write "
+            "l_output='residual'."
         )
     config.e_layers = [layer for layer in config.e_layers or () if layer <= last]
 
@@ -227,7 +201,8 @@ def _sites_in_layers(model: nn.Module, encoder: Encoder, config: ELPConfig) -> I
         excluded = _excluded(encoder, config.exclude_modules, e_sites + norm_sites, type(model).__name__)
         e_sites = [site for site in e_sites if site not in excluded]
         norm_sites = [site for site in norm_sites if site not in excluded]
-    absent = {path for layer, path in e_sites + norm_sites if not _has(encoder.layers[layer], path)}
+    parts = [{canonical(name) for name, _ in layer.named_modules()} for layer in encoder.layers]
+    absent = {path for layer, path in e_sites + norm_sites if path not in parts[layer]}
     if absent:
         raise ValueError(
             f"The layers of {type(encoder.stack).__name__} are described as having {shortened(sorted(absent))}, and a "
@@ -237,10 +212,9 @@ def _sites_in_layers(model: nn.Module, encoder: Encoder, config: ELPConfig) -> I
         )
     if "E" in config.adapters and not e_sites:
         raise ValueError(
-            f"No E-adapter would be placed in {type(model).__name__}: it has {len(encoder.layers)} layer(s), the last "
-            "one gets none beside an L-adapter unless e_layers names it, nor do those behind the last tapped one "
-            "unless l_output is 'residual', and exclude_modules may exclude the others. "
-            "Name layers in e_layers, or leave E out of adapters."
+            f"No E-adapter would be placed in {type(model).__name__}: of its {len(encoder.layers)} layer(s), the last "
+            "gets none beside an L-adapter, nor do those behind the last tapped one, and exclude_modules may exclude "
+            "the others. Name layers in e_layers, or leave E out of adapters."
         )
     assert config.e_dim is not None  # `_choose_layers` has chosen it.
     make = partial(
@@ -311,14 +285,7 @@ def _sites_of_stack(encoder: Encoder, config: ELPConfig) -> Iterator[Site]:
 
 
 def _sites_of_head(model: nn.Module, encoder: Encoder, config: ELPConfig, new_input: str | None) -> Iterator[Site]:
-    """Return the modules of the head, copied from the model or made anew.
-
-    Args:
-        model: The model.
-        encoder: Its speech encoder.
-        config: The configuration.
-        new_input: Path of the head's linear layer that is made anew at width `l_dim`, None if none is.
-    """
+    """Return the modules of the head, copied from the model or made anew, as `new_input` is at width `l_dim`."""
     paths = config.modules_to_save or ()
     anew = planned_head(model, paths, config.head_config, new_input, config.l_dim or encoder.hidden_size)
     for path in paths:
@@ -330,14 +297,6 @@ def _sites_of_head(model: nn.Module, encoder: Encoder, config: ELPConfig, new_in
 def _without_values(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
         return make()
-
-
-def _has(layer: nn.Module, part: str) -> bool:
-    try:
-        layer.get_submodule(part)
-    except AttributeError:
-        return False
-    return True
 
 
 def _refuse_shared(model: nn.Module, plan: Plan) -> None:

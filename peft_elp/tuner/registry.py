@@ -11,13 +11,7 @@ NAME = "ELP"
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Make PEFT know ELP wherever it looks a method up by its type.
-
-    Harmless when repeated, and after a reload of this package.
-
-    Raises:
-        ImportError: PEFT has a method called ELP that is not this package's.
-    """
+    """Make PEFT know ELP wherever it looks a method up by its type. Harmless when repeated."""
     if NAME in PeftType.__members__:
         known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
         if known is None or known.__module__ != config_cls.__module__:

@@ -23,24 +23,16 @@ from peft_elp.call.shared_pass import SharedPass, current_pass, readers_of_pass
 from peft_elp.call.stack_call import StackCall, TapReader, current_call
 from peft_elp.parameters import SETTINGS
 
-from .checkpointing import is_checkpointing, is_checkpointing_reentrant
 from .head_config import TaskHead
-from .layerdrop import LayerDrop
 from .layers import ELPLayer, TappedLayer
 from .layout import lay_out_time_first, transposing_parts
-from .patches import Patches
+from .patches import LayerDrop, Patches
 from .window import Window, common_window, window_text
 from .wrapper import Wrapper
 
 
 class ELPStack(ELPLayer):
-    """An encoder stack with its L-adapters, which read its layers, and P-adapters, which join its input.
-
-    Args:
-        base_layer: The encoder stack.
-        family: Its row in the table of backbones.
-        active_adapters: The names of the adapters that are active in the model.
-    """
+    """An encoder stack with its L-adapters, which read its layers, and P-adapters, which join its input."""
 
     adapter_layer_names = ("elp_l", "elp_p")
     other_param_names = (SETTINGS,)
@@ -75,11 +67,7 @@ class ELPStack(ELPLayer):
         return layers
 
     def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
-        """Check that adapters can be active together in this encoder.
-
-        Raises:
-            ValueError: They take windows of different lengths.
-        """
+        """Refuse adapters that take windows of different lengths."""
         common_window(self.windows.get(name) for name in adapter_names)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -137,11 +125,7 @@ class ELPStack(ELPLayer):
             ]
 
     def check_depth(self) -> None:
-        """Refuse an encoder whose layers have been cut after its adapters were placed.
-
-        Raises:
-            RuntimeError: The encoder has another number of layers.
-        """
+        """Refuse an encoder whose layers have been cut after its adapters were placed."""
         if len(self.encoder_layers) != self.depth:
             raise RuntimeError(
                 f"The {type(self.base_layer).__name__} had {self.depth} layers when its adapters were placed and has "
@@ -149,18 +133,13 @@ class ELPStack(ELPLayer):
             )
 
     def _check_window(self, route: Route) -> None:
-        """Refuse adapters that a call names if the encoder does not have their window now.
-
-        Raises:
-            ValueError: The encoder has the window of the active adapter, and they take another one.
-        """
+        """Refuse adapters that a call names if the encoder has the window of the active one, which is another."""
         chunk_length = common_window(self.windows.get(name) for name in route.names)
         active_s = common_window(self.windows.get(name) for name in self.active_adapters)
         if chunk_length != active_s:
             raise ValueError(
                 f"The adapters of this call take {window_text(chunk_length)}, and the active adapter takes "
-                f"{window_text(active_s)}, to which the encoder is set. First call set_adapter with one of "
-                f"{[*route.adapters]}."
+                f"{window_text(active_s)}. First call set_adapter with one of {[*route.adapters]}."
             )
 
     def train(self, mode: bool = True) -> ELPStack:
@@ -170,11 +149,7 @@ class ELPStack(ELPLayer):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the encoder. The output has as many frames as without adapters.
-
-        Takes what the encoder takes. If the front end is outside the stack: `hidden_states`, `(batch, frames,
-        hidden)`, `attention_mask`, `(batch, frames)` or None, and whatever the stack forwards to its layers.
-        """
+        """Run the encoder, on what it takes. The output has as many frames as without adapters."""
         self.check_depth()
         current = current_pass.get()
         if current is not None and current.cached is not None:
@@ -260,11 +235,7 @@ class ELPStack(ELPLayer):
         return route.names if route.whole is None else (route.whole,)
 
     def _from_cache(self, cached: Mapping[int, Tensor]) -> BaseModelOutput:
-        """Return the output of the stack from what the taps read in an earlier call.
-
-        Raises:
-            ValueError: No L-adapter is active, or the cache lacks a layer that it taps.
-        """
+        """Return the output of the stack from what the taps read in an earlier call."""
         readers = self._readers(None)
         last = self.depth - 1
         if self.disable_adapters or not {*self.active_adapters} <= self.cacheable:
@@ -309,7 +280,7 @@ class ELPStack(ELPLayer):
         adapter = self.elp_l[name]
         assert isinstance(adapter, LAdapter)
         # What a checkpointed layer keeps is the output of the layer before it, which is the input of a tap.
-        taps = TapSum(adapter, keep_inputs_only=is_checkpointing(self._first_layer))
+        taps = TapSum(adapter, keep_inputs_only=self._is_checkpointing())
         return TapReader(taps, {layer: tap for tap, layer in enumerate(self.tapped_layers[name])}, rows)
 
     def _carried_rows(self, route: Route | None, names: list[str]) -> tuple[Tensor, Tensor | None]:
@@ -380,15 +351,22 @@ class ELPStack(ELPLayer):
         layer = self.encoder_layers[0]
         return layer.base_layer if isinstance(layer, Wrapper) else layer
 
+    def _is_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is on: a training step keeps only the inputs of the layers."""
+        layer = self._first_layer
+        return layer.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
+
     def _loses_gradients(self) -> bool:
         """Whether re-entrant checkpointing is on, which loses gradients inside layers whose input needs none."""
-        if not is_checkpointing_reentrant(self._first_layer):
+        # Transformers keeps the partial of torch.utils.checkpoint.checkpoint that a layer uses in this private
+        # attribute. Without the keyword, PyTorch checkpoints in the re-entrant form.
+        checkpoint = getattr(self._first_layer, "_gradient_checkpointing_func", None)
+        if not (self._is_checkpointing() and getattr(checkpoint, "keywords", {}).get("use_reentrant", True)):
             return False
         if not self.family.reentrant_checkpointing:
             raise RuntimeError(
                 f"{type(self.base_layer).__name__} never returns under re-entrant gradient checkpointing, with or "
-                "without adapters. Use the other form: pass gradient_checkpointing_kwargs={'use_reentrant': False} to "
-                "gradient_checkpointing_enable or TrainingArguments."
+                "without adapters. Pass gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         return True
 

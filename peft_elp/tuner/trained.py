@@ -38,11 +38,7 @@ class KeepsTrained:
         super().set_requires_grad(adapter_names, requires_grad)  # pyright: ignore[reportAttributeAccessIssue]
 
     def train_only(self, adapter_names: Sequence[str]) -> None:
-        """Train these adapters and freeze those that were trained.
-
-        PEFT visits every adapter to freeze it. This visits the few that change, so that switching costs the same with
-        two adapters and with fifty.
-        """
+        """Train these adapters and freeze those that were trained: PEFT would visit every adapter, however many."""
         for container in self.adapter_layer_names:
             adapters = getattr(self, container)
             for name in self.trained.union(adapter_names):

@@ -49,15 +49,12 @@ def shorten_window(model: nn.Module, chunk_length: int | None) -> None:
         encoder = find_encoder(model)
         check_window(model, encoder, chunk_length)
         window = Window(encoder.stack, encoder.family.window)
-        window.place(window.first(chunk_length), encoder.stack.config)
+        first = window.positions.weight.detach()[: round(chunk_length / FRAME_S)]
+        window.place(nn.Embedding.from_pretrained(first), encoder.stack.config)
 
 
 def check_window(model: nn.Module, encoder: Encoder, chunk_length: int) -> None:
-    """Check that the encoder of a model can take a shorter window.
-
-    Raises:
-        ValueError: It cannot; the message says why.
-    """
+    """Check that the encoder of a model can take a shorter window."""
     stack: Any = encoder.stack
     name = type(stack).__name__
     if encoder.family.window is None:
@@ -68,9 +65,8 @@ def check_window(model: nn.Module, encoder: Encoder, chunk_length: int) -> None:
     can_generate: Any = getattr(model, "can_generate", None)
     if can_generate is not None and can_generate():
         raise ValueError(
-            f"chunk_length={chunk_length} would break the text that {type(model).__name__} generates: its decoder was "
-            "trained on the whole window. A shorter window is for classification and speaker verification. Leave "
-            "chunk_length out."
+            f"chunk_length={chunk_length} would break the text that {type(model).__name__} generates. A shorter "
+            "window is for classification and speaker verification."
         )
     full_s = Window(stack, encoder.family.window).whole_frames * FRAME_S
     if chunk_length > full_s:
@@ -120,11 +116,7 @@ def pool_own_frames(model: nn.Module) -> nn.Module:
 
 
 def common_window(windows_s: Iterable[int | None]) -> int | None:
-    """Return the window that adapters have in common, in seconds; None for the whole one.
-
-    Raises:
-        ValueError: They take windows of different lengths.
-    """
+    """Return the window that adapters have in common, in seconds; None for the whole one."""
     windows = set(windows_s)
     if len(windows) > 1:
         lengths = " and ".join(sorted(map(window_text, windows)))
@@ -170,12 +162,7 @@ def _load_all_positions(module: nn.Module, state_dict: dict[str, Any], prefix: s
 
 
 class Window:
-    """The fixed window of one encoder stack.
-
-    Args:
-        stack: The encoder stack, without ELP's wrapper.
-        path: Path from the stack to the embedding with the positions of the frames. None if there is no fixed window.
-    """
+    """The fixed window of one encoder stack, by the path from the stack to the positions of the frames, if any."""
 
     def __init__(self, stack: nn.Module, path: str | None) -> None:
         self.stack: Any = stack
@@ -183,14 +170,7 @@ class Window:
         self.config: Any = None  # The configuration of the whole window, while it is shorter.
 
     def follow(self, seconds: Iterable[int | None]) -> None:
-        """Give the encoder the window of the active adapters.
-
-        Args:
-            seconds: The window of each active adapter. None: the whole one.
-
-        Raises:
-            ValueError: The adapters take windows of different lengths.
-        """
+        """Give the encoder the window of the active adapters, in seconds; None for the whole one."""
         chunk_length = common_window(seconds)
         self.restore()
         if chunk_length is not None:
@@ -206,10 +186,6 @@ class Window:
             self.place(whole.to(weight.device, weight.dtype), self.config)
             self.config = None
 
-    def first(self, chunk_length: int) -> nn.Embedding:
-        """Return the positions of the first seconds, which share the memory of the others."""
-        return nn.Embedding.from_pretrained(self.positions.weight.detach()[: round(chunk_length / FRAME_S)])
-
     @property
     def positions(self) -> nn.Embedding:
         """The positions that the encoder uses now."""
@@ -224,12 +200,7 @@ class Window:
         return len((positions.whole[0] if isinstance(positions, FirstPositions) else positions).weight)
 
     def place(self, positions: nn.Embedding, config: Any) -> None:
-        """Let the encoder use other positions, and so another window.
-
-        Args:
-            positions: The positions.
-            config: The configuration that the encoder reads its window from.
-        """
+        """Let the encoder use other positions, and the configuration that it reads its window from."""
         assert self.path is not None
         parent, _, name = self.path.rpartition(".")
         setattr(self.stack.get_submodule(parent), name, positions)

@@ -65,20 +65,13 @@ class LoadingCheck:
 
     Transformers only logs which tensors of a file it did not find, and writes every tensor that has a name in the
     model, whether it belongs to the adapter or not.
-
-    Args:
-        own: The names of the adapter's parameters.
-        others: The names of all other parameters that the model had when the adapter was placed.
-        missing: Those of the adapter's parameters that have not been loaded yet and have to be.
-        foreign: Those of the others that were overwritten.
-        done: Whether the check was passed.
     """
 
-    own: frozenset[str]
-    others: frozenset[str]
-    missing: set[str]
-    foreign: set[str] = field(default_factory=set)
-    done: bool = False
+    own: frozenset[str]  # the names of the adapter's parameters
+    others: frozenset[str]  # the names of all other parameters that the model had when the adapter was placed
+    missing: set[str]  # of `own`: those that have to be loaded and have not been yet
+    foreign: set[str] = field(default_factory=set)  # of `others`: those that were overwritten
+    done: bool = False  # whether the check was passed
 
     def look(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note what was written since the parameters were marked."""
@@ -89,11 +82,6 @@ class LoadingCheck:
         self.foreign |= {name for name in replaced if was_loaded(parameters[name])}
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        """Check the parameters at the first call.
-
-        Raises:
-            RuntimeError: Tensors were not loaded or are not finite, or tensors of others were overwritten.
-        """
         if self.done or torch.compiler.is_compiling():
             return
         parameters = dict(model.named_parameters())
@@ -105,8 +93,8 @@ class LoadingCheck:
             raise RuntimeError(
                 f"{len(self.missing)} tensors of an adapter that was added for inference were never loaded: "
                 f"{shortened(map(canonical, sorted(self.missing)), shown=2)}. Before 5.20, Transformers (here "
-                f"{transformers.__version__}) loads no adapter with a head; else the folder is incomplete. Load it "
-                "with PEFT, which says what is wrong: PeftModel.from_pretrained(base_model, folder)."
+                f"{transformers.__version__}) loads no adapter with a head; else the folder is incomplete. Use "
+                "PeftModel.from_pretrained(base_model, folder)."
             )
         own = {name: p for name, p in parameters.items() if name in self.own}
         broken = [name for name, p in own.items() if p.numel() and not p.is_meta and not p.isfinite().all()]
