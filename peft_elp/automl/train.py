@@ -327,6 +327,7 @@ def _save(training: Training, model: Any, parts: Sequence[Any], result: measured
         metrics=[EvalResult(kind, "folder", "own recordings", metric, round(100 * value, 1), dataset_split=split)],
         protocol=f"Trained by `peft-elp train`; `report.html` has the details. {facts['verdict']}",
         seed=training.seed,
+        training={name: facts["chosen"][name] for name in ("rate", "steps") if name in facts.get("chosen", {})},
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
