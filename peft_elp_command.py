@@ -154,36 +154,24 @@ def info(adapter: Adapter, subfolder: Subfolder = None, revision: Revision = Non
         {"data": one.dataset_name, "split": one.dataset_split, "metric": one.metric_type, "value": one.metric_value}
         for one in read_results(saved.folder)
     ]
-    facts = {
-        "base": saved.base,
-        "model": saved.model_class,
-        "task": saved.task,
-        "adapters": saved.config.get("adapters"),
-    }
-    threshold = saved.config.get("verification_threshold")
-    window_s, training = saved.config.get("chunk_length"), card.get("training")
-    about = {"window": window_s and f"{window_s} s", "licence": card.get("license")}
-    if isinstance(training, dict):
-        about["training"] = ", ".join(f"{name} {value}" for name, value in training.items())
-    about["PEFT"] = saved.config.get("peft_version")
+    get = saved.config.get
+    facts = {"base": saved.base, "model": saved.model_class, "task": saved.task, "adapters": get("adapters")}
+    window_s, threshold, licence = get("chunk_length"), get("verification_threshold"), card.get("license")
+    training = card.get("training") if isinstance(card.get("training"), dict) else None
     if as_json:
         parts = {"parameters": saved.counts, "labels": saved.labels, "layer_weights": saved.layer_weights}
-        parts |= {"chunk_length": window_s, "license": card.get("license"), "training": training}
-        parts |= {"peft_version": saved.config.get("peft_version"), "verification_threshold": threshold}
+        parts |= {"chunk_length": window_s, "license": licence, "training": training}
+        parts |= {"peft_version": get("peft_version"), "verification_threshold": threshold}
         say(_in_json({**facts, **parts, "results": results}))
         return
-    for name, value in facts.items():
-        say(f"{name:12}{_shown(value) if value else 'unknown'}")
-    for name, value in about.items():
-        if value:
-            say(f"{name:12}{_shown(str(value)[:LONGEST])}")
-    say(f"{'computes in':12}float32 on a CPU, else the dtype of the base (--dtype)")
-    if saved.labels:
-        say(f"{'labels':12}{_shown(shortened(saved.labels, SHOWN))}")
-    elif saved.num_labels:
-        say(f"{'labels':12}{saved.num_labels:,}, without names")
-    if threshold is not None:
-        say(f"{'threshold':12}{threshold}")
+    words = {name: value or "unknown" for name, value in facts.items()}
+    words["labels"] = shortened(saved.labels, SHOWN) or (saved.num_labels and f"{saved.num_labels:,}, without names")
+    words |= {"window": window_s and f"{window_s} s", "threshold": threshold, "licence": licence}
+    words["training"] = training and ", ".join(f"{name} {value}" for name, value in training.items())
+    words |= {"PEFT": get("peft_version"), "computes in": "float32 on a CPU, else the dtype of the base (--dtype)"}
+    for name, value in words.items():
+        if value is not None:
+            say(f"{name:12}{_shown(str(value))}")
     say("\nparameters")
     for part, what in saved.sizes().items():
         say(f"  {part:11}{saved.counts[part]:>12,}  {_shown(what)}")

@@ -1,6 +1,5 @@
 """The page to try adapters on a voice, and the files of a Space."""
 
-import ast
 import gc
 import json
 import re
@@ -54,15 +53,9 @@ def test_the_page_gives_the_answers_of_the_adapters(files, adapters, loaded):
     comparison = loaded("ForXVector").verify(*files[:2])
     assert score == pytest.approx(comparison.score, abs=1e-6)
     assert verdict == f"{'the same voice' if comparison.same else 'different voices'}, threshold 0.25"
-
-
-def test_labels_of_one_name_keep_their_scores(files, adapters):
-    pytest.importorskip("gradio")
-    namer = adapters["ForSequenceClassification"]
-    scores = [one["score"] for one in namer.classify(files[0])]
-    namer.model.get_base_model().config.id2label = dict.fromkeys(range(3), "yes")
-    found = answers(demo.make_page({"words": namer}))["classify"](files[0])
-    assert found == dict(zip(["yes", "yes #2", "yes #3"], map(pytest.approx, scores), strict=True))
+    scores = list(labels.values())
+    adapters["ForSequenceClassification"].model.get_base_model().config.id2label = dict.fromkeys(range(3), "yes")
+    assert found["classify"](files[0]) == dict(zip(["yes", "yes #2", "yes #3"], scores, strict=True))
 
 
 def test_adapters_on_one_base_have_one_backbone_in_memory(adapters, folders, tmp_path):
@@ -79,7 +72,7 @@ def test_adapters_on_one_base_have_one_backbone_in_memory(adapters, folders, tmp
 
 
 def test_what_is_wrong_with_a_recording_is_one_sentence_without_the_paths_of_the_server(
-    adapters, files, tmp_path, monkeypatch
+    adapters, files, folder, tmp_path, monkeypatch
 ):
     gradio = pytest.importorskip("gradio")
     adapters["ForXVector"].max_duration_s = 0.2
@@ -88,42 +81,24 @@ def test_what_is_wrong_with_a_recording_is_one_sentence_without_the_paths_of_the
     found = answers(page)
     assert not page.analytics_enabled
     assert page.delete_cache
+    shown = json.dumps(page.get_config_file(), default=str)
+    assert '"value": "base"' in shown
+    assert str(folder) not in shown
+    with pytest.raises(ValueError, match="at least one adapter, got none"):
+        demo.make_page({})
     (tmp_path / "<b>.wav").write_bytes(b"RIFF")
     for command, recordings, message in (
-        ("verify", (files[1], None), r"Record or upload a voice first\."),
-        ("verify", files[:2], r"0\.wav: it is too long, 0\.25 s; at most 0\.2 s are allowed \(max_duration_s\)\."),
+        ("verify", (files[1], None), r"Upload or record a voice first\."),
+        ("verify", files[:2], r"0\.wav: it is too long, 0\.25 s; at most 0\.2 s [^/]*\."),
         ("classify", (str(tmp_path / "<b>.wav"),), r"&lt;b&gt;\.wav: [^/]*"),  # The page reads HTML.
         ("transcribe", (files[0],), r"The recording could not be answered\."),
     ):
         with pytest.raises(gradio.Error) as raised:
             found[command](*recordings)
         assert re.fullmatch(message, raised.value.message)
-
-
-def test_the_page_names_the_base_without_its_place_on_the_server(adapters, folder):
-    pytest.importorskip("gradio")
-    shown = json.dumps(demo.make_page(adapters).get_config_file(), default=str)
-    assert '"value": "base"' in shown
-    assert str(folder) not in shown
-
-
-def test_an_upload_over_the_limit_is_refused(adapters, tmp_path):
-    pytest.importorskip("gradio")
-    httpx = pytest.importorskip("httpx")
-    page = demo.make_page(adapters)
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, max_file_size="100kb")
-    try:
-        for size, status in ((1_000, 200), (300_000, 413)):
-            answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.wav", bytes(size))})
-            assert answer.status_code == status
-    finally:
-        page.close()
-
-
-def test_a_page_needs_adapters():
-    pytest.importorskip("gradio")
-    with pytest.raises(ValueError, match="at least one adapter, got none"):
-        demo.make_page({})
+        assert raised.value.print_exception == (
+            command == "transcribe"
+        )  # The terminal says what is not the visitor's.
 
 
 def test_the_command_serves_this_machine_alone(folders, monkeypatch):
@@ -183,7 +158,8 @@ def test_without_gradio_the_extra_is_named(folders, monkeypatch, capsys):
     assert "pip install 'peft-elp[demo]'" in capsys.readouterr().err
 
 
-def test_a_space_is_written_and_quotes_what_others_wrote(tmp_path, capsys):
+def test_a_space_is_written_and_quotes_what_others_wrote(folders, tmp_path, capsys):
+    pytest.importorskip("gradio")
     space, evil = tmp_path / "space", "me/x\n---\nsdk: static"
     assert main(["demo", "me/emotions", evil, "--space", str(space)]) == 0
     assert demo.wheel_name() in capsys.readouterr().out
@@ -195,17 +171,11 @@ def test_a_space_is_written_and_quotes_what_others_wrote(tmp_path, capsys):
         "models": ["me/emotions", evil],
     }
     assert list(json.loads((space / "adapters.json").read_text()).values()) == ["me/emotions", evil]
-    ast.parse((space / "app.py").read_text())
     assert (space / "requirements.txt").read_text() == f"./{demo.wheel_name()}[demo]\n"
     assert main(["demo", "me/emotions", "--space", str(space)]) == 1
     assert "already has README.md" in capsys.readouterr().err
-
-
-def test_the_app_of_a_space_makes_the_page(folders, tmp_path):
-    pytest.importorskip("gradio")
-    demo.write_space(tmp_path / "space", {"words": folders["ForSequenceClassification"]})
-    app = tmp_path / "space" / "app.py"
-    names = {"__file__": str(app), "__name__": "app"}
-    exec(compile(app.read_text(), app, "exec"), names)
+    (space / "adapters.json").write_text(json.dumps({"words": folders["ForSequenceClassification"]}))
+    names = {"__file__": str(space / "app.py"), "__name__": "app"}
+    exec(compile((space / "app.py").read_text(), space / "app.py", "exec"), names)
     assert "classify" in answers(names["page"])
-    assert "page.launch(max_file_size=MAX_UPLOAD)" in app.read_text()
+    assert "page.launch(max_file_size=MAX_UPLOAD)" in (space / "app.py").read_text()

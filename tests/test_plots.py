@@ -71,15 +71,14 @@ def test_the_errors_of_each_system_are_a_curve():
     assert len(axes.lines) == 2
 
 
-@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
-def test_a_figure_can_be_saved_in_any_format_and_leaves_none_open(suffix, tmp_path):
+def test_a_figure_can_be_saved_and_leaves_none_open(tmp_path):
     for draw in (
         lambda: plot_layer_weights({"asr": adapted()}),
         lambda: plot_confusion(["yes", "no"], ["yes", "no"]),
         lambda: plot_det({"E+L": ([1, 0, 1, 0], [0.9, 0.5, 0.4, 0.1])}),
     ):
-        draw().savefig(tmp_path / f"figure.{suffix}")
-        assert (tmp_path / f"figure.{suffix}").stat().st_size > 1000
+        draw().savefig(tmp_path / "figure.svg")
+        assert (tmp_path / "figure.svg").stat().st_size > 1000
     from matplotlib import pyplot
 
     assert pyplot.get_fignums() == []

@@ -105,22 +105,19 @@ def describe(
         language=language,
         license=license,
         datasets=tuple(datasets),
-        metrics=tuple(replace(metric, metric_value=_number(metric.metric_value)) for metric in metrics),
+        metrics=tuple(replace(metric, metric_value=_plain(metric.metric_value)) for metric in metrics),
         protocol=protocol,
         seed=seed,
         training={str(name): _plain(value) for name, value in (training or {}).items()},
     )
 
 
-def _number(value: Any) -> Any:
-    """Turn a number of NumPy or torch into one of Python, for YAML, and round it."""
-    value = value.item() if hasattr(value, "item") else value
-    return round(value, 4) if isinstance(value, float) else value
-
-
 def _plain(value: Any) -> Any:
+    """Return a value for YAML: a number of Python, rounded to four digits, or text."""
     value = value.item() if hasattr(value, "item") else value
-    return value if isinstance(value, (int, float, str)) else str(value)
+    if isinstance(value, float):
+        return round(value, 1) if abs(value) >= 1000 else float(f"{value:.4g}")
+    return value if isinstance(value, (int, str)) else str(value)
 
 
 def write_card(folder: str | Path, description: Description | None = None) -> bool:
