@@ -32,7 +32,7 @@ TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newl
 COLUMNS = {"text": ["text"], "labels": ["label", "score"]}
 
 Answer = Callable[[Sequence[str]], Sequence[Any]]
-Write = Callable[[str, Any, "str | None"], None]
+Write = Callable[[str, Any, str | None], None]
 say = partial(print, flush=True)
 
 app = typer.Typer(
