@@ -46,7 +46,11 @@ def _transformers_collects() -> bool:
     # Transformers keeps what a call reports in this private variable, and reads it in hooks that it never removes.
     # Older versions replace `forward` of the layers instead. `_is_watched` notices it, but not in a compiled model.
     capturing = getattr(transformers.utils, "output_capturing", None)
-    return torch.compiler.is_compiling() if capturing is None else bool(capturing._active_collector.get())
+    if capturing is None:
+        return torch.compiler.is_compiling()
+    collector = capturing._active_collector
+    # Its `get` cannot be traced before its `set` was, which keeps the value in this attribute.
+    return bool(collector.global_var if torch.compiler.is_dynamo_compiling() else collector.get())
 
 
 def _is_watched(module: nn.Module) -> bool:
