@@ -1,474 +1,516 @@
-"""Measure what eleven methods reach on tasks of speech, with one protocol for all of them.
+"""Measure what methods of training reach on three tasks of speech, with one protocol for all of them.
 
-    python examples/benchmarks/measure_quality.py run --model_name_or_path openai/whisper-tiny.en \
-        --name "Whisper tiny.en" --recordings recordings --tasks voices emotions orders
-    python examples/benchmarks/measure_quality.py collect --json measured.json
+    python examples/benchmarks/measure_quality.py run --recordings recordings \
+        --model_name_or_path openai/whisper-tiny.en
+    python examples/benchmarks/measure_quality.py collect --recordings recordings --json measured.json
 
 `run` trains what is missing in `--output_dir`, with one small file for each training, so that it can be stopped and
-continued, and extended by further tasks and methods. Trainings are small: `--processes` runs several side by side,
-also on one GPU. `collect` joins the files, and `report_quality.py` makes tables and figures of them.
-docs/reference/measured.md has them, and describes the protocol.
+continued. `collect` chooses a setting for each method on validation, and makes intervals and p-values of its answers
+on test. `report_quality.py` makes tables and a figure of them. docs/reference/measured.md has them, with the protocol.
 
-The recordings are folders in `audiofolder` layout, with a table `metadata.csv` in each split.
+The encoder has a fixed window, as Whisper's. The recordings are folders in `audiofolder` layout, with a table
+`metadata.csv` in each split.
 """
 
 import argparse
-import itertools
 import json
-import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import common
-import jiwer
 import numpy as np
+import soundfile
 import torch
-from accelerate.utils import send_to_device
-from common import HEAD, L_ONLY, Row
-from sklearn.metrics import balanced_accuracy_score
-from tqdm.auto import tqdm
-from transformers import AutoModelForAudioClassification, AutoModelForCTC, set_seed
+from common import FULL, HEAD, L_ONLY, LORA, SEARCH, SUM, Row
+from sklearn.model_selection import GroupKFold
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear, normalize, one_hot
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForAudioClassification, set_seed
 from transformers.utils import logging
 
-from peft_elp import FeatureCache, recipes
-from peft_elp.adapters import LAdapter
+from peft_elp import ELPConfig, FeatureCache, count_parameters, create_optimizer, recipes, train
 from peft_elp.speech.speakers import speaker_embeddings
-
-Splits = dict[str, list[Row]]  # "train", "validation" and "test"
-DoAll = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # as `map`, perhaps side by side
 
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
 
-def speaker_folds(rows: Splits) -> Iterator[Splits]:
-    """Yield folds: one speaker is the test, the next one the validation, and the others are for training."""
-    everything = [row for split in ("train", "validation", "test") for row in rows[split]]
-    speakers = list(dict.fromkeys(row["speaker_id"] for row in everything))
-    for number in reversed(range(len(speakers))):
-        kind = {speakers[number]: "test", speakers[number - 1]: "validation"}
-        fold: Splits = {"test": [], "validation": [], "train": []}
-        for row in everything:
-            fold[kind.get(row["speaker_id"], "train")].append(row)
-        yield fold
+@dataclass(frozen=True)
+class Fold:
+    """One division of the recordings. Each pair of parts is used as validation and test; emotions use both orders."""
 
-
-class Classes:
-    """The classes of one column or several. One head has those of all columns, one after the other."""
-
-    auto_class: Any = AutoModelForAudioClassification
-    trainer_cls: type[recipes.RecipeTrainer] = recipes.RecipeTrainer
-
-    def __init__(self, task: "Task", splits: Splits, recordings: Path, scratch: Path) -> None:
-        self.columns = task.columns
-        self.known = [sorted({row[column] for row in splits["train"]}) for column in self.columns]
-        names = [f"{column}: {name}" for column, known in zip(self.columns, self.known, strict=True) for name in known]
-        names = names if len(self.columns) > 1 else self.known[0]
-        self.settings = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-        self.trainer_options: dict[str, Any] = {"compute_loss_func": self.loss}
-        self.others: list[Row] = []  # recordings that are answered beside those of the test split
-
-    def label(self, row: Row) -> Any:
-        """Return the number of the class in each column, or -100 for one that training lacks."""
-        pairs = zip(self.columns, self.known, strict=True)
-        return [known.index(row[column]) if row[column] in known else -100 for column, known in pairs]
-
-    def split(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
-        return logits.split([len(known) for known in self.known], dim=-1)
-
-    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        parts = zip(self.split(outputs.logits), labels.unbind(-1), strict=True)
-        return sum((torch.nn.functional.cross_entropy(*part) for part in parts), torch.zeros(()))
-
-    def answer(self, model: Any, batch: Mapping[str, Any]) -> Any:
-        parts = self.split(model(**batch).logits[0])
-        return [known[int(part.argmax())] for known, part in zip(self.known, parts, strict=True)]
-
-    def errors(self, rows: Sequence[Row], answers: Sequence[Any], split: str) -> dict[str, float]:
-        """Return 100 minus the accuracy in per cent, as the mean over columns and for each column."""
-        same = np.array([[row[column] for column in self.columns] for row in rows]) == np.array(answers)
-        found = {"": 100 - 100 * float(same.mean())}
-        if len(self.columns) > 1:
-            found |= {f" {column}": 100 - 100 * float(same[:, i].mean()) for i, column in enumerate(self.columns)}
-        return found
-
-
-class Emotions(Classes):
-    """Classes whose accuracy is the mean over the classes."""
-
-    def errors(self, rows: Sequence[Row], answers: Sequence[Any], split: str) -> dict[str, float]:
-        right = [row[self.columns[0]] for row in rows]
-        return {"": 100 - 100 * float(balanced_accuracy_score(right, [answer[0] for answer in answers]))}
-
-
-class Voices(Classes):
-    """Speakers in training, and pairs of recordings of other speakers afterwards."""
-
-    trainer_cls = recipes.SpeakerTrainer
-
-    def __init__(self, task: "Task", splits: Splits, recordings: Path, scratch: Path) -> None:
-        super().__init__(task, splits, recordings, scratch)
-        self.trainer_options = {}
-        lists = {"": recordings / task.folder / "trials.csv", " across sets": recordings / str(task.cross_trials)}
-        self.lists = {what: file for what, file in lists.items() if file.is_file()}
-        files = {file for trials in self.lists.values() for pair in common.read_pairs(trials)[1] for file in pair}
-        unread = sorted(files - {row["file"] for row in splits["test"]})
-        self.others = [common.read_recording(file, task.seconds) for file in unread]
-
-    def label(self, row: Row) -> Any:
-        return super().label(row)[0]
-
-    def answer(self, model: Any, batch: Mapping[str, Any]) -> Any:
-        return speaker_embeddings(model, **batch)[0].float().cpu().numpy()
-
-    def errors(self, rows: Sequence[Row], answers: Sequence[Any], split: str) -> dict[str, float]:
-        """Return equal error rates: of the lists of trials on test, else of all pairs."""
-        embeddings = {row["file"]: answer for row, answer in zip(rows, answers, strict=True)}
-        if split != "test":
-            return {"": common.pair_error(embeddings, rows)}
-        return {what: common.trial_error(embeddings, file) for what, file in self.lists.items()}
-
-
-class Texts(Classes):
-    """Characters, recognised with CTC."""
-
-    auto_class = AutoModelForCTC
-
-    def __init__(self, task: "Task", splits: Splits, recordings: Path, scratch: Path) -> None:
-        self.columns, self.trainer_options, self.others = task.columns, {}, []
-        self.tokenizer = recipes.make_tokenizer([row[task.columns[0]] for row in splits["train"]], scratch)
-        self.settings = {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id}
-        self.settings |= {"ctc_loss_reduction": "mean", "ctc_zero_infinity": True}
-
-    def label(self, row: Row) -> Any:
-        return self.tokenizer(row[self.columns[0]]).input_ids
-
-    def answer(self, model: Any, batch: Mapping[str, Any]) -> Any:
-        return self.tokenizer.decode(model(**batch).logits[0].argmax(-1))
-
-    def errors(self, rows: Sequence[Row], answers: Sequence[Any], split: str) -> dict[str, float]:
-        right = [row[self.columns[0]] for row in rows]
-        return {"": 100 * jiwer.cer(right, list(answers)), " of words": 100 * jiwer.wer(right, list(answers))}
+    train: list[int]
+    parts: dict[str, list[int]]
+    uses: tuple[tuple[str, str], ...] = (("validation", "test"),)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task, and how long every method is trained for it."""
+    """A task, and the longest training."""
 
-    kind: type[Classes]  # what a model answers, and how wrong that is
     folder: str
-    columns: tuple[str, ...]  # what is learned
+    columns: tuple[str, ...]  # what is learned; voices are compared instead of named
     error: str  # what is measured
-    published: str  # its name in `peft_elp.published_rates`
+    groups: str  # the column whose values a fold keeps together
     seconds: int  # where recordings are cut; also the window of an encoder with a fixed one
     steps: int
     batch_size: int
-    bf16: bool = False  # Whether training computes in bfloat16, from weights in float32.
-    folds: Callable[[Splits], Iterable[Splits]] = lambda rows: [rows]
-    cross_trials: str | None = None  # a further list of trials, with recordings of another set
+    verify: bool = False
+    balanced: bool = False  # Whether the accuracy is the mean over classes.
+    swapped: bool = (
+        False  # Whether there is no test split: two groups are held out, and each tests the other's choice.
+    )
 
 
+SLOTS = ("label", "slot_size", "slot_roast", "slot_shots", "slot_milk", "slot_sugar")
 TASKS = {
-    "voices": Task(
-        Voices, "commands_ar", ("speaker_id",), "equal error rate", "asv", 1, 100, 16,
-        cross_trials="emotion_emodb/trials_cross.csv",
-    ),
+    "voices": Task("commands_ar", ("speaker_id",), "equal error rate", "speaker_id", 1, 300, 16, verify=True),
     "emotions": Task(
-        Emotions, "emotion_emodb", ("emotion",), "100 - unweighted accuracy", "er", 2, 60, 8, folds=speaker_folds
+        "emotion_emodb",
+        ("emotion",),
+        "100 - unweighted accuracy",
+        "speaker_id",
+        2,
+        240,
+        8,
+        balanced=True,
+        swapped=True,
     ),
-    "words": Task(Classes, "commands_ar", ("label",), "100 - accuracy", "ic", 1, 60, 16),
-    "orders": Task(
-        Classes, "intent_coffee", ("label", "slot_size", "slot_roast", "slot_shots", "slot_milk", "slot_sugar"),
-        "100 - accuracy, mean of six slots", "ic", 5, 300, 4, bf16=True,
-    ),
-    "digits": Task(Texts, "digits_fsdd", ("transcription_norm",), "character error rate", "asr", 2, 300, 8),
-}  # fmt: skip
+    "orders": Task("intent_coffee", SLOTS, "100 - accuracy, mean of six slots", "group", 5, 400, 4),
+}
+FOLDS, TRAINED_FOLDS, CHECKS, PATIENCE = 5, 3, 10, 3
+FROZEN_TIMES = 3  # A method that reads a frozen encoder may take so many times the steps.
+
+
+class Data:
+    """The recordings of a task and their folds."""
+
+    def __init__(self, name: str, recordings: Path) -> None:
+        self.task = task = TASKS[name]
+        splits = {split: common.read_rows(recordings / task.folder, split, task.seconds) for split in common.SPLITS}
+        self.rows: list[Row] = [row for held in splits.values() for row in held]
+        self.trials = recordings / task.folder / "trials.csv" if task.verify else None
+        count = len(self.rows) - len(splits["test"])
+        known, test = list(range(count)), list(range(count, len(self.rows)))
+        groups = [row[task.groups] for row in self.rows]
+        self.classes = np.array([row[task.columns[0]] for row in self.rows])
+        self.folds: list[Fold] = []
+        if task.swapped:
+            names = list(dict.fromkeys(groups))
+            of = {name: [number for number, group in enumerate(groups) if group == name] for name in names}
+            pairs = [(name, names[number - 1]) for number, name in enumerate(names)]
+            for pair in pairs:
+                train = [i for i, group in enumerate(groups) if group not in pair]
+                self.folds.append(Fold(train, {name: of[name] for name in pair}, (pair, pair[::-1])))
+        else:
+            cuts = GroupKFold(FOLDS, shuffle=True, random_state=0).split(known, groups=groups[:count])
+            self.folds = [Fold(list(train), {"validation": list(held), "test": test}) for train, held in cuts]
+            self.folds = self.folds[:TRAINED_FOLDS]
+
+    def names(self, fold: Fold) -> list[list[str]]:
+        """Return the classes of each column that training knows."""
+        return [sorted({self.rows[i][column] for i in fold.train}) for column in self.task.columns]
+
+    def labels(self, fold: Fold) -> Tensor:
+        """Return the number of the class of each recording in each column, -100 for one that training lacks."""
+        names = self.names(fold)
+        pairs = list(zip(self.task.columns, names, strict=True))
+        return torch.tensor([[n.index(row[c]) if row[c] in n else -100 for c, n in pairs] for row in self.rows])
+
+    def loss(self, model: Any, batch: dict[str, Any], labels: Tensor, fold: Fold) -> Tensor:
+        """Return the loss of a batch: AM-Softmax for voices, else cross-entropy, summed over columns."""
+        if self.task.verify:
+            weight = recipes.get_base_model(model).classifier.weight
+            embeddings = speaker_embeddings(model, **batch).float()
+            cosines = linear(normalize(embeddings), normalize(weight.float()))
+            return cross_entropy(30 * (cosines - 0.2 * one_hot(labels[:, 0], len(weight))), labels[:, 0])
+        parts = model(**batch).logits.float().split([len(n) for n in self.names(fold)], dim=-1)
+        return torch.stack([cross_entropy(*part) for part in zip(parts, labels.unbind(-1), strict=True)]).sum()
+
+    def outputs(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        return speaker_embeddings(model, **batch) if self.task.verify else model(**batch).logits
+
+    def wrong(self, numbers: Sequence[int], outputs: Tensor, fold: Fold) -> list[float]:
+        """Return for each recording which share of its columns is answered wrongly."""
+        parts = outputs.split([len(n) for n in self.names(fold)], dim=-1)
+        answers = torch.stack([part.argmax(-1) for part in parts], dim=-1)
+        return (answers != self.labels(fold)[list(numbers)]).float().mean(-1).tolist()
+
+    def error(self, numbers: Sequence[int], outputs: Tensor, fold: Fold) -> float:
+        """Return the error on validation in per cent."""
+        rows = [self.rows[i] for i in numbers]
+        if self.task.verify:
+            return common.pair_error(dict(zip((row["file"] for row in rows), outputs.numpy(), strict=True)), rows)
+        wrong, classes = (
+            np.array(self.wrong(numbers, outputs, fold)),
+            np.array([row[self.task.columns[0]] for row in rows]),
+        )
+        return 100 * float(class_mean(wrong, classes) if self.task.balanced else wrong.mean())
+
+    def test(self, numbers: Sequence[int], outputs: Tensor, fold: Fold) -> dict[str, Any]:
+        """Return what the error on test, and its interval over clips, is made of."""
+        names = [Path(self.rows[i]["file"]).name for i in numbers]
+        if self.trials is None:
+            return dict(zip(names, self.wrong(numbers, outputs, fold), strict=True))
+        embeddings = {self.rows[i]["file"]: x for i, x in zip(numbers, normalize(outputs).numpy(), strict=True)}
+        return {
+            "scores": [round(float(embeddings[a] @ embeddings[b]), 5) for a, b in common.read_pairs(self.trials)[1]]
+        }
+
+
+def class_mean(wrong: np.ndarray, classes: np.ndarray, weight: np.ndarray | None = None) -> float:
+    """Return the mean over classes of the weighted mean in each; a class without weight does not count."""
+    weight = np.ones(len(wrong)) if weight is None else weight
+    held = [classes == name for name in sorted(set(classes))]
+    return float(np.mean([np.average(wrong[c], weights=weight[c]) for c in held if weight[c].sum()]))
 
 
 # Methods -------------------------------------------------------------------------------------------------------------
 
-FURTHER_RATES = 4  # A method tries at most so many beyond the lowest or the highest of its own.
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to train."""
-
-    options: dict[str, Any]  # of `recipes.ModelArguments`
-    # What it chooses from: the rate of the head where nothing else is trained, else of everything else.
-    rates: Sequence[float] = (3e-4, 1e-3, 3e-3, 1e-2)
-    seeds: int = 3  # after the choice
-    weighted: bool = False  # Whether the head reads a weighted sum of the layers.
-    cached: bool = False  # Whether the hidden states of the encoder are computed only once.
-    times: int = 1  # How many times the steps of the task it is trained.
-
-
-METHODS = {name: Method(options) for name, options in common.METHODS.items()}
-METHODS[L_ONLY] = replace(METHODS[L_ONLY], seeds=5, cached=True)
-METHODS[common.FULL] = replace(METHODS[common.FULL], rates=(3e-5, 1e-4, 3e-4, 1e-3))
-METHODS[common.WEIGHTED] = replace(METHODS[common.WEIGHTED], weighted=True)
-
-
-def changed(name: str, **options: Any) -> tuple[str, Method]:
-    """Return a method with other options, and its name."""
-    words = ", ".join(f"`{option}={value!r}`" for option, value in options.items())
-    return f"{name}, {words}", replace(METHODS[name], options=METHODS[name].options | options)
-
-
-# What one choice changes.
-CHOICES = dict(
-    [
-        *(changed(L_ONLY, l_dim=width) for width in (32, 64, 128, 512)),
-        changed(L_ONLY, l_input_norm=False),
-        changed(L_ONLY, layer_weights_ratio=1.0),
-        changed(L_ONLY, dtype="bfloat16"),
-        changed(L_ONLY, l_layers=[0, 1]),
-        changed(L_ONLY, l_layers=[2, 3]),
-        (f"{L_ONLY}, 5 times the steps", replace(METHODS[L_ONLY], times=5)),
-        *(changed("E+L", e_dim=width) for width in (16, 256)),
-        changed("E+L", train_layer_norms=False),
-        *(changed(name, init_weights="paper") for name in ("E", "E+L")),
-        *(changed("E+L+P", p_length=length) for length in (4, 16)),
-    ]
-)
+FROZEN = {"adapters": "L", "train_layer_norms": False}
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+# Settings that a method chooses from: options of `recipes.ModelArguments`, and the rate of what is trained besides
+# the head. Where the encoder is frozen, the head has that rate too, else HEAD_RATE.
+HEAD_RATE = 3e-3
+METHODS: dict[str, list[dict[str, Any]]] = {
+    HEAD: [{"method": "head", "rate": rate} for rate in (1e-3, 3e-3, 1e-2)],
+    SUM: [{**FROZEN, "l_dim": 0, "rate": rate} for rate in (1e-3, 3e-3, 1e-2)],
+    L_ONLY: [{**FROZEN, "l_dim": size, "rate": rate} for size in (64, 256) for rate in (1e-3, 3e-3)],
+    "E+L": [{"adapters": "EL", "e_dim": 64, "l_dim": 256, "rate": rate} for rate in (1e-3, 3e-3)],
+    LORA: [
+        {"method": "lora", "lora_r": 36, "lora_alpha": 72, "rate": 1e-3},
+        {"method": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ALL_LINEAR, "rate": 3e-3},
+    ],
+    FULL: [{"method": "full", "rate": rate} for rate in (1e-4, 3e-4)],
+}
+# A setting that is worse than the best by so many points, over the folds so far, is not trained further.
+MARGIN_FROZEN, MARGIN = 4.0, 2.0
 
 
 @dataclass
-class Training:
-    """One training of the grid."""
+class Result:
+    """One use of one training: which recordings chose the step, and the answers on others."""
 
-    encoder: str
     task: str
     method: str
-    rate: float  # the one that the method chooses
-    head_rate: float
-    seed: int  # 0 chooses the rate
+    setting: dict[str, Any]
     fold: int
-
-    def file(self, folder: Path) -> Path:
-        """Return where its result is stored."""
-        words = f"{self.method}-{self.rate:g}-{self.head_rate:g}-{self.seed}-{self.fold}"
-        return folder / self.encoder / self.task / (re.sub(r"[^\w=+.-]+", "_", words) + ".json")
-
-
-@dataclass
-class Result(Training):
-    """What one training reached."""
-
-    errors: dict[str, float]  # in per cent, by split; "test" only after the choice
-    trained: tuple[int, int]  # parameters in the encoder and in the head
-    loss: float  # the mean over the training
+    chosen_on: str
+    tested_on: str
+    curve: list[float]  # errors on validation at each check, in per cent
+    steps: int  # where the error on validation was lowest
+    test: dict[str, Any]
+    trained: int  # parameters in the encoder
     seconds: float
-    shares: dict[str, float] = field(default_factory=dict)  # of the layers in an L-adapter
-    device: str = "cpu"  # or the name of the GPU
-    bf16: bool = False
 
-
-def quality(results: Sequence[Result]) -> tuple[float, float]:
-    """Return what a choice of rates minimises, in all folds: the mean error on validation, then the loss."""
-    errors = [result.errors["validation"] for result in results]
-    return statistics.mean(errors), statistics.mean(result.loss for result in results)
-
-
-@lru_cache
-def read_folds(name: str, recordings: Path) -> list[Splits]:
-    """Read the folds of a task, once in each process."""
-    task, names = TASKS[name], ("train", "validation", "test")
-    return list(
-        task.folds({split: common.read_rows(recordings / task.folder, split, task.seconds) for split in names})
-    )
-
-
-# Training ------------------------------------------------------------------------------------------------------------
+    @property
+    def validation(self) -> float:
+        return min(self.curve)
 
 
 class Grid:
-    """The trainings of one encoder, with the command line of `run`."""
+    """The trainings of one task."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.methods = args, METHODS | CHOICES
+    def __init__(self, args: argparse.Namespace, name: str) -> None:
+        self.args, self.name, self.data = args, name, Data(name, args.recordings)
+        self.task = self.data.task
 
-    def model_arguments(self, task: Task, method: Method, rate: float, head_rate: float) -> recipes.ModelArguments:
-        """Return the arguments of a recipe for one training."""
-        config = recipes.load_config(self.args.model_name_or_path)
-        options: dict[str, Any] = {"method": "elp", **method.options}
-        sizes = {"e_dim": config.hidden_size // 6, "l_dim": 2 * config.hidden_size // 3}
-        rates = {"head": head_rate}
-        if options["method"] == "elp":
-            letters = options.get("adapters", "E").lower()
-            options = {size: sizes[size] for size in sizes if size[0] in letters} | options
-            rates |= dict.fromkeys(letters, rate)
-            if options.get("train_layer_norms", True):
-                rates["layer_norms"] = rate
-            if (ratio := options.pop("layer_weights_ratio", None)) is not None:
-                rates["layer_weights"] = ratio * rate
-        elif options["method"] != "head":
-            rates["encoder"] = rate
-        if options["method"] == "lora" and "lora_r" not in options:
-            # The heads of all tasks here are new, which a model made from its configuration does not show.
-            rank = common.equal_rank(config, {**sizes, "adapters": "EL", "l_output": "head"})
-            options |= {"lora_r": rank, "lora_alpha": 2 * rank}
-        if getattr(config, "max_source_positions", None) is not None:
-            options["chunk_length"] = task.seconds
-        if method.cached:
-            options |= {"cache_features": str(self.args.output_dir / "features"), "cache_dtype": "float32"}
-        options |= {f"{part}_learning_rate": value for part, value in rates.items()}
-        return recipes.ModelArguments(model_name_or_path=self.args.model_name_or_path, **options)
+    def model(self, setting: dict[str, Any], names: Sequence[Sequence[str]]) -> Any:
+        """Return a new model, adapted by one setting."""
+        options = {key: value for key, value in setting.items() if key != "rate"}
+        source, labels = self.args.model_name_or_path, {str(i): i for i in range(sum(map(len, names)))}
+        config = recipes.load_config(source, label2id=labels, id2label={i: label for label, i in labels.items()})
+        config.apply_spec_augment = False
+        chunk = {"chunk_length": self.task.seconds} if hasattr(config, "max_source_positions") else {}
+        arguments = recipes.ModelArguments(model_name_or_path=source, **options, **chunk)
+        model = recipes.load_model(AutoModelForAudioClassification, arguments, config)
+        self.extractor = recipes.load_feature_extractor(arguments)
+        return recipes.adapt(model, arguments)
 
-    def train(self, training: Training) -> Result:
-        """Return the result of one training, which is trained unless it was before."""
-        task, method = TASKS[training.task], self.methods[training.method]
-        bf16 = (task.bf16 and not self.args.no_bf16) or method.options.get("dtype") == "bfloat16"
-        file = training.file(self.args.output_dir)
+    def rows(self, model: Any, setting: dict[str, Any]) -> tuple[list[Any], Callable[..., dict[str, Any]]]:
+        """Return what a model takes of each recording, computed once, and how to make a batch of it."""
+        collate = recipes.Collator(self.extractor, model)
+        rows = self.computed("inputs", lambda: [collate([row]) for row in self.data.rows])
+        if setting.get("adapters") == "L":
+            cache = FeatureCache(model, self.args.output_dir / "features", torch.float32)
+            read = lambda rows: cache.read(rows, join, progress=False)  # noqa: E731
+            cached = self.computed("layers", lambda: (lambda held: [held[i] for i in range(len(held))])(read(rows)))
+            read(rows[:1])  # tells the cache which features these are
+            return cached, cache.collate
+        if setting.get("method") == "head":
+            # A linear layer and the mean over frames come first, so that the mean of the frames is enough.
+            encode = lambda row: model.encoder(**row).last_hidden_state.mean(1, keepdim=True)  # noqa: E731
+            with torch.no_grad():
+                states = self.computed("outputs", lambda: [encode(row) for row in rows])
+            return states, lambda rows: {"encoder_outputs": (torch.cat(list(rows)),)}
+        return rows, join
+
+    def computed(self, what: str, compute: Callable[[], Any]) -> Any:
+        held = self.__dict__.setdefault("_computed", {})
+        return held[what] if what in held else held.setdefault(what, compute())
+
+    def train(self, method: str, setting: dict[str, Any], number: int) -> list[dict[str, Any]]:
+        """Train until the errors on validation have not fallen for some checks, and answer the test at the best."""
+        start, data, fold = time.perf_counter(), self.data, self.data.folds[number]
+        set_seed(number)
+        model = self.model(setting, data.names(fold))
+        frozen = is_frozen(setting)
+        rows, collate = self.rows(model, setting)
+        labels, steps = data.labels(fold), (FROZEN_TIMES if frozen else 1) * (self.args.steps or self.task.steps)
+        optimizer = make_optimizer(model, setting["rate"], setting["rate"] if frozen else HEAD_RATE)
+        warm = max(1, steps // 10)
+        schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warm, (steps - step) / (steps - warm + 1)))
+        best: dict[tuple[str, str], tuple[float, int, Tensor]] = {}
+        curves: dict[tuple[str, str], list[float]] = {use: [] for use in fold.uses}
+        checks = sorted({max(1, round(steps * check / CHECKS)) for check in range(1, CHECKS + 1)})
+        order: list[int] = []
+        for step in range(1, steps + 1):
+            if len(order) < self.task.batch_size:
+                order = torch.tensor(fold.train)[torch.randperm(len(fold.train))].tolist()
+            numbers, order = order[: self.task.batch_size], order[self.task.batch_size :]
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = data.loss(model.train(), collate([rows[i] for i in numbers]), labels[numbers], fold)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if step in checks:
+                answer = lru_cache(lambda part: self.answers(model, collate, [rows[i] for i in fold.parts[part]]))
+                for use, curve in curves.items():
+                    curve.append(data.error(fold.parts[use[0]], answer(use[0]), fold))
+                    if curve[-1] < min([*curve[:-1], 101]):
+                        best[use] = curve[-1], step, answer(use[1])
+                if all(len(curve) - curve.index(min(curve)) > PATIENCE for curve in curves.values()):
+                    break
+        count = recipes.count_trained(model)["trained_parameters_encoder"]
+        found = []
+        for use, (_, step, outputs) in best.items():
+            test = data.test(fold.parts[use[1]], outputs, fold)
+            took = time.perf_counter() - start
+            found.append(vars(Result(self.name, method, setting, number, *use, curves[use], step, test, count, took)))
+        return found
+
+    @torch.no_grad()
+    def answers(self, model: Any, collate: Callable[..., Any], rows: Sequence[Any]) -> Tensor:
+        model.eval()
+        return torch.cat(
+            [self.data.outputs(model, collate(rows[i : i + 16])).float() for i in range(0, len(rows), 16)]
+        )
+
+    def run(self, methods: Sequence[str]) -> None:
+        """Train what is missing. A setting that is clearly worse than the best one of its method is given up."""
+        for method in methods:
+            if method == SEARCH:
+                # It learns one column, and refuses classes that training lacks, as the slots of orders have.
+                for seed in range(SEARCHES if len(self.task.columns) == 1 else 0):
+                    self.once(f"{SEARCH}-{seed}", {"minutes": SEARCH_MINUTES}, lambda seed=seed: search(self, seed))
+                continue
+            errors: dict[str, list[float]] = {json.dumps(setting): [] for setting in METHODS[method]}
+            for number in range(len(self.data.folds)):
+                means = {key: statistics.mean(found) for key, found in errors.items() if found}
+                margin = MARGIN_FROZEN if is_frozen(METHODS[method][0]) else MARGIN
+                going = [key for key in errors if not means or means[key] <= min(means.values()) + margin]
+                errors = {key: errors[key] for key in going}
+                for key in going:
+                    told = {"model": self.args.model_name_or_path, "steps": self.args.steps or self.task.steps}
+                    make = lambda key=key, number=number, method=method: self.train(method, json.loads(key), number)  # noqa: E731
+                    found = self.once(f"{method}-{number}-{key}", told, make)
+                    errors[key] += [Result(**one).validation for one in found]
+
+    def once(self, name: str, told: dict[str, Any], make: Callable[[], Any]) -> list[dict[str, Any]]:
+        file = self.args.output_dir / self.name / (re.sub(r"[^\w=+.-]+", "_", name) + ".json")
         file.parent.mkdir(parents=True, exist_ok=True)
-        steps = method.times * (self.args.steps or task.steps)
-        settings = {"model": self.args.model_name_or_path, "steps": steps, "bf16": bf16}
-        make = partial(self.train_now, training, file.with_suffix(""), steps, bf16)
-        return Result(**common.train_once(file, settings, make))
+        print(f"{self.name}: {name}", flush=True)
+        return common.train_once(file, told, make)
 
-    def train_now(self, training: Training, folder: Path, steps: int, bf16: bool) -> dict[str, Any]:
-        start, task, method = time.perf_counter(), TASKS[training.task], self.methods[training.method]
-        splits = read_folds(training.task, self.args.recordings)[training.fold]
-        kind = task.kind(task, splits, self.args.recordings, folder.parent)
-        set_seed(training.seed)
-        arguments = self.model_arguments(task, method, training.rate, training.head_rate)
-        config = recipes.load_config(self.args.model_name_or_path, **kind.settings)
-        config.update({"use_weighted_layer_sum": method.weighted, "apply_spec_augment": False})
-        extractor = recipes.load_feature_extractor(arguments)
-        args = recipes.RecipeTrainingArguments(
-            str(folder), max_steps=steps, per_device_train_batch_size=task.batch_size, bf16=bf16, seed=training.seed,
-            use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        model = recipes.load_model(kind.auto_class, arguments, config)
-        rows = [{"audio": row["audio"], "labels": kind.label(row)} for row in splits["train"]]
-        trainer = recipes.make_trainer(
-            model, arguments, args, task.published, extractor, kind.trainer_cls, train_dataset=rows,
-            **kind.trainer_options,
-        )  # fmt: skip
-        loss, errors = trainer.train().training_loss, {}
-        model = trainer.model.eval()
-        for split in ("validation", "test") if training.seed else ("validation",):
-            rows = [*splits[split], *(kind.others if split == "test" else [])]
-            answers = answers_to(rows, model, arguments, extractor, kind.answer)
-            errors |= {f"{split}{what}": error for what, error in kind.errors(rows, answers, split).items()}
-        if training.seed and arguments.method == "elp":
-            for part in (model, extractor, *([kind.tokenizer] if isinstance(kind, Texts) else [])):
-                part.save_pretrained(folder)
-        shares = [module.shares().tolist() for module in model.modules() if isinstance(module, LAdapter)][:1]
-        counts = recipes.count_trained(model)
-        return vars(training) | {
-            "errors": errors,
-            "trained": (counts["trained_parameters_encoder"], counts["trained_parameters_head"]),
-            "loss": loss,
-            "seconds": time.perf_counter() - start,
-            "shares": {str(layer): round(share, 4) for held in shares for layer, share in enumerate(held)},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "bf16": bf16,
-        }
 
-    def train_all(
-        self, choices: Iterable[tuple[str, str, float, float]], seeds: Sequence[int], what: str, do_all: DoAll
-    ) -> list[Result]:
-        """Train tasks and methods at their rates, with each seed in each fold."""
-        trainings = [
-            Training(self.args.name, *choice, seed, fold)
-            for seed in seeds
-            for choice in choices
-            if seed <= (self.args.seeds or self.methods[choice[1]].seeds)
-            for fold in range(len(read_folds(choice[0], self.args.recordings)))
+def is_frozen(setting: dict[str, Any]) -> bool:
+    return setting.get("method") == "head" or setting.get("adapters") == "L"
+
+
+def join(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def make_optimizer(model: Any, rate: float, head_rate: float) -> torch.optim.Optimizer:
+    if isinstance(getattr(model, "peft_config", {}).get("default"), ELPConfig):
+        parts = [part for part, count in count_parameters(model).items() if count]
+        return create_optimizer(model, rates={part: head_rate if part == "head" else rate for part in parts})
+    held, rates = recipes.trained_parameters(model), {"head": head_rate, "encoder": rate}
+    groups = [{"params": list(held[part].values()), "lr": rates[part]} for part in held if held[part]]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+# peft-elp train ------------------------------------------------------------------------------------------------------
+
+SEARCH_MINUTES, SEARCHES = 0.3, 2
+
+
+def search(grid: Grid, seed: int) -> list[dict[str, Any]]:
+    """Let `peft-elp train` choose and train, and answer the test. It makes folds of everything else by itself."""
+    data, task, start, found = grid.data, grid.task, time.perf_counter(), []
+    tests = {part: held for fold in data.folds for part, held in fold.parts.items() if part != "validation"}
+    options: dict[str, Any] = {"label": task.columns[0], "minutes": SEARCH_MINUTES, "seed": seed, "progress": False}
+    options |= {"task": "verify"} if task.verify else {"task": "classify", "speaker": task.groups}
+    for part, held in tests.items():
+        with TemporaryDirectory() as folder:
+            columns = dict.fromkeys(("file_name", *task.columns, task.groups, "split"))
+            table = [",".join(columns)]
+            for number, row in enumerate(data.rows):
+                soundfile.write(f"{folder}/{number}.wav", row["audio"], common.RATE_HZ)
+                split = "test" if number in held else "train"
+                table.append(",".join({**row, "file_name": f"{number}.wav", "split": split}[name] for name in columns))
+            Path(folder, "metadata.csv").write_text("\n".join(table), encoding="utf-8")
+            adapter = train(folder, grid.args.model_name_or_path, f"{folder}/adapter", **options).adapter
+            files = [f"{folder}/{number}.wav" for number in held]
+            if task.verify:
+                test = data.test(held, torch.tensor(np.stack(adapter.embed(files))), data.folds[0])
+            else:
+                answers = [best[0]["label"] for best in adapter.classify(files, top_k=1)]
+                names = [Path(data.rows[number]["file"]).name for number in held]
+                wrong = [float(a != str(b)) for a, b in zip(answers, data.classes[held], strict=True)]
+                test = dict(zip(names, wrong, strict=True))
+            trained = count_parameters(adapter.model)["L"]
+        took = time.perf_counter() - start
+        found.append(vars(Result(grid.name, SEARCH, {"seed": seed}, seed, "folds", part, [], 0, test, trained, took)))
+    return found
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+REPLICATES = 5000
+COMPARED = [(one, other) for one in (SUM, L_ONLY, "E+L", SEARCH) for other in (HEAD, LORA, FULL)] + [(L_ONLY, SUM)]
+
+
+def mean_validation(results: Sequence[Result]) -> float:
+    return statistics.mean(result.validation if result.curve else 0.0 for result in results)
+
+
+def choose(results: Sequence[Result]) -> list[list[Result]]:
+    """Return the runs of a method with the setting that is best on validation, among those trained in all folds.
+
+    Where speakers are the test in turn, each has a setting that was chosen on others, by trainings without it, and a
+    run is one training for each of them.
+    """
+    runs: list[list[Result]] = []
+    for tested_on in dict.fromkeys(result.tested_on for result in results):
+        held: dict[str, list[Result]] = {}
+        for result in sorted(results, key=lambda result: result.fold):
+            if result.tested_on == tested_on:
+                held.setdefault("" if result.method == SEARCH else json.dumps(result.setting), []).append(result)
+        most = max(map(len, held.values()))
+        complete = [found for found in held.values() if len(found) == most]
+        runs.append(min(complete, key=mean_validation))
+    return [list(run) for run in zip(*runs, strict=False)]
+
+
+class Bootstrap:
+    """Errors on test under resampled recordings and runs; the first one is that of all, each once."""
+
+    def __init__(self, data: Data) -> None:
+        self.data, self.rng = data, np.random.default_rng(0)
+        tests = [held for part, held in data.folds[0].parts.items() if part == "test"]
+        if data.task.swapped:
+            tests = list({part: held for fold in data.folds for part, held in fold.parts.items()}.values())
+        self.blocks = [[Path(data.rows[i]["file"]).name for i in held] for held in tests]
+        draws = [self.rng.multinomial(len(b), np.full(len(b), 1 / len(b)), REPLICATES) for b in self.blocks]
+        self.weights = [
+            np.vstack([np.ones(len(block)), drawn]) for block, drawn in zip(self.blocks, draws, strict=True)
         ]
-        return list(tqdm(do_all(self.train, trainings), desc=f"{self.args.name}, {what}", total=len(trainings)))
+        self.classes = {Path(row["file"]).name: row[data.task.columns[0]] for row in data.rows}
 
-    def choose(
-        self, wanted: Sequence[tuple[str, str]], head_rates: Mapping[str, float], do_all: DoAll
-    ) -> list[tuple[str, str, float, float]]:
-        """Return each task and method with its rate and the rate of the head, chosen on validation with seed 0.
+    def run(self, run: Sequence[Result]) -> np.ndarray:
+        """Return the errors of one run, in per cent."""
+        if self.data.trials is not None:
+            return self.voices(np.array(run[0].test["scores"]))
+        test, errors = {name: wrong for result in run for name, wrong in result.test.items()}, []
+        for block, weights in zip(self.blocks, self.weights, strict=True):
+            wrong, classes = np.array([test[name] for name in block]), np.array([self.classes[name] for name in block])
+            if self.data.task.balanced:
+                errors.append([class_mean(wrong, classes, weight) for weight in weights])
+            else:
+                errors.append(weights @ wrong / weights.sum(1))
+        return 100 * np.mean(errors, axis=0)
 
-        Where the lowest or the highest rate is the best one, up to four rates beyond it are tried. A method that
-        trains the head alone has one rate; the others have its rate for their heads.
-        """
-        rates = {pair: list(self.methods[pair[1]].rates) for pair in wanted}
-        found: dict[tuple[str, str, float], list[Result]] = {}
-        best: dict[tuple[str, str], float] = {}
-        for _ in range(1 + FURTHER_RATES):
-            missing = [
-                (*pair, rate, rate if self.methods[pair[1]].options.get("method") == "head" else head_rates[pair[0]])
-                for pair in wanted
-                for rate in rates[pair]
-                if (*pair, rate) not in found
-            ]
-            for result in self.train_all(missing, [0], "rates", do_all):
-                found.setdefault((result.task, result.method, result.rate), []).append(result)
-            best = {pair: min(tried, key=lambda rate: quality(found[(*pair, rate)])) for pair, tried in rates.items()}
-            for pair, tried in rates.items():
-                rate = best[pair]
-                if len(tried) > 1 and rate == tried[-1]:
-                    tried.append(float(f"{rate * rate / tried[-2]:.0e}"))
-                elif len(tried) > 1 and rate == tried[0]:
-                    tried.insert(0, float(f"{rate * rate / tried[1]:.0e}"))
-        return [(*pair, rate, found[(*pair, rate)][0].head_rate) for pair, rate in best.items()]
+    def voices(self, scores: np.ndarray) -> np.ndarray:
+        """Return equal error rates, with each trial as often as both of its recordings."""
+        labels, pairs = common.read_pairs(self.data.trials)
+        place, order = {name: i for i, name in enumerate(self.blocks[0])}, np.argsort(scores)
+        sides = np.array([[place[Path(file).name] for file in pair] for pair in pairs])[order]
+        same, errors = np.array(labels, bool)[order], []
+        for weight in self.weights[0]:
+            weights = weight[sides[:, 0]] * weight[sides[:, 1]]
+            missed, accepted = np.cumsum(weights * same), np.cumsum(weights * ~same)
+            missed, accepted = missed / max(missed[-1], 1), 1 - accepted / max(accepted[-1], 1)
+            cross = np.argmin(np.abs(missed - accepted))
+            errors.append(50 * (missed[cross] + accepted[cross]))
+        return np.array(errors)
 
-    def run(self, do_all: DoAll = map) -> None:
-        """Train what is missing: first the rates of each method are chosen, and then come the seeds."""
-        head_rates: dict[str, Any] = dict.fromkeys(self.args.tasks, self.args.head_rate)
-        if self.args.head_rate is None:
-            heads = self.choose([(task, HEAD) for task in self.args.tasks], {}, do_all)
-            head_rates = {task: rate for task, _, rate, _ in heads}
-        wanted = [
-            (task, method)
-            for task, method in itertools.product(self.args.tasks, self.args.methods or list(self.methods))
-            # Transformers has no weighted sum with CTC.
-            if TASKS[task].kind is not Texts or not self.methods[method].weighted
-        ]
-        most = max(self.args.seeds or self.methods[method].seeds for _, method in wanted)
-        self.train_all(self.choose(wanted, head_rates, do_all), range(1, 1 + most), "seeds", do_all)
+    def mean(self, runs: Sequence[Sequence[Result]]) -> tuple[list[float], np.ndarray]:
+        """Return the error of each run, and those of resampled runs."""
+        errors = np.stack([self.run(run) for run in runs])
+        drawn = np.random.default_rng(1).integers(len(runs), size=(REPLICATES, len(runs)))
+        resampled = errors[:, 1:].T[np.arange(REPLICATES)[:, None], drawn].mean(1)
+        return errors[:, 0].tolist(), np.concatenate([[errors[:, 0].mean()], resampled])
 
 
-@torch.no_grad()
-def answers_to(
-    rows: Sequence[Row], model: Any, arguments: recipes.ModelArguments, extractor: Any, answer: Callable[..., Any]
-) -> list[Any]:
-    """Return what the model says of each recording, one at a time."""
-    collate = recipes.Collator(extractor, model)
-    inputs: Any = [{"audio": row["audio"]} for row in rows]
-    if arguments.cache_features is not None:
-        cache = FeatureCache(model, arguments.cache_features, getattr(torch, arguments.cache_dtype))
-        cached = cache.read(inputs, collate, progress=False)
-        inputs, collate = [cached[number] for number in range(len(cached))], cache.collate
-    return [answer(model, send_to_device(collate([one]), model.device)) for one in inputs]
+def interval(values: np.ndarray) -> list[float]:
+    return [round(float(x), 2) for x in np.quantile(values[1:], (0.025, 0.975))]
 
 
-def run_grid(args: argparse.Namespace) -> None:
-    if args.processes == 1:
-        Grid(args).run()
-    else:  # CUDA cannot be used in a forked process.
-        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-            Grid(args).run(pool.map)
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number, by Holm's method."""
+    order, corrected, highest = np.argsort(values), [0.0] * len(values), 0.0
+    for rank, number in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[number]))
+        corrected[number] = highest
+    return corrected
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Join the files of all trainings. Those with rates that are not the chosen ones any more are left out."""
-    files = sorted(args.output_dir.glob("*/*/*-*-*-*-*.json"))
-    found = [Result(**json.loads(file.read_text(encoding="utf-8"))["result"]) for file in files]
-    tried: dict[tuple[str, str, str], dict[tuple[float, float], list[Result]]] = {}
-    for result in found:
-        if result.seed == 0:
-            by_rates = tried.setdefault((result.encoder, result.task, result.method), {})
-            by_rates.setdefault((result.rate, result.head_rate), []).append(result)
-    kept = []
-    for result in found:
-        by_rates = tried[result.encoder, result.task, result.method]
-        chosen = min(by_rates, key=lambda rates: quality(by_rates[rates]))
-        if result.seed == 0 or (result.rate, result.head_rate) == chosen:
-            kept.append(vars(result))
-    args.json.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n", encoding="utf-8")
-    print(f"{len(kept)} trainings in {args.json}")
+    """Choose, resample and compare."""
+    methods, compared = [], []
+    for task in args.tasks:
+        data = Data(task, args.recordings)
+        bootstrap, errors = Bootstrap(data), {}
+        held: dict[str, list[Result]] = {}
+        for file in sorted((args.output_dir / task).glob("*.json")):
+            for one in json.loads(file.read_text(encoding="utf-8"))["result"]:
+                held.setdefault(one["method"], []).append(Result(**one))
+        for method in [name for name in (*METHODS, SEARCH) if name in held]:
+            runs = choose(held[method])
+            each, errors[method] = bootstrap.mean(runs)
+            kept = [result for run in runs for result in run]
+            measured = {"task": task, "method": method, "trained": sorted({result.trained for result in kept})}
+            measured["settings"] = list({json.dumps(result.setting): result.setting for result in kept}.values())
+            on_validation = [result.validation for result in kept if result.curve]
+            measured["validation"] = round(statistics.mean(on_validation), 2) if on_validation else None
+            measured |= {"test": round(float(errors[method][0]), 2), "interval": interval(errors[method])}
+            measured |= {"runs": [round(x, 2) for x in each], "steps": sorted(result.steps for result in kept)}
+            methods.append(measured | {"seconds": round(statistics.median(result.seconds for result in kept))})
+        for one, other in COMPARED:
+            if one in errors and other in errors:
+                difference = errors[one] - errors[other]
+                above = float((difference[1:] >= 0).sum() + 1) / (REPLICATES + 1)
+                p = min(1.0, 2 * min(above, 1 - above + 2 / (REPLICATES + 1)))
+                told = {"difference": round(float(difference[0]), 2), "interval": interval(difference), "p": p}
+                compared.append({"task": task, "method": one, "minus": other, **told})
+    for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
+        row["p"] = round(p, 4)
+    text = json.dumps({"methods": methods, "compared": compared}).replace('{"task"', '\n{"task"')
+    args.json.write_text(text + "\n", encoding="utf-8")
+
+
+def run_grid(args: argparse.Namespace) -> None:
+    for task in args.tasks:
+        Grid(args, task).run(args.methods)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -478,18 +520,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind, do in ((run, run_grid), (joined, collect)):
         kind.set_defaults(do=do)
         kind.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
-    option = run.add_argument
-    option("--model_name_or_path", required=True, help="A speech encoder: Hub id or folder.")
-    option("--name", required=True, help="Its name in the results.")
-    option("--recordings", type=Path, required=True, help="Folder with the folders of the tasks.")
-    option("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    option("--methods", nargs="+", choices=[*METHODS, *CHOICES])
-    option("--steps", type=int, help="Training steps; default: the number of the task.")
-    option("--head_rate", type=float, help="Rate of all heads beside something trained; default: of the head alone.")
-    option("--seeds", type=int, help="Seeds after the choice of rates; default: those of the method.")
-    option("--no_bf16", action="store_true", help="Compute in float32, on a CPU that has no bfloat16.")
-    option("--processes", type=int, default=1, help="Trainings side by side.")
-    joined.add_argument("--json", type=Path, required=True, help="File for all results.")
+        kind.add_argument("--recordings", type=Path, required=True, help="Folder with the folders of the tasks.")
+        kind.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    run.add_argument("--model_name_or_path", required=True, help="A Whisper: Hub id or folder.")
+    run.add_argument("--methods", nargs="+", choices=[*METHODS, SEARCH], default=[*METHODS, SEARCH])
+    run.add_argument("--steps", type=int, help="Steps of the longest training; default: the number of the task.")
+    joined.add_argument("--json", type=Path, required=True, help="File for the results.")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
     args.do(args)
