@@ -24,7 +24,7 @@ from transformers import AutoModelForAudioClassification
 
 from peft_elp import recipes
 from peft_elp.recipes import option
-from peft_elp.speech.data import read_column
+from peft_elp.speech.data import find_column, read_column
 
 EMPTY_SLOT = "(none)"
 Answer = tuple[str, ...]  # the value of each column
@@ -34,7 +34,7 @@ Answer = tuple[str, ...]  # the value of each column
 class IntentArguments(recipes.DataArguments):
     """The recordings and their intents."""
 
-    label_column_name: str = option("label", "Column with the intent, where one column has it.")
+    label_column_name: str | None = option(None, "Column with the intent. Default: label, intent or command.")
     slot_column_names: list[str] = field(
         default_factory=list, metadata={"help": "The slots whose combination is the intent, instead of a label."}
     )
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # Data
     train = recipes.read_split(data_args, data_args.train_split_name, config, args.seed, data_args.max_train_samples)
     test = recipes.read_split(data_args, data_args.eval_split_name, config, args.seed, data_args.max_eval_samples)
-    columns = data_args.slot_column_names or [data_args.label_column_name]
+    columns = data_args.slot_column_names or [find_column(train, "label", data_args.label_column_name)]
     answers, test_answers = read_answers(train, columns), read_answers(test, columns)
     # A head is a group of columns that share classes: all columns, or one head per column.
     joint = data_args.slot_heads == "joint"
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # Train
     options = {"train_dataset": labelled(train, answers), "eval_dataset": validation, "compute_loss_func": loss}
     options["compute_metrics"] = lambda found: accuracies(validation_answers, answers_to(found.predictions), columns)
-    trainer = recipes.make_trainer(model, model_args, args, "ic", feature_extractor, **options)
+    trainer = recipes.make_trainer(model, model_args, args, "ic", feature_extractor, data_args=data_args, **options)
     test = labelled(test, test_answers)  # before the training, because it may be refused
     trainer.train_and_save()
 

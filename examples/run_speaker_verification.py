@@ -25,7 +25,7 @@ from transformers import AutoModelForAudioClassification, AutoModelForAudioXVect
 
 from peft_elp import recipes
 from peft_elp.recipes import option
-from peft_elp.speech.data import check_disjoint, label_names, read_column
+from peft_elp.speech.data import check_disjoint, find_column, label_names, read_column
 from peft_elp.speech.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
 from peft_elp.speech.plots import plot_det
 
@@ -36,7 +36,7 @@ MIN_CROP_S = 0.5  # SpecAugment and the context of an x-vector need it.
 class VerificationArguments(recipes.DataArguments):
     """The recordings, their speakers, and how two recordings are compared."""
 
-    label_column_name: str = option("speaker_id", "Column with the speaker.")
+    label_column_name: str | None = option(None, "Column with the speaker. Default: speaker or speaker_id.")
     head: str = option("mean", "How frames become an embedding.", choices=("mean", "xvector"))
     loss: str = option("amsoftmax", "Loss over the training speakers.", choices=("amsoftmax", "softmax"))
     margin: float = option(0.2, "Margin of AM-Softmax. Our choice: the published code has it off, and 0.4.")
@@ -81,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     feature_extractor = recipes.load_feature_extractor(model_args, data_args)
 
     # Data
-    column, top_k, most = data_args.label_column_name, data_args.s_norm_top_k, data_args.max_train_samples
+    top_k, most = data_args.s_norm_top_k, data_args.max_train_samples
     train = recipes.read_split(data_args, data_args.train_split_name, config, args.seed, most, **bounds)
     test = recipes.read_split(data_args, data_args.eval_split_name, config, args.seed)
+    column = find_column(train, "speaker", data_args.label_column_name)
     check_disjoint(train, test, column)
     test = recipes.limit_rows(test, data_args.max_eval_samples, args.seed)
     if top_k is not None and not 2 <= top_k <= len(train):
@@ -113,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = {"loss": data_args.loss, "margin": data_args.margin, "scale": data_args.scale}
     options |= {"crop_s": data_args.crop_length_in_seconds, "trainer_cls": recipes.SpeakerTrainer}
     rows = recipes.training_columns(train, labels)
-    trainer = recipes.make_trainer(model, model_args, args, "asv", feature_extractor, train_dataset=rows, **options)
+    trainer = recipes.make_trainer(
+        model, model_args, args, "asv", feature_extractor, data_args=data_args, train_dataset=rows, **options
+    )
     trainer.train_and_save()
 
     # Metric

@@ -21,14 +21,14 @@ from transformers import AutoModelForCTC, AutoTokenizer
 
 from peft_elp import recipes
 from peft_elp.recipes import option
-from peft_elp.speech.data import read_column
+from peft_elp.speech.data import find_column, read_column
 
 
 @dataclass
 class RecognitionArguments(recipes.DataArguments):
     """The recordings, their texts, and the decoder."""
 
-    text_column_name: str = option("text", "Column with the text.")
+    text_column_name: str | None = option(None, "Column with the text. Default: text, transcription or sentence.")
     do_lower_case: bool = option(True, "Put all text into lower case.")
     chars_to_ignore: str = option('.,?!;:"', "Characters that are removed from all text.")
     tokenizer_name_or_path: str | None = option(None, "A vocabulary. Default: the characters of the training text.")
@@ -42,6 +42,7 @@ class RecognitionArguments(recipes.DataArguments):
         None,
         "Recognise longer test recordings in overlapping pieces. Default: --max_duration_in_seconds refuses them.",
     )
+    on_long_audio: str = option("error", "Stop at a longer recording, or leave it out.", choices=("error", "skip"))
     validation_split_name: str | None = option(None, "Split that --eval_strategy evaluates on during training.")
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ def read_texts(dataset: Dataset, data_args: RecognitionArguments) -> list[str]:
     """
     ignored = re.escape(data_args.chars_to_ignore)
     texts = []
-    for raw in read_column(dataset, data_args.text_column_name):
+    for raw in read_column(dataset, find_column(dataset, "text", data_args.text_column_name)):
         text = " ".join((re.sub(f"[{ignored}]", "", raw) if ignored else raw).split())
         if not text:
             raise ValueError(f"Nothing is left of the text {raw!r} without --chars_to_ignore. Remove its recording.")

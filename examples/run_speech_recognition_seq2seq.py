@@ -21,14 +21,14 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoTokenizer
 
 from peft_elp import recipes
 from peft_elp.recipes import option
-from peft_elp.speech.data import read_column
+from peft_elp.speech.data import find_column, read_column
 
 
 @dataclass
 class RecognitionArguments(recipes.DataArguments):
     """The recordings, their texts, and the language."""
 
-    text_column_name: str = option("text", "Column with the text.")
+    text_column_name: str | None = option(None, "Column with the text. Default: text, transcription or sentence.")
     language: str | None = option(None, "Language of the text, such as 'de', for a multilingual Whisper.")
     task: str = option("transcribe", "What a multilingual Whisper writes.", choices=("transcribe", "translate"))
     chunk_length_in_seconds: float | None = option(
@@ -36,6 +36,7 @@ class RecognitionArguments(recipes.DataArguments):
         "Recognise longer test recordings in overlapping pieces. Default: --max_duration_in_seconds refuses them.",
     )
     measure_before: bool = option(True, "Also measure the test split before the training.")
+    on_long_audio: str = option("error", "Stop at a longer recording, or leave it out.", choices=("error", "skip"))
     validation_split_name: str | None = option(None, "Split that --eval_strategy evaluates on during training.")
 
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     most, most_test = data_args.max_train_samples, data_args.max_eval_samples
     train = recipes.read_split(data_args, data_args.train_split_name, config, seed, most)
     test = recipes.read_split(data_args, data_args.eval_split_name, config, seed, most_test, **bounds)
-    test_texts = read_column(test, data_args.text_column_name)
+    test_texts = read_column(test, find_column(test, "text", data_args.text_column_name))
     print(f"{len(train)} utterances in training, {len(test)} in test")
 
     # Model
@@ -62,13 +63,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     recipes.set_language(model, tokenizer, data_args.language, data_args.task)
 
     def labelled(dataset: Dataset) -> Dataset:
-        texts = read_column(dataset, data_args.text_column_name)
+        texts = read_column(dataset, find_column(dataset, "text", data_args.text_column_name))
         return recipes.training_columns(dataset, recipes.make_labels(model, tokenizer, texts))
 
     validation, validation_texts = None, []
     if (split := data_args.validation_split_name) is not None:
         rows = recipes.read_split(data_args, split, config, seed, most_test)
-        validation, validation_texts = labelled(rows), read_column(rows, data_args.text_column_name)
+        column = find_column(rows, "text", data_args.text_column_name)
+        validation, validation_texts = labelled(rows), read_column(rows, column)
 
     # Metric
     normalize = recipes.make_normalizer(tokenizer, "en" if data_args.task == "translate" else data_args.language)

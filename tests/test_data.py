@@ -18,6 +18,7 @@ from peft_elp.speech.audio import AudioError, decode
 from peft_elp.speech.data import (
     check_audio,
     check_disjoint,
+    find_column,
     from_rows,
     label_names,
     leave_one_group_out,
@@ -219,6 +220,25 @@ def test_a_local_split_is_read_in_every_layout(tmp_path, name):
     assert dataset["label"][:] == (["no", "yes"] if name == "labels" else ["yes", "no"])
     assert len(check_audio(dataset)) == 2
     refuses("'dev'", read_dataset, place, "dev")
+
+
+def test_a_folder_of_labels_alone_is_read_with_the_speakers_inside_them(tmp_path):
+    for name in ("calm/ann/1.wav", "calm/bob/1.wav", "angry/ann/2.wav"):
+        record(tmp_path / name)
+    dataset = read_dataset(tmp_path, None)
+    assert (dataset["label"][:], dataset["speaker"][:]) == (["angry", "calm", "calm"], ["ann", "ann", "bob"])
+    (tmp_path / "test").mkdir()
+    refuses("has no split None with recordings; it holds angry, calm, test", read_dataset, tmp_path, None)
+
+
+def test_the_column_of_labels_is_the_only_one_with_a_usual_name():
+    assert find_column(rows_of(emotion=["a"], text=["b"]), "label") == "emotion"
+    assert find_column(rows_of(emotion=["a"], label=["b"]), "label", "emotion") == "emotion"
+    refuses(
+        "Several columns may hold the label: label, emotion; the", find_column, rows_of(emotion=[], label=[]), "label"
+    )
+    refuses("No column holds the speaker; the data set has audio, text", find_column, rows_of(text=["a"]), "speaker")
+    refuses("There is no column 'mood'; the data set has", find_column, rows_of(label=["a"]), "label", "mood")
 
 
 def test_nothing_in_a_folder_of_labels_or_a_column_of_splits_is_passed_over(tmp_path):

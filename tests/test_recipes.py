@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +108,8 @@ def trained(encoder, data, tmp_path_factory):
             argv += ["--learning_rate", "1e-2", *words]
             if module is emotion and not {"--folds", "--eval_split_name"} & {*words}:
                 argv += ["--folds", 1]
+            if module in (emotion, intent) and (dataset / "metadata.csv").is_file():  # The table has both.
+                argv += ["--label_column_name", "emotion" if module is emotion else "label"]
             metrics = module.main([str(word) for word in argv])
             held = {"method", "seed", "train_steps", "trained_parameters_encoder", "trained_parameters_head"}
             assert held <= {*metrics}
@@ -540,6 +542,28 @@ def test_emotions_are_measured_on_one_speaker_after_the_other(trained):
     assert emotion.accuracies(["a", "a", "a", "b"], ["a", "a", "c", "b"]) == expected
 
 
+def test_emotions_are_read_from_folders_and_one_adapter_is_trained_on_all_of_them(trained, tmp_path):
+    for number in range(12):
+        (folder := tmp_path / ["calm", "angry"][number % 2] / "abc"[number // 4]).mkdir(parents=True, exist_ok=True)
+        record(folder / f"{number}.wav", 4_000, seed=number)
+    words = [*METHODS["head"], "--folds", "2"]
+    metrics, folder = trained(emotion, *ELP, "--folds", "2", "--final", dataset=tmp_path)
+    card = (folder / "final" / "README.md").read_text()
+    assert f"{metrics['eval_unweighted_accuracy']:.4g}" in card
+    assert "measured on a fold that it was not trained on: a, b" in card
+    assert len(SpeechAdapter.from_pretrained(folder / "final").classify(str(next(tmp_path.rglob("*.wav"))))) == 2
+    metrics, folder = trained(emotion, *words, "--measure_on", "validation", dataset=tmp_path)
+    assert metrics["eval_folds"] == "b, c"
+    assert {Path(row["file"]).parent.name for row in read(folder / "fold-b" / "predictions.csv")} == {"b"}
+
+
+def test_tables_of_answers_hold_no_cell_that_a_spreadsheet_would_run(trained):
+    _, folder = trained(recognition, *ELP)
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=folder), is_world_process_zero=lambda: True)
+    recipes.write_rows(trainer, "cells.csv", ["file", "text"], [("a.wav", "=1+1"), ("b.wav", -0.5)])
+    assert (folder / "cells.csv").read_text().split() == ["file,text", "a.wav,'=1+1", "b.wav,-0.5"]
+
+
 def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
     with pytest.warns(UserWarning, match="test speakers are in training as well"):
         metrics, _ = trained(emotion, *METHODS["head"], "--reference_split", "3")
@@ -563,7 +587,11 @@ def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
         (recognition, "--cache_dtype float32", "--cache_dtype is used only with --cache_features"),
         (recognition, "--method lora --e_dim 8", "--e_dim is used only with --method elp"),
         (recognition, "--decoder beam", "needs pyctcdecode"),
-        (recognition, "--max_duration_in_seconds 0.11", "9 of 16 recordings cannot be used: 9 too long"),
+        (
+            recognition,
+            "--max_duration_in_seconds 0.11",
+            "9 of 16 recordings are longer than 0.11 s, .*--on_long",
+        ),
         (recognition, "--method head --chunk_length_in_seconds 0.005", "must be long enough to overlap, got 0.005"),
         (verification, "--loss softmax --margin 0.1", "--margin is used only with --loss"),
         (verification, "--s_norm_top_k 5", "--s_norm_top_k is used only with --s_norm_cohort"),
@@ -713,11 +741,45 @@ def test_recordings_longer_than_the_window_are_refused_before_the_training(long,
     for number, split in enumerate(["train", "train", "test", "test"]):
         file = record(tmp_path / f"{number}.wav", 17_000 if split == long else 1_600, seed=number)
         rows.append({"file_name": file, "split": split, "label": "ab"[number % 2]})
-    with pytest.raises(ValueError, match="2 of 2 recordings cannot be used: 2 too long"):
+    with pytest.raises(ValueError, match=r"2 of 2 recordings are longer than 1 s, such as .*\.wav of 1\.062 s.*crop"):
         trained(intent, *ELP, "--model_name_or_path", whisper, dataset=write(tmp_path, rows))
     said = capsys.readouterr().out
-    assert "Recordings over 1 s are refused: the encoder reads a window of 1 s." in said
+    assert "The encoder reads at most 1 s; --on_long_audio is error." in said
     assert "Trained:" not in said
+
+
+@pytest.mark.parametrize("how", ["crop", "split", "skip"])
+@pytest.mark.parametrize("module", [verification, intent])
+def test_long_recordings_are_cropped_averaged_over_pieces_or_left_out(module, how, trained, whisper, tmp_path, capsys):
+    files = [record(tmp_path / f"{n}.wav", [8_000, 40_000][n % 3 == 0], seed=n) for n in range(16)]
+    rows = [{"file_name": file, "label": "ab"[n % 2], "speaker": n // 4} for n, file in enumerate(files)]
+    rows = [{**row, "split": ["train", "test"][n // 8]} for n, row in enumerate(rows)]
+    words = [*ELP, "--model_name_or_path", whisper, "--on_long_audio", how]
+    _, folder = trained(module, *words, dataset=write(tmp_path, rows))
+    assert f"recordings are longer than 1 s, such as {files[0]} of 2.5 s: {how}." in capsys.readouterr().out
+    count = 8 if how != "skip" else 5
+    adapter = SpeechAdapter.from_pretrained(folder, device="cpu")
+    adapter.model.float()
+    collate = recipes.Collator(adapter.feature_extractor, adapter.model, on_long_audio=how)
+
+    def answered(file):
+        batch = collate([{"audio": file}])
+        pieces = batch.pop("pieces", torch.tensor([1]))
+        assert pieces.tolist() == [3 if how == "split" and soundfile.info(file).frames > RATE_HZ else 1]
+        with torch.no_grad():
+            output = training.speaker_embeddings if module is verification else lambda m, **x: m(**x).logits
+            return output(adapter.model, **batch).mean(0)
+
+    if module is verification:
+        rows = read(folder / "scores.csv")
+        assert len(rows) == count * (count - 1) // 2
+        for row in rows[:4]:
+            score = torch.cosine_similarity(answered(row["file_a"]), answered(row["file_b"]), dim=0)
+            assert score.item() == pytest.approx(float(row["score"]), abs=1e-4)
+    else:
+        rows = read(folder / "predictions.csv")
+        assert len(rows) == count
+        assert [row["predicted_label"] for row in rows] == ["ab"[answered(row["file"]).argmax()] for row in rows]
 
 
 def test_a_decoded_entry_is_read_as_its_array_whatever_its_path():
@@ -733,7 +795,7 @@ def test_no_recording_is_cut_unnoticed():
     spectrogram = transformers.ASTFeatureExtractor(max_length=150, num_mel_bins=40)
     for extractor, window_s in ((transformers.WhisperFeatureExtractor(chunk_length=2), 2), (spectrogram, 1.5)):
         for crop_s, length_s in ((None, "3.0"), (2.5, "2.5")):
-            with pytest.raises(ValueError, match=rf"{length_s} s is longer than the {window_s} s that"):
+            with pytest.raises(ValueError, match=rf"{length_s} s, and the encoder reads at most {window_s} s"):
                 recipes.Collator(extractor, crop_s=crop_s)(rows)
 
 

@@ -115,8 +115,13 @@ class DataArguments:
     max_train_samples: int | None = option(None, "Train on this many recordings, drawn with --seed.")
     max_eval_samples: int | None = option(None, "Measure on this many recordings of a split, drawn with --seed.")
     min_duration_in_seconds: float = option(0.0, "Refuse shorter recordings.")
-    max_duration_in_seconds: float = option(20.0, "Refuse longer recordings.")
-    on_bad_audio: str = option("error", "Stop at a refused recording, or leave it out.", choices=("error", "skip"))
+    max_duration_in_seconds: float = option(20.0, "The longest recording, or the window of the encoder if shorter.")
+    on_bad_audio: str = option("error", "Stop at a bad recording, or leave it out.", choices=("error", "skip"))
+    on_long_audio: str = option(
+        "error",
+        "What to do with longer recordings: stop, leave them out, read only their beginning, or average over pieces.",
+        choices=("error", "skip", "crop", "split"),
+    )
 
     def durations(self) -> dict[str, Any]:
         """Return the bounds of durations, as `peft_elp.speech.data.check_audio` takes them."""

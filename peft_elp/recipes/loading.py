@@ -1,5 +1,6 @@
 """What a recipe loads: the pretrained encoder with the head of the task, and the splits of the data."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,10 +9,10 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.utils import logging
 
 from peft_elp import find_encoder, speed_up_frozen
+from peft_elp.backbones import window_s
 from peft_elp.speech.data import check_audio, read_dataset
 
 from .arguments import ModelArguments
-from .collator import window_s
 
 
 def load_config(model_name_or_path: str, **settings: Any) -> Any:
@@ -28,20 +29,36 @@ def load_config(model_name_or_path: str, **settings: Any) -> Any:
     return config
 
 
-def load_feature_extractor(model_args: ModelArguments, data_args: Any = None) -> Any:
-    """Load the feature extractor of an encoder, which pads to the shorter window where `--chunk_length` sets one.
+def load_feature_extractor(
+    model: ModelArguments | str, data_args: Any = None, *, longest_s: float | None = None
+) -> Any:
+    """Load the feature extractor of an encoder.
 
-    Where it cuts recordings to a window, `max_duration_in_seconds` of the data arguments is lowered to that: longer
-    recordings are then refused before the training.
+    Where it pads to a window, as Whisper's does, it also returns the mask of each recording's own frames, and the
+    window may be shorter; `ELPConfig(chunk_length=...)` takes the same number of seconds.
+
+    Args:
+        model: The model arguments, whose `--chunk_length` sets the window; or the name of the encoder.
+        data_args: The data arguments, whose `max_duration_in_seconds` is lowered to the window.
+        longest_s: Seconds of the longest recording, to which the window is cut, rounded up.
+
+    Examples:
+        >>> extractor = load_feature_extractor("openai/whisper-tiny", longest_s=2.4)  # doctest: +SKIP
+        >>> extractor.chunk_length  # doctest: +SKIP
+        3
     """
-    settings = {} if model_args.chunk_length is None else {"chunk_length": model_args.chunk_length}
-    feature_extractor = AutoFeatureExtractor.from_pretrained(model_args.model_name_or_path, **settings)
+    name, chunk_length = (model, None) if isinstance(model, str) else (model.model_name_or_path, model.chunk_length)
+    feature_extractor: Any = AutoFeatureExtractor.from_pretrained(name)
+    if longest_s is not None and math.ceil(longest_s) < window_s(feature_extractor):
+        chunk_length = math.ceil(longest_s)
     if hasattr(feature_extractor, "n_samples"):
+        if chunk_length is not None:
+            feature_extractor = AutoFeatureExtractor.from_pretrained(name, chunk_length=chunk_length)
         feature_extractor.return_attention_mask = True  # A head averages over a recording's own frames.
-    longest_s = window_s(feature_extractor)
-    if data_args is not None and longest_s < data_args.max_duration_in_seconds:
-        print(f"Recordings over {longest_s:g} s are refused: the encoder reads a window of {longest_s:g} s.")  # noqa: T201
-        data_args.max_duration_in_seconds = longest_s
+    window = window_s(feature_extractor)
+    if data_args is not None and window < data_args.max_duration_in_seconds:
+        print(f"The encoder reads at most {window:g} s; --on_long_audio is {data_args.on_long_audio}.")  # noqa: T201
+        data_args.max_duration_in_seconds = window
     return feature_extractor
 
 
@@ -85,7 +102,7 @@ def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
 def read_split(
     data_args: Any, split: str | None, config: Any, seed: int, max_samples: int | None = None, **bounds: Any
 ) -> Dataset:
-    """Read one split, and decode every recording once to check it.
+    """Read one split, and decode every recording once to check it; longer ones are as `--on_long_audio` says.
 
     Args:
         data_args: The data arguments, which name the data set.
@@ -101,7 +118,18 @@ def read_split(
     dataset = read_dataset(
         data_args.dataset_name, split, data_args.dataset_config_name, audio_column_name=data_args.audio_column_name
     )
-    return check_audio(limit_rows(dataset, max_samples, seed), config, **data_args.durations() | bounds)
+    bounds = data_args.durations() | bounds
+    longest_s = bounds.pop("max_duration_in_seconds")
+    dataset = check_audio(limit_rows(dataset, max_samples, seed), config, **bounds)
+    longer = [] if longest_s is None else [i for i, x in enumerate(dataset["duration_s"]) if x > longest_s]
+    if longer:
+        durations = f"{len(longer)} of {len(dataset)} recordings are longer than {longest_s:g} s"
+        first = dataset[longer[0]]
+        durations += f", such as {first['audio']['path']} of {first['duration_s']:.4g} s"
+        if data_args.on_long_audio == "error" or (len(longer) == len(dataset) and data_args.on_long_audio == "skip"):
+            raise ValueError(f"{durations}. Choose what to do with --on_long_audio: crop, split or skip.")
+        print(f"{durations}: {data_args.on_long_audio}.")  # noqa: T201
+    return dataset.select(sorted({*range(len(dataset))} - {*longer})) if data_args.on_long_audio == "skip" else dataset
 
 
 def limit_rows(dataset: Dataset, max_samples: int | None, seed: int) -> Dataset:

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from peft_elp.saved.card import describe
 from peft_elp.speech.plots import plot_layer_weights
+from peft_elp.wording import spreadsheet_cell
 
 from .arguments import ModelArguments
 from .methods import count_trained, has_elp
@@ -22,7 +23,7 @@ def write_rows(trainer: Trainer, name: str, columns: Sequence[str], rows: Iterab
     """Write a `.csv` file with a header into the output folder of a trainer, once for all processes."""
     if trainer.is_world_process_zero():
         with Path(trainer.args.output_dir or ".", name).open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
+            csv.writer(file).writerows([spreadsheet_cell(cell) for cell in row] for row in (columns, *rows))
 
 
 def save_results(
@@ -66,6 +67,7 @@ def save_results(
             metrics=results,
             protocol=f"{protocol} Trained for {metrics['train_steps']} steps of {batch_size} utterances.",
             seed=args.seed,
+            training={"epochs": args.num_train_epochs, **{f"rate of {part}": x for part, x in trainer.rates.items()}},
         )
     trainer.save_model()
     trainer.save_state()

@@ -19,7 +19,7 @@ from .rates import learning_rates, schedule_factors
 
 
 class RecipeTrainer(Trainer):
-    """A `Trainer` with a learning rate for each part, whose predictions keep the order of the rows.
+    """A `Trainer` with a learning rate for each part, whose predictions keep the order of the data set.
 
     Where the encoder or the head reads the padding of a batch, recordings are evaluated one at a time, as
     `SpeechAdapter` does. The first training step checks that every trained parameter of an adapter gets a gradient.
@@ -62,12 +62,26 @@ class RecipeTrainer(Trainer):
         self.save_model()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args[1].pop("pieces", None)
         loss = super().training_step(*args, **kwargs)
         if self.unchecked:
             assert self.model is not None
             check_gradients(self.model)
             self.unchecked = False
         return loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        pieces = inputs.pop("pieces", None)
+        loss, answers, labels = self.answer(model, inputs, *args, **kwargs)
+        if pieces is not None:  # Answers are averaged over the pieces of a recording.
+            if answers is not None:
+                answers = torch.stack([piece.mean(0) for piece in answers.split(pieces.tolist())])
+            labels = labels if labels is None else labels[pieces.cumsum(0) - 1]
+        return loss, answers, labels
+
+    def answer(self, *args: Any, **kwargs: Any) -> Any:
+        """Return loss, answers and labels of a batch, one for each piece of a recording."""
+        return super().prediction_step(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None:
@@ -107,6 +121,13 @@ class RecipeTrainer(Trainer):
     get_test_dataloader: Any = get_eval_dataloader
 
 
+def long_audio(data_args: Any) -> dict[str, Any]:
+    """Return the options of `Collator` that `--on_long_audio` sets."""
+    if data_args is None or data_args.on_long_audio not in ("crop", "split"):
+        return {}
+    return {"on_long_audio": data_args.on_long_audio, "longest_s": data_args.max_duration_in_seconds}
+
+
 def make_trainer(
     model: PreTrainedModel,
     model_args: ModelArguments,
@@ -114,6 +135,7 @@ def make_trainer(
     task: str,
     feature_extractor: Any,
     trainer_cls: type[RecipeTrainer] = RecipeTrainer,
+    data_args: Any = None,
     **options: Any,
 ) -> Any:
     """Adapt a model by `--method` and make its trainer; prints the trained parameters and their rates.
@@ -127,6 +149,7 @@ def make_trainer(
         task: "asr", "asv", "er" or "ic", as in `peft_elp.published_rates`.
         feature_extractor: The feature extractor, which is saved with the adapter.
         trainer_cls: `RecipeTrainer` or a subclass.
+        data_args: The data arguments, which tell what to do with long recordings. None: they are refused.
         options: Further arguments of the trainer, such as `train_dataset`.
 
     Raises:
@@ -135,16 +158,18 @@ def make_trainer(
     adapted = adapt(model, model_args)
     rates = learning_rates(adapted, model_args, args, task)
     print(f"Trained: {count_trained(adapted)}, at rates {rates}")  # noqa: T201
-    collate: Any = Collator(feature_extractor, adapted)
+    collate: Any = Collator(feature_extractor, adapted, **long_audio(data_args))
     if model_args.cache_features is not None:
         if options.get("crop_s") is not None:
             raise ValueError("--cache_features needs whole recordings. Remove it, or --crop_length_in_seconds.")
+        if collate.on_long_audio == "split":
+            raise ValueError("--cache_features takes no pieces of recordings. Choose another --on_long_audio.")
         if getattr(adapted.config, "apply_spec_augment", False):
             print("SpecAugment is off: cached features are not masked.")  # noqa: T201
             adapted.config.apply_spec_augment = False
         cache = FeatureCache(adapted, model_args.cache_features, getattr(torch, model_args.cache_dtype))
         options["train_dataset"], whole = cache.read(options["train_dataset"], collate), collate
-        collate = lambda rows: cache.collate(rows) if CACHED in rows[0] else whole(rows)  # noqa: E731
+        collate = lambda examples: cache.collate(examples) if CACHED in examples[0] else whole(examples)  # noqa: E731
     options |= {"data_collator": collate, "processing_class": feature_extractor, "rates": rates}
     factors = schedule_factors(adapted, task) if model_args.published_schedule else None
     return trainer_cls(adapted, args, factors=factors, **options)

@@ -16,7 +16,7 @@ from peft_elp.speech.speakers import speaker_embeddings
 
 from .collator import Collator
 from .methods import get_base_model
-from .trainer import RecipeTrainer
+from .trainer import RecipeTrainer, long_audio
 
 MAX_PAIRS = 1_000_000
 
@@ -50,7 +50,7 @@ class SpeakerTrainer(RecipeTrainer):
         if loss == "amsoftmax" and not self.has_x_vector:
             get_base_model(self.model).classifier.bias.requires_grad_(False)  # Angles have no bias.
         if crop_s is not None:
-            self.data_collator = Collator(self.processing_class, self.model, crop_s)
+            self.data_collator = Collator(self.processing_class, self.model, crop_s=crop_s)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -71,7 +71,7 @@ class SpeakerTrainer(RecipeTrainer):
         loss = cross_entropy(scores, labels, reduction="sum") / (num_items_in_batch or len(labels))
         return (loss, {"loss": loss, "embeddings": embeddings}) if return_outputs else loss
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def answer(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         labels = inputs.pop("labels", None)
         with torch.no_grad():
             return None, speaker_embeddings(model, **inputs), labels
@@ -125,4 +125,5 @@ def read_pairs(data_args: Any, train: Dataset, test: Dataset, config: Any) -> tu
             f"{others[0]}. Their speakers may be in training, which cannot be checked.",
             stacklevel=2,
         )
-    return trials, check_audio(from_rows([{"audio": file} for file in files]), config, **data_args.durations())
+    bounds = data_args.durations() | ({"max_duration_in_seconds": None} if long_audio(data_args) else {})
+    return trials, check_audio(from_rows([{"audio": file} for file in files]), config, **bounds)

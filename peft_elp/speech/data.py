@@ -29,6 +29,13 @@ except ImportError as error:
     ) from error
 
 AUDIO_COLUMNS = ("file_name", "audio", "path", "file")
+# Usual names of the other columns, ours first.
+COLUMNS = {
+    "label": ("label", "emotion", "intent", "class", "command", "keyword", "category"),
+    "speaker": ("speaker", "speaker_id", "client_id"),
+    "text": ("text", "transcription", "sentence"),
+}
+SPLITS = ("train", "validation", "valid", "dev", "test")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 FINDINGS = Features(
     {"reason": Value("string"), "detail": Value("string"), "duration_s": Value("float64"), "rate_hz": Value("int64")}
@@ -53,7 +60,7 @@ def read_dataset(
         name: A Hub id; a folder with `<split>/metadata.csv`, `<split>/<label>/*.wav` (which gives a column `label`),
             `<split>.csv` or Parquet files; or a table with a column `split`, `<name>` itself or `<name>/metadata.csv`.
             A table is a `.csv`, `.tsv` or `.jsonl` file with paths relative to its folder; only JSON has types.
-        split: The name of the split; None takes all rows of a single table.
+        split: The name of the split; None takes all of a single table or of `<name>/<label>/*.wav`.
         config_name: The configuration of a Hub data set.
         audio_column_name: The column of the recordings. None takes a column of type `Audio`, or else the first of
             `file_name`, `audio`, `path` and `file`.
@@ -237,6 +244,27 @@ def read_column(dataset: Dataset, column: str) -> list[str]:
     return texts
 
 
+def find_column(dataset: Dataset, kind: Literal["label", "speaker", "text"], wanted: str | None = None) -> str:
+    """Return the column with the labels, speakers or texts: the one that is wanted, or the only one with a usual name.
+
+    Raises:
+        ValueError: There is no such column, or there are several.
+
+    Examples:
+        >>> find_column(from_rows([{"path": "a.wav", "emotion": "calm"}]), "label")
+        'emotion'
+    """
+    found = [name for name in ([wanted] if wanted else COLUMNS[kind]) if name in dataset.column_names]
+    if len(found) == 1:
+        return found[0]
+    problem = f"Several columns may hold the {kind}: {', '.join(found)}" if found else f"No column holds the {kind}"
+    problem = f"There is no column {wanted!r}" if wanted else problem
+    raise ValueError(
+        f"{problem}; the data set has {', '.join(dataset.column_names)}. Name it, in a recipe with "
+        "--label_column_name, --group_column_name or --text_column_name."
+    )
+
+
 def label_names(train: Dataset, *others: Dataset, column: str = "label") -> list[str]:
     """Return the names of the classes in the training data, sorted.
 
@@ -342,7 +370,10 @@ def _local_rows(place: Path, split: str | None) -> tuple[list[dict[str, Any]], P
             return labelled, place / split
     table = place if place.is_file() else _find_table(place / "metadata")
     if table is None:
-        return None
+        if split or any((place / name).exists() or _find_table(place / name) for name in SPLITS):
+            return None
+        labelled = [] if next(place.rglob("*.parquet"), None) else _labelled_files(place)
+        return (labelled, place) if labelled else None
     rows = read_table(table)
     if split is not None:
         splits = [str(row.get("split") or "").strip() for row in rows]
@@ -356,13 +387,21 @@ def _local_rows(place: Path, split: str | None) -> tuple[list[dict[str, Any]], P
 
 
 def _labelled_files(folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each file in `<folder>/<label>/` that is neither hidden nor text; `check_audio` reads it."""
+    """Return an example for each file in `<folder>/<label>/` that is neither hidden nor text; `check_audio` reads it.
+
+    Files that all lie in `<label>/<speaker>/` have a speaker as well.
+    """
     inside = map(Path, sorted(glob.glob("**/*", root_dir=folder, recursive=True)))  # follows links, dangling ones too
     files = [file for file in inside if file.suffix and not (folder / file).is_dir() and not _is_text(file)]
     loose = [str(file) for file in files if len(file.parts) == 1]
     if loose and len(loose) < len(files):
         raise ValueError(f"{len(loose)} files of {folder} are not in the folder of a label.{_listed(loose)}")
-    return [] if loose else [{"audio": str(file), "label": file.parts[0]} for file in files]
+    if loose:
+        return []
+    inner = "speaker" if all(len(file.parts) == 3 for file in files) else None
+    return [
+        {"audio": str(file), "label": file.parts[0], **({inner: file.parts[1]} if inner else {})} for file in files
+    ]
 
 
 def _is_text(file: Path) -> bool:
