@@ -44,7 +44,7 @@ WHEN = {
         r"test_(inference|starts)\.py::test_(how_many|whisper_|a_fresh_adapter_costs)",
         r"test_automl\.py::test_(a_killed_search|a_thousand|processes_side_by_side|the_same_seed)",
         r"test_(check|serve)\.py::test_(a_thousand|a_replica|openais_client|the_command|voices)",
-        r"test_docs\.py::test_(the_blocks|an_error|the_page|every_model|no_model)",
+        r"test_docs\.py::test_(the_blocks|a_page_runs|an_error|the_page|every_model|no_model)",
         r"conformance/.*\[.*(LoRA|hubert-bare|wavlm-classification)",
     ],
 }

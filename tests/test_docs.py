@@ -42,6 +42,13 @@ def test_the_blocks_of_a_page_run_in_order(page, there, belongings, tmp_path):
     assert counts.get("skipped", 0) == len(pages.reasons(page)), "a block that is not run needs a reason"
 
 
+@pytest.mark.parametrize("name", ["own-recordings", "train-with-trainer", "feature-cache", "serving"])
+def test_a_page_runs_with_whisper_by_changing_one_line(name, there, belongings, tmp_path):
+    page = f"docs/how-to/{name}.md"
+    assert (ROOT / page).read_text(encoding="utf-8").count(f'"{pages.BASE}"') == 1
+    there(pages.run, page, str(pages.copy(belongings, tmp_path / "page")), "openai/whisper-tiny.en")
+
+
 @pytest.mark.parametrize("page", pages.PAGES)
 def test_code_on_a_page_fits_its_width(page):
     text = (ROOT / page).read_text(encoding="utf-8")
