@@ -42,7 +42,7 @@ def test_the_blocks_of_a_page_run_in_order(page, there, belongings, tmp_path):
     assert counts.get("skipped", 0) == len(pages.reasons(page)), "a block that is not run needs a reason"
 
 
-@pytest.mark.parametrize("name", ["own-recordings", "train-with-trainer", "feature-cache", "serving"])
+@pytest.mark.parametrize("name", ["own-recordings", "train-with-trainer", "feature-cache"])
 def test_a_page_runs_with_whisper_by_changing_one_line(name, there, belongings, tmp_path):
     page = f"docs/how-to/{name}.md"
     assert (ROOT / page).read_text(encoding="utf-8").count(f'"{pages.BASE}"') == 1

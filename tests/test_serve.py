@@ -1,6 +1,7 @@
 """Many adapters behind one engine and one server: each answer is the one that the adapter gives alone."""
 
 import base64
+import os
 import random
 import shutil
 import signal
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -340,3 +342,37 @@ def until_up(client, process):
         except httpx.HTTPError:
             time.sleep(0.1)
     raise TimeoutError("The server did not start.")
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray uses its own deprecated settings, and leaves files open.
+def test_a_replica_that_is_killed_is_replaced_and_every_request_has_a_status(saved, monkeypatch):
+    ray = pytest.importorskip("ray")
+    serve = pytest.importorskip("ray.serve")
+    from peft_elp.serving.run import deployment
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # Else Ray writes a token into the home folder.
+    name = "wavlmForSequenceClassification1"
+    engine = {"adapters": {name: str(saved.folder / name)}, "device": "cpu"}
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}})
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+        serve.run(deployment({"engine": engine, "replicas": 2}), route_prefix="/")
+        with httpx.Client(base_url="http://127.0.0.1:8765", timeout=60) as client, ThreadPoolExecutor(4) as pool:
+            coming = [pool.submit(post, client, "/classify", saved.files[0], model=name) for _ in range(40)]
+            replicas = [one for one in psutil.process_iter(["cmdline"]) if is_replica(one)]
+            replicas[0].kill()
+            found = [answer.result() for answer in coming]
+            assert {answer.status_code for answer in found} <= {200, 500, 503}
+            right = SpeechAdapter.from_pretrained(saved.folder / name, device="cpu").classify(saved.files[0])
+            good = [answer.json()["labels"] for answer in found if answer.status_code == 200]
+            assert len(good) >= 20
+            for labels in good:
+                assert_same(labels, right)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def is_replica(process):
+    mine = os.getpid() in [parent.pid for parent in process.parents()]
+    return mine and any("ServeReplica" in word for word in process.info["cmdline"] or ())
