@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -40,7 +41,7 @@ SERVER = "import sys; from peft_elp_command import main; sys.exit(main(sys.argv[
 
 def save_adapters(base: str, folder: Path, count: int, clip_s: float) -> list[str]:
     model = AutoModelForAudioClassification.from_pretrained(base, num_labels=4)
-    window = {"chunk_length": round(clip_s)} if has_fixed_window(model) else {}
+    window: dict[str, Any] = {"chunk_length": round(clip_s)} if has_fixed_window(model) else {}
     adapted = get_peft_model(model, ELPConfig(**window))
     names = [f"adapter{number}" for number in range(count)]
     for name in names:

@@ -209,7 +209,8 @@ class _Task:
         adapter._check(self.task)
         if self.task != "classify":
             return
-        self.names = sorted(map(str, adapter.model.get_base_model().config.id2label.values()))
+        base: Any = adapter.model.get_base_model()
+        self.names = sorted(map(str, base.config.id2label.values()))
         if unknown := sorted(set(self.right) - set(self.names)):
             raise ValueError(
                 f"{len(unknown)} classes of the recordings are unknown to the adapter in "
@@ -230,8 +231,8 @@ class _Task:
 
     def compare(self, own: NDArray[Any], beside: NDArray[Any]) -> dict[str, Any]:
         if self.task == "verify":
-            cosines = [cosines_of(torch.tensor(one)) for one in (own, beside)]
-            return compare(of_voices(self.right), *cosines, "eer", self.right, self.seed, DRAWS_OF_PAIRS)
+            voices, others = cosines_of(torch.tensor(own)), cosines_of(torch.tensor(beside))
+            return compare(of_voices(self.right), voices, others, "eer", self.right, self.seed, DRAWS_OF_PAIRS)
         if self.task == "transcribe":
             return compare(of_texts, own, beside, "wer", self.speakers, self.seed)
         measure = of_classes(self._numbers(), len(self.names))

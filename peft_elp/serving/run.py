@@ -71,7 +71,7 @@ def deployment(arguments: Mapping[str, Any]) -> Any:
         return make_app(Engine(**engine), limits, os.environ.get(API_KEY))
 
     gpus = arguments.get("gpus", 0)
-    return ray_serve.deployment(
+    made: Any = ray_serve.deployment(
         ray_serve.ingress(build)(),
         name="peft_elp",
         num_replicas=arguments.get("replicas", 1),
@@ -79,7 +79,8 @@ def deployment(arguments: Mapping[str, Any]) -> Any:
         max_ongoing_requests=limits.queue,
         max_queued_requests=limits.queue,
         graceful_shutdown_timeout_s=limits.timeout_s,
-    ).bind()
+    )
+    return made.bind()
 
 
 def _warn_if_open(host: str) -> None:
