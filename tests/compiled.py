@@ -9,8 +9,10 @@ import threading
 
 import pytest
 import torch
+import transformers
 from backbones import ELP, adapted, answer, call, result, shaken, waveforms
 from families import FAMILIES, cases
+from packaging.version import Version
 from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -317,3 +319,34 @@ def test_onnx_runtime_gives_the_same_for_any_length_and_batch_size(family, head,
         inputs = wave(lengths, padded)
         (logits,) = session.run(["logits"], {name: x.numpy() for name, x in inputs.items()})
         close(torch.from_numpy(logits), answer(model, **inputs), atol=1e-4, rtol=1e-4)
+
+
+# Own frames ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="the head may pass on no mask")
+@pytest.mark.parametrize("how", ["compiled", "exported", "onnx"])
+@pytest.mark.parametrize("letters", ["L", "ELP"])
+def test_a_mean_over_own_frames_stays_one(letters, how, tmp_path):
+    model = of_family("whisper-classification", adapters=letters, train_layer_norms=letters != "L").get_base_model()
+    features = FAMILIES["whisper-classification"].inputs["input_features"]
+    batch, _, steps = features.shape
+    masks = [(torch.arange(steps) < torch.tensor(own)[:, None]).long() for own in ([steps] * batch, [8] * batch)]
+    inputs, other = ({"input_features": features, "attention_mask": mask} for mask in masks)
+    expected = answer(model, **other)
+    assert not torch.allclose(expected, answer(model, **inputs), atol=1e-4)
+    if how == "compiled":
+        compiled = traced(model)
+        answer(compiled, **inputs)
+        close(answer(compiled, **other), expected)
+    elif how == "exported":
+        with torch.no_grad():
+            close(answer(export(model, (), inputs, strict=False).module(), **other), expected)
+    else:
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        with torch.no_grad():
+            torch.onnx.export(model, (), tmp_path / "model.onnx", kwargs=inputs, input_names=list(inputs), dynamo=True)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        (logits, *_) = session.run(None, {name: x.numpy() for name, x in other.items()})
+        close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)

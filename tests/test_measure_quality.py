@@ -90,7 +90,7 @@ def result(rate, fold=0, tested_on="test", task="orders", validation=0.0, **test
 def test_a_grid_is_trained_once_and_reported(encoder, recordings, tmp_path, monkeypatch):
     words = ["run", "--model_name_or_path", str(encoder), "--recordings", str(recordings), "--steps", "1"]
     words += ["--output_dir", str(tmp_path), "--methods"]
-    methods = [common.HEAD, common.SUM, "E+L", common.LORA]
+    methods = [common.HEAD, common.SUM, "E+L", quality.LORA]
     quality.main([*words, *methods])
     monkeypatch.setattr(quality.Grid, "train", lambda *_: pytest.fail("It was trained again."))
     quality.main([*words, *methods])
@@ -112,7 +112,7 @@ def test_a_grid_is_trained_once_and_reported(encoder, recordings, tmp_path, monk
     right = {row["task"]: row["test"] for row in measured["methods"] if row["method"] == common.SEARCH}
     assert right["emotions"] == 50
     compared = {(row["task"], row["method"], row["minus"]) for row in measured["compared"]}
-    assert ("voices", "E+L", common.LORA) in compared
+    assert ("voices", "E+L", quality.LORA) in compared
 
     page.write_text(
         "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in report_quality.REPORTS) + "rest"

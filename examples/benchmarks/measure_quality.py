@@ -28,7 +28,8 @@ import common
 import numpy as np
 import soundfile
 import torch
-from common import FULL, HEAD, L_ONLY, LORA, SEARCH, SUM, Row
+from common import FULL, HEAD, L_ONLY, SEARCH, SUM, Row
+from common import SOME_LORA as LORA
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, normalize, one_hot
@@ -441,6 +442,7 @@ class Bootstrap:
 
     def voices(self, scores: np.ndarray) -> np.ndarray:
         """Return equal error rates, with each trial as often as both of its recordings."""
+        assert self.data.trials is not None
         labels, pairs = common.read_pairs(self.data.trials)
         place, order = {name: i for i, name in enumerate(self.blocks[0])}, np.argsort(scores)
         sides = np.array([[place[Path(file).name] for file in pair] for pair in pairs])[order]
