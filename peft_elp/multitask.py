@@ -118,7 +118,8 @@ def share_tensors(encoder: Encoder, other: Encoder, task: str, other_task: str) 
         )
     for name, (module, attribute, _) in replaced.items():
         holder, held, tensor = kept[name]
-        (module._parameters if held in holder._parameters else module._buffers)[attribute] = tensor
+        tensors: dict[str, Any] = module._parameters if held in holder._parameters else module._buffers
+        tensors[attribute] = tensor
 
 
 def _backbone_tensors(backbone: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:

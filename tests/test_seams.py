@@ -98,7 +98,7 @@ def test_peft_types_are_an_enumeration_of_strings_that_takes_a_further_member_an
     names = ["_member_names_", "_member_map_", "_value2member_map_"]
     names += ["_hashable_values_"] * (sys.version_info >= (3, 13))
     assert all(hasattr(PeftType, name) for name in names)
-    assert all(hasattr(elp, name) for name in ("_name_", "_value_", "_sort_order_"))
+    assert all(hasattr(elp, name) for name in ("_name_", "_value_"))
 
 
 def test_a_peft_model_passes_its_tuner_a_dictionary_and_injection_passes_a_configuration(monkeypatch):
@@ -301,6 +301,13 @@ def test_trainer_asks_an_attribute_whether_the_model_takes_the_number_of_items(t
     assert hasattr(transformers.Trainer(build("hubert"), arguments), "model_accepts_loss_kwargs")
 
 
+def test_the_pipeline_of_recognition_says_with_how_many_beams_it_searches():
+    """Mend _beams in serving/engine.py."""
+    pipeline = transformers.AutomaticSpeechRecognitionPipeline
+    default = pipeline._default_generation_config
+    assert default is None or default.num_beams is None or default.num_beams >= 1
+
+
 def test_transformers_tells_what_a_call_reports():
     """Mend _transformers_collects in call/reports.py."""
     capturing = getattr(transformers.utils, "output_capturing", None)
@@ -382,7 +389,7 @@ def private_names() -> dict[str, str]:
     used, defined = {}, set()
     for file in sorted(Path(peft_elp.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 defined.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 defined.add(node.id)

@@ -34,7 +34,6 @@ def _add_member(name: str) -> None:
     member._name_ = name
     member._value_ = name
     member.__objclass__ = PeftType  # pyright: ignore[reportAttributeAccessIssue]
-    member._sort_order_ = len(PeftType.__members__)  # pyright: ignore[reportAttributeAccessIssue]
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
