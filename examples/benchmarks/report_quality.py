@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _, end, after = after.partition("<!-- end -->")
             page = f"{before}{mark}{make(measured)}\n{end}{after}"
     if args.plot:
-        draw_quality(measured).savefig(args.plot)
+        draw_quality(measured).savefig(args.plot, transparent=True)
     args.page.write_text(page, encoding="utf-8")
 
 
