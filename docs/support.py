@@ -57,7 +57,11 @@ TRAINED = {
     "SpeechEncoderDecoderModel",
     "SpeechT5ForSpeechToSpeech",
 }
-BEFORE = """# Supported encoders
+BEFORE = """---
+hide: [toc]
+---
+
+# Supported encoders
 
 Written by `python docs/support.py` from what the code does, for Transformers {version}. An encoder is found by the
 class of the stack that runs its layers, wherever in a model it sits.
