@@ -52,9 +52,10 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "letters.json").unlink()
 
 
-def save_whisper(folder: Path) -> Path:
-    """A checkpoint in float16, as published ones are, for windows of one second, with a tokenizer of letters."""
-    sizes = {"d_model": 16, "vocab_size": 15, "num_mel_bins": 8, "max_source_positions": 50, "init_std": 0.4}
+def save_whisper(folder: Path, window_s: int = 1) -> Path:
+    """A checkpoint in float16, as published ones are, for short windows, with a tokenizer of letters."""
+    sizes = {"d_model": 16, "vocab_size": 15, "num_mel_bins": 8, "init_std": 0.4}
+    sizes["max_source_positions"] = 50 * window_s
     for part in ("encoder", "decoder"):
         sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
     tokens = {"pad_token_id": 12, "eos_token_id": 12, "bos_token_id": 14, "decoder_start_token_id": 14}
@@ -64,7 +65,7 @@ def save_whisper(folder: Path) -> Path:
     )
     model.generation_config.update(max_new_tokens=12)
     model.half().save_pretrained(folder)
-    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=window_s).save_pretrained(folder)
     symbols = [*"abdegilmno", "\u0120", "t", "<|endoftext|>", "<|notimestamps|>", "<|startoftranscript|>"]
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
     special = {"bos_token": symbols[-1], "eos_token": symbols[12], "pad_token": symbols[12], "unk_token": symbols[12]}
