@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from peft_elp.saved.folder import is_hub_id
 from peft_elp.speech.audio import AudioError, read_audio
-from peft_elp.speech.data import TABLE_SUFFIXES, read_column, read_dataset
+from peft_elp.speech.data import COLUMNS, TABLE_SUFFIXES, read_column, read_dataset
 from peft_elp.speech.inference import MAX_DURATION_S
 from peft_elp.wording import first_line, shortened
 
@@ -32,9 +32,6 @@ SPLITS = {
     "test": ("test", "eval"),
 }
 KNOWN_SPLITS = {name: split for split, names in SPLITS.items() for name in names}
-LABELS = ("label", "emotion", "intent", "class", "command", "keyword", "category")
-SPEAKERS = ("speaker", "speaker_id", "client_id")
-TEXTS = ("text", "transcription", "sentence")
 FEW = 10  # clips of a class
 QUIET = 1e-3  # root mean square below which a recording holds nothing to learn from
 IMBALANCE = 10  # the commonest class against the rarest
@@ -238,10 +235,10 @@ def _columns(
     def find(names: Sequence[str]) -> str | None:
         return next((name for name in names if name in filled and name != label), None)
 
-    who = speaker or find(SPEAKERS)
+    who = speaker or find(COLUMNS["speaker"])
     found = {
-        "classify": label or find(LABELS),
-        "transcribe": label or find(TEXTS),
+        "classify": label or find(COLUMNS["label"]),
+        "transcribe": label or find(COLUMNS["text"]),
         "verify": label or who or find(["label"]),
     }
     task = task or next((task for task, column in found.items() if column), "classify")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Shares = Sequence[tuple[int, float]]
+INK = "#808080"  # can be read on light and on dark pages
 
 
 def layer_weights(model: nn.Module, adapter_name: str = "default") -> list[tuple[int, float]]:
@@ -79,7 +80,7 @@ def plot_layer_weights(adapters: Mapping[str, nn.Module | Shares]) -> Figure:
         axes.bar([number + left for number in points], list(points.values()), width, align="edge", label=label)
     axes.set(xlabel="layer", ylabel="layer weight", xticks=numbers)
     axes.legend()
-    return figure
+    return _legible(figure)
 
 
 def plot_confusion(labels: Sequence[str], predictions: Sequence[str]) -> Figure:
@@ -101,7 +102,7 @@ def plot_confusion(labels: Sequence[str], predictions: Sequence[str]) -> Figure:
     from sklearn.metrics import ConfusionMatrixDisplay
 
     ConfusionMatrixDisplay.from_predictions(labels, predictions, ax=figure.subplots(), xticks_rotation="vertical")
-    return figure
+    return _legible(figure)
 
 
 def plot_det(systems: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
@@ -124,7 +125,7 @@ def plot_det(systems: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
     axes = figure.subplots()
     for name, (labels, scores) in systems.items():
         DetCurveDisplay.from_predictions(labels, scores, name=name, ax=axes)
-    return figure
+    return _legible(figure)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -132,4 +133,18 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'peft-elp[recipes]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
+
+
+def _legible(figure: Figure) -> Figure:
+    """Draw in grey what is not data, without a background, for light and for dark pages."""
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.spines[:].set_color(INK)
+        axes.tick_params(colors=INK)
+        legend = axes.get_legend()
+        for text in (axes.xaxis.label, axes.yaxis.label, *(legend.get_texts() if legend else ())):
+            text.set_color(INK)
+        if legend:
+            legend.set_frame_on(False)
+    return figure
