@@ -365,7 +365,7 @@ def train(
     speaker: Annotated[str | None, _option("Data", "The column of the speakers. Default: found by its name.")] = None,
     check_only: Annotated[bool, _option("Data", "Look at the recordings and stop.", "--check-only")] = False,
     skip_bad: Annotated[bool, _option("Data", "Leave out recordings that cannot be read.", "--skip-bad")] = False,
-    on_long_audio: Annotated[str, _option("Data", "error, or skip recordings beyond the encoder's window.")] = "error",
+    on_long_audio: Annotated[str, _option("Data", "Beyond the encoder's window: error, skip or crop.")] = "error",
     minutes: Annotated[float, _option("Search", "How long to search.")] = 10,
     trials: Annotated[int | None, _option("Search", "How many candidates at most. Default: as time allows.")] = None,
     jobs: Annotated[int, _option("Search", "How many processes search side by side.")] = 1,

@@ -3,11 +3,11 @@
 import csv
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jiwer
@@ -279,20 +279,41 @@ def test_texts_are_trained_measured_before_and_after_and_written_by_the_adapter(
     assert "a bad dog" in (trained.folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_ctrl_c_ends_a_training_on_recordings_and_keeps_its_best_epoch(bases, tmp_path, monkeypatch):
-    measured = transcribe.of_texts
-
-    def interrupted(*arguments):
-        signal.raise_signal(signal.SIGINT)
-        return measured(*arguments)
-
+@pytest.fixture
+def training_of_texts(bases, tmp_path, monkeypatch):
+    """Trains on texts; a function is called where an epoch is measured."""
     recordings = table(tmp_path / "recordings", {"a bad dog": 300, "no lid": 2000})
     (recordings / "metadata.csv").write_text((recordings / "metadata.csv").read_text().replace("label", "text"))
-    monkeypatch.setattr(transcribe, "of_texts", interrupted)
+    measured = transcribe.of_texts
     monkeypatch.setattr(transcribe, "compare", lambda _, *answers: report.compare(measured, *answers))
-    trained = run(recordings, bases["wav2vec2"], tmp_path / "adapter")
-    assert len(trained.report.facts["curve"]) == 2
+
+    def start(meanwhile):
+        monkeypatch.setattr(transcribe, "of_texts", lambda *answers: meanwhile() or measured(*answers))
+        return run(recordings, bases["wav2vec2"], tmp_path / "adapter").report.facts
+
+    return start
+
+
+def test_ctrl_c_ends_a_training_on_recordings_and_keeps_its_best_epoch(training_of_texts, tmp_path):
+    facts = training_of_texts(lambda: signal.raise_signal(signal.SIGINT))
+    assert len(facts["curve"]) == len(facts["losses"]) == 2
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_killed_training_on_recordings_goes_on_where_it_was(training_of_texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "EPOCHS", 3)
+    epochs = iter(range(1, 9))
+    with pytest.raises(RuntimeError, match="killed"):
+        training_of_texts(lambda: killed() if next(epochs) == 2 else None)
+    (unfinished,) = (tmp_path / "adapter.search").glob("live-*/checkpoint-*")
+    (unfinished.parent / "checkpoint-9").mkdir()  # killed while it was saved
+    facts = training_of_texts(lambda: next(epochs) and None)
+    assert (len(facts["curve"]), next(epochs)) == (3, 5)  # Two of three epochs were left.
+    assert not unfinished.exists()
+
+
+def killed():
+    raise RuntimeError("killed")
 
 
 @pytest.mark.parametrize(
@@ -473,6 +494,7 @@ def test_what_speaks_against_the_data_is_said(tmp_path):
         ({"dtype": "int8"}, "dtype must be one of float32"),
         ({"engine": "spark"}, "engine must be one of local, ray, got 'spark'"),
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
+        ({"device": "cuda:1"}, "device must be a kind, such as 'cuda', got 'cuda:1'.* CUDA_VISIBLE_DEVICES"),
         ({"base": "no/such base"}, "The base 'no/such base' cannot be used"),
     ],
 )
@@ -484,17 +506,22 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path, bases, options, m
 def test_recordings_beyond_the_window_of_the_encoder_are_refused_by_number(bases, tmp_path, capsys):
     recordings = folders(tmp_path / "long", clips=2, seconds=1.2)
     message = "6 of 6 recordings are longer than the 1 s that the encoder reads: .*0.wav"
-    with pytest.raises(ValueError, match=f"{message}.* leave them out with on_long_audio='skip'"):
+    with pytest.raises(ValueError, match=f"{message}.*'skip' leaves them out, 'crop' reads their beginning"):
         run(recordings, bases["whisper"], tmp_path / "adapter")
-    folders(recordings, clips=4, seconds=0.4)
-    tone(recordings / "low" / "long.wav", 300, 0, seconds=1.2)
-    trained = run(recordings, bases["whisper"], tmp_path / "adapter", trials=1, on_long_audio="skip")
-    assert trained.report.facts["clips"] == 12
-    assert "1 of 13 recordings are longer than the 1 s that the encoder reads" in trained.report.facts["warnings"][-1]
-    shutil.rmtree(recordings)
-    folders(recordings, clips=2, seconds=1.2)
     assert main(["train", str(recordings), "--check-only", "--base", bases["whisper"]]) == 0
     assert re.search(f"Warning: {message}", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="would cut speech but not its text"):
+        features_module.fit_window(replace(look(recordings, progress=False), task="transcribe"), 1, "crop")
+
+
+@pytest.mark.parametrize(("on_long_audio", "clips"), [("skip", 12), ("crop", 13)])
+def test_recordings_beyond_the_window_are_left_out_or_cropped_on_request(bases, tmp_path, on_long_audio, clips):
+    recordings = folders(tmp_path / "tones", clips=4)
+    tone(recordings / "low" / "long.wav", 300, 0, seconds=1.2)
+    trained = run(recordings, bases["whisper"], tmp_path / "a", trials=1, on_long_audio=on_long_audio)
+    facts = trained.report.facts
+    assert (facts["clips"], facts["data"]["overview"][-1]["longest"] <= 1) == (clips, True)
+    assert "1 of 13 recordings are longer than the 1 s that the encoder reads" in facts["warnings"][-1]
 
 
 def test_a_head_that_does_not_average_over_frames_is_refused(tmp_path):

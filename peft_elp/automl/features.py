@@ -77,6 +77,7 @@ class Base:
         device: Where the encoder runs. None: a CUDA device if there is one, else the CPU.
         dtype: The dtype of the encoder.
         chunk_length: The window in whole seconds. None: that of `longest_s`.
+        on_long_audio: "crop" reads the beginning of a recording that is longer than the window.
 
     Raises:
         ValueError: There is no such base, or its head does not average over frames.
@@ -90,6 +91,7 @@ class Base:
         device: str | None = None,
         dtype: str = "float32",
         chunk_length: int | None = None,
+        on_long_audio: str = "error",
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.config, _ = check_base(
@@ -109,7 +111,7 @@ class Base:
         elif chunk_length:
             raise ValueError(f"chunk_length shortens a fixed window, such as Whisper's, which {name} does not have.")
         self.extractor = recipes.load_feature_extractor(self.arguments)
-        self.collate = recipes.Collator(self.extractor, self.model)
+        self.collate = recipes.Collator(self.extractor, self.model, on_long_audio=on_long_audio)
 
     def _load(self) -> Any:
         name = self.arguments.model_name_or_path
@@ -197,10 +199,10 @@ def check_base(name: str, **settings: Any) -> tuple[Any, float]:
 
 
 def fit_window(found: Recordings, seconds: float, on_long_audio: str) -> Recordings:
-    """Warn of recordings that are longer than the window of an encoder, leave them out, or refuse them.
+    """Crop recordings that are longer than the window of an encoder, leave them out, refuse them, or only warn.
 
     Raises:
-        ValueError: There are some, and `on_long_audio` is "error".
+        ValueError: There are some, and `on_long_audio` is "error"; or they have texts and it is "crop".
     """
     longer = found.table["duration_s"] > seconds
     if not longer.any():
@@ -211,12 +213,17 @@ def fit_window(found: Recordings, seconds: float, on_long_audio: str) -> Recordi
     )
     if on_long_audio == "error":
         raise ValueError(
-            f"{said} Cut them into pieces that hold what their label says, or leave them out with "
-            "on_long_audio='skip' (--on-long-audio skip)."
+            f"{said} Cut them into pieces that hold what their label says, or choose on_long_audio "
+            "(--on-long-audio): 'skip' leaves them out, 'crop' reads their beginning."
         )
+    if on_long_audio == "crop":
+        if found.task == "transcribe":
+            raise ValueError(f"{said} on_long_audio='crop' would cut speech but not its text. Choose 'skip'.")
+        found = replace(found, table=found.table.assign(duration_s=found.table["duration_s"].clip(upper=seconds)))
     if on_long_audio == "skip":
         kept = np.flatnonzero(~longer)
         found = replace(found, rows=found.rows.select(kept), table=found.table.iloc[kept].reset_index(drop=True))
         refuse(found)
-    found.warnings.append(f"{said}{' They are left out.' if on_long_audio == 'skip' else ''}")
+    done = {"skip": " They are left out.", "crop": " Only their beginning is read."}
+    found.warnings.append(said + done.get(on_long_audio, ""))
     return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import signal
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
 
@@ -47,15 +50,21 @@ def augmented(waveform: NDArray[Any], rate_hz: int, random: np.random.Generator)
     return ((x + noise) * 10 ** (random.uniform(-10, 10) / 20)).astype(np.float32)
 
 
-def until_best(training: Any, metric: str, is_cpu: bool, **options: Any) -> dict[str, Any]:
-    """Return the training arguments with which a trainer keeps its best epoch, by a metric of what is held out."""
+def until_best(training: Any, metric: str, is_cpu: bool, what: Any, **options: Any) -> dict[str, Any]:
+    """Return the training arguments with which a trainer keeps its best epoch, by a metric of what is held out.
+
+    The name of the folder for checkpoints depends on `what` is trained.
+    """
+    settings = training.base, training.seed, training.dtype, training.chunk_length, training.language
+    name = hashlib.sha256(repr((settings, what)).encode()).hexdigest()[:16]
     return {
-        "output_dir": str(training.work / "live"),
+        "output_dir": str(training.work / f"live-{name}"),
         "num_train_epochs": EPOCHS,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 10,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
+        "logging_strategy": "epoch",
         "save_total_limit": 1,
         "load_best_model_at_end": True,
         "metric_for_best_model": metric,
@@ -90,7 +99,12 @@ class _Until(TrainerCallback):
 
 
 def fit(trainer: Any, seconds: float) -> None:
-    """Train until it gets no better, for some seconds or to Ctrl-C; the best epoch is kept."""
+    """Train until it gets no better, for some seconds or to Ctrl-C; the best epoch is kept.
+
+    A training that was killed goes on from its last checkpoint.
+    """
+    folder = Path(trainer.args.output_dir)
+    complete = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime_ns)
     until = _Until(seconds)
     trainer.add_callback(EarlyStoppingCallback(PATIENCE))
     trainer.add_callback(until)
@@ -98,10 +112,11 @@ def fit(trainer: Any, seconds: float) -> None:
     before = signal.signal(signal.SIGINT, until.stop) if in_main else None
     try:
         with redirect_stdout(StringIO()):  # its log
-            trainer.train()
+            trainer.train(resume_from_checkpoint=str(complete[-1].parent) if complete else None)
     finally:
         if in_main:
             signal.signal(signal.SIGINT, before)
+    shutil.rmtree(folder, ignore_errors=True)  # Another training with the same arguments starts anew.
 
 
 def train_live(
@@ -138,7 +153,8 @@ def train_live(
     def measure(predicted: Any) -> dict[str, float]:
         return {"score": search.score(fold.held_out, torch.tensor(predicted.predictions))}
 
-    options = until_best(training, "score", encoder.device.type == "cpu", per_device_train_batch_size=BATCH_SIZE)
+    what = found.table["digest"].tolist(), problem.labels.tolist(), fold, chosen.setting, chosen.stop
+    options = until_best(training, "score", encoder.device.type == "cpu", what, per_device_train_batch_size=BATCH_SIZE)
     more: dict[str, Any]
     kind, more = (
         (recipes.SpeakerTrainer, {}) if problem.verify else (recipes.RecipeTrainer, {"compute_loss_func": loss})

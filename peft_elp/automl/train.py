@@ -85,7 +85,8 @@ class Training:
         dtype: The dtype of the encoder.
         chunk_length: The window of an encoder such as Whisper's, in whole seconds. None: that of the longest
             recording.
-        on_long_audio: What to do with recordings that are longer than the window: "error" or "skip".
+        on_long_audio: What to do with recordings that are longer than the window: "error", "skip", or "crop" to their
+            beginning, which holds the whole text of none.
         skip_bad: Whether recordings that cannot be read are left out.
         overwrite: Whether `output` may be replaced.
         progress: Print what is done, with progress bars.
@@ -120,7 +121,7 @@ class Training:
 
     def __post_init__(self) -> None:
         known = {"task": (None, *TASKS), "metric": METRICS, "engine": ENGINES, "dtype": DTYPES}
-        known["on_long_audio"] = ("error", "skip")
+        known["on_long_audio"] = ("error", "skip", "crop")
         for name, values in known.items():
             if (value := getattr(self, name)) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, values))}, got {value!r}.")
@@ -129,6 +130,11 @@ class Training:
         for name in ("trials", "jobs", "chunk_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}.")
+        if ":" in (self.device or ""):
+            raise ValueError(
+                f"device must be a kind, such as 'cuda', got {self.device!r}. Choose one of several GPUs with the "
+                "environment variable CUDA_VISIBLE_DEVICES."
+            )
         folder = Path(self.output)
         if folder.exists() and not self.overwrite and not (folder.is_dir() and not any(folder.iterdir())):
             raise FileExistsError(
@@ -205,7 +211,8 @@ def _search(training: Training, found: Recordings) -> tuple[Any, list[Any], dict
     names, work = found.names, training.work
     folds, how = make_folds(found, training.seed)
     training.say(f"Held out: {how}")
-    encoder = Base(training.base, names, found.longest_s, training.device, training.dtype, training.chunk_length)
+    options = training.device, training.dtype, training.chunk_length, training.on_long_audio
+    encoder = Base(training.base, names, found.longest_s, *options)
     size = encoder.size(found.rows)
     training.say(f"Features: {encoder.layers} layers, {size / 1e9:.2g} GB in {work / 'features'}")
     features = encoder.read(found.rows, work / "features", training.progress)

@@ -113,7 +113,8 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
             written = [task.normal(text) for text in found]
             return text_errors([right[row] for row in rows], written), written
 
-        settings = until_best(training, "cer", training.device == "cpu", per_device_train_batch_size=BATCH_SIZE)
+        what = found.table["digest"].tolist(), found.labels, train, held_out
+        settings = until_best(training, "cer", training.device == "cpu", what, per_device_train_batch_size=BATCH_SIZE)
         trainer = recipes.make_trainer(
             task.model,
             arguments,
