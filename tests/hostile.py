@@ -83,7 +83,7 @@ def pickled(content: Any) -> Change:
 
 NO_CONFIG, NOT_VALID = "holds no adapter: there is no", r"adapter_config\.json in '[^\n]*' is not valid: "
 NO_FILE = r"cannot be read: adapter_model\.safetensors is not a regular file"
-TORN = "The weights of the adapter '[^\n]*' are broken or cut short"
+TORN = "The weights of the adapter '[^\n]*' are broken or cut short[^\n]*force_download=True"
 DTYPE = r"An adapter is saved in float64, [^\n]*layer_weights \(torch"
 LAYERS = "The layer weights in '[^\n]*' must be finite, one per layer"
 LAYER_WEIGHTS = ".elp_l.layer_weights"

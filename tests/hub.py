@@ -1,7 +1,7 @@
 """A Hub on this machine: a server that the real `huggingface_hub` client talks to, and a process in which it does.
 
 The server answers what the client asks when a model is pushed and loaded. As on huggingface.co, a private repository
-hides from whoever may not see it. `Hub.fail` breaks a download where a test wants it to.
+hides from whoever may not see it. A request that matches one of `Hub.faults` is answered with status 503.
 """
 
 import base64
@@ -62,19 +62,12 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos: dict[str, Repo] = {}
-        self.faults: list[tuple[str, int | str]] = []
+        self.faults: set[str] = set()  # patterns of "METHOD path"
         self.unknown: list[str] = []
 
     def create(self, name: str, private: bool = False, files: dict[str, bytes] | None = None) -> None:
         self.repos[name] = Repo(private)
         self.repos[name].commit("main", {".gitattributes": b""} | (files or {}))
-
-    def fail(self, request: str, *how: int | str) -> None:
-        """Break the next requests that match "METHOD path".
-
-        `how` is a status; "cut" hangs up in the middle of the answer.
-        """
-        self.faults += [(request, one) for one in how]
 
     def handle_error(self, *args: Any) -> None:
         pass  # a client that hangs up is no news
@@ -87,14 +80,10 @@ class Answer(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = urlsplit(self.path).path
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        body, status, headers = self.read(), 200, {}
-        faults = self.server.faults
-        fault = next((fault for fault in faults if re.search(fault[0], f"{self.command} {path}")), ("", ""))
-        if fault in faults:
-            faults.remove(fault)
+        body, status = self.read(), 200
         try:
-            if isinstance(fault[1], int):
-                raise RefusedError(fault[1], "")
+            if any(re.search(fault, f"{self.command} {path}") for fault in self.server.faults):
+                raise RefusedError(503, "")
             content, headers = self.found(path, body)
         except RefusedError as refused:
             status, code = refused.args
@@ -104,9 +93,8 @@ class Answer(BaseHTTPRequestHandler):
         for key, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.close_connection = self.close_connection or fault[1] == "cut"
         if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if fault[1] == "cut" else content)
+            self.wfile.write(content)
 
     do_GET = do_HEAD = do_POST = answer  # noqa: N815
 

@@ -173,10 +173,8 @@ def test_commands_go_on_where_they_were_stopped_and_are_tabled_with_mean_and_dev
         "results |= {'trained_parameters_encoder': 1234, 'trained_parameters_head': 5}\n"
         "Path(arguments['--output_dir'], 'all_results.json').write_text(json.dumps(results))\n"
     )
-    grid, words = (
-        tmp_path / "grid.json",
-        ["--grid", str(tmp_path / "grid.json"), "--output_dir", str(tmp_path / "runs")],
-    )
+    grid = tmp_path / "grid.json"
+    words = ["--grid", str(grid), "--output_dir", str(tmp_path / "runs")]
     plan = {"tasks": {"words": f"{script} --steps 3"}, "methods": {"ELP": "--method elp"}, "seeds": [0, 2]}
     grid.write_text(json.dumps(plan))
     assert compare_methods.main(words) == 0
