@@ -23,13 +23,7 @@ def adapted(
 
 def nudged(peft_model: Any, seed: int) -> Any:
     """The model with its trainable parameters moved, differently for each seed."""
-    shaken(peft_model)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return peft_model.eval()
+    return shaken(peft_model, seed=seed).eval()
 
 
 def pair(method: Method, model: Model, **options: Any) -> PeftModel:
@@ -53,11 +47,6 @@ def loss_of(module: Any, model: Model) -> Tensor:
     output = result(module(**model.inputs())).float()
     torch.manual_seed(5)
     return (output * torch.randn_like(output)).sum()
-
-
-def trainable(module: nn.Module) -> set[str]:
-    """The names of the parameters that require a gradient."""
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def of_adapter(module: nn.Module, method: Method, name: str) -> dict[str, nn.Parameter]:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from backbones import trained
 from methods import METHODS
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from steps import adapted, answer, differ, nudged, of_adapter, pair, same, trainable, was_active
+from steps import adapted, answer, differ, nudged, of_adapter, pair, same, was_active
 
 
 def test_added_adapter_waits(peft_model, method, model):
@@ -14,7 +15,7 @@ def test_added_adapter_waits(peft_model, method, model):
     peft_model.add_adapter("other", method.config(model))
     assert list(peft_model.peft_config) == ["default", "other"]
     assert peft_model.active_adapters == ["default"]
-    assert trainable(peft_model) == set(of_adapter(peft_model, method, "default"))
+    assert trained(peft_model) == set(of_adapter(peft_model, method, "default"))
     same(answer(peft_model, model), expected)
 
 
@@ -45,10 +46,10 @@ def test_adapters_are_switched(paired, method, model):
     second = answer(paired, model)
     differ(first, second, answer(model.make(), model))
     assert paired.active_adapters == ["other"]
-    assert trainable(paired) == set(of_adapter(paired, method, "other"))
+    assert trained(paired) == set(of_adapter(paired, method, "other"))
     paired.set_adapter("default", inference_mode=True)
     same(answer(paired, model), first)
-    assert not trainable(paired)
+    assert not trained(paired)
 
 
 @pytest.mark.does_not_hold("LN-Tuning", "it runs one adapter at a time")
@@ -61,7 +62,7 @@ def test_several_adapters_are_active_together(method, model):
     together = answer(peft_model, model)
     assert peft_model.active_adapters == ["default", "other"]
     differ(first, second, together, answer(model.make(), model))
-    assert {name.rpartition(method.prefix)[2] for name in trainable(peft_model)}
+    assert {name.rpartition(method.prefix)[2] for name in trained(peft_model)}
     with peft_model.disable_adapter():
         same(answer(peft_model, model), answer(model.make(), model))
     same(answer(peft_model, model), together)
@@ -72,12 +73,12 @@ def test_several_adapters_are_active_together(method, model):
 def test_disabled_adapters_give_the_base(method, model):
     expected = answer(model.make(), model)
     peft_model = adapted(method, model)
-    with_adapter, before = answer(peft_model, model), trainable(peft_model)
+    with_adapter, before = answer(peft_model, model), trained(peft_model)
     with peft_model.disable_adapter():
         same(answer(peft_model, model), expected)
         assert not peft_model.has_active_enabled_adapter
     same(answer(peft_model, model), with_adapter)
-    assert trainable(peft_model) == before
+    assert trained(peft_model) == before
     peft_model.base_model.disable_adapter_layers()
     same(answer(peft_model, model), expected)
     peft_model.base_model.enable_adapter_layers()
@@ -105,7 +106,7 @@ def test_active_adapter_can_be_deleted(paired, method, model):
         paired.delete_adapter("other")
     assert_gone(paired, "other", ["default"])
     same(answer(paired, model), expected)
-    assert trainable(paired) == set(of_adapter(paired, method, "default"))
+    assert trained(paired) == set(of_adapter(paired, method, "default"))
 
 
 def test_waiting_adapter_can_be_deleted(paired, model):
@@ -139,7 +140,7 @@ def test_adapters_may_adapt_different_parts(method, model):
         peft_model.delete_adapter("other")
     assert peft_model.active_adapters == ["default"]
     same(answer(peft_model, model), expected)
-    assert trainable(peft_model) == set(of_adapter(peft_model, method, "default"))
+    assert trained(peft_model) == set(of_adapter(peft_model, method, "default"))
 
 
 def test_last_adapter_can_be_deleted(peft_model, model):

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import transformers
+from backbones import trained
 from packaging.version import Version
 from peft import (
     PeftModel,
@@ -13,7 +14,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
-from steps import adapted, answer, differ, nudged, of_adapter, same, second_time, trainable, was_active
+from steps import adapted, answer, differ, nudged, of_adapter, same, second_time, was_active
 from transformers.integrations.peft import PeftAdapterMixin
 
 HEADS = ("wav2vec2-ctc", "wavlm-classification")
@@ -57,9 +58,9 @@ def test_adapters_are_injected_in_place(method, model):
 def test_injected_adapters_are_frozen_cast_and_deleted(method, model):
     base = injected_twice(method, model)
     set_requires_grad(base, ["default", "other"], requires_grad=False)
-    assert not trainable(base)
+    assert not trained(base)
     set_requires_grad(base, "other")
-    assert trainable(base) == set(of_adapter(base, method, "other"))
+    assert trained(base) == set(of_adapter(base, method, "other"))
     cast_adapter_dtype(base, "default")
     with was_active():
         delete_adapter(base, adapter_name="other", prefix=method.prefix)
@@ -81,7 +82,7 @@ def test_transformers_adds_and_saves_adapters(method, model, tmp_path):
     base.add_adapter(method.config(model), adapter_name="mine")
     expected = answer(nudged(base, 3), model)
     assert base.active_adapters() == ["mine"]
-    assert trainable(base) == set(of_adapter(base, method, "mine"))
+    assert trained(base) == set(of_adapter(base, method, "mine"))
     state = base.get_adapter_state_dict()
     assert len([name for name in state if "settings" not in name]) == len(of_adapter(base, method, "mine"))
     base.save_pretrained(tmp_path)
