@@ -10,19 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import AUTO, ELP, answer, build, shaken
-from families import FAMILIES
-from peft import LoraConfig, get_peft_model
 
-from peft_elp import ELPConfig
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports that read it
+# The workers of a parallel run share the cores; tiny tensors gain nothing from more threads, here and in programs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+from backbones import AUTO, ELP, answer, build, shaken  # noqa: E402
+from families import FAMILIES  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+
+from peft_elp import ELPConfig  # noqa: E402
 
 # The other files hold models, inputs, servers and programs; --doctest-modules would collect them.
 _HERE = Path(__file__).parent
 collect_ignore = [str(file.relative_to(_HERE)) for file in _HERE.rglob("*.py") if not file.name.startswith("test_")]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The workers of a parallel run share the cores; tiny tensors gain nothing from more threads, here and in programs.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
 
 # When tests run, by patterns in their ids. What matches nothing runs with `make test`. What is of the `gate` runs with
 # `make gate`, before a change is done. What is `exhaustive` runs on request: `pytest -m exhaustive`.

@@ -143,20 +143,6 @@ def test_taps_that_keep_their_inputs_only_have_the_same_gradients(options):
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture(params=["E", "L", "L with input norm"])
-def function(request):
-    """An adapter with one tensor as input, and the input."""
-    if request.param == "E":
-        return e_adapter(), hidden_states()
-    return l_adapter(input_norm="norm" in request.param), hidden_states(2)
-
-
-def test_derivatives(function):
-    adapter, x = function
-    assert torch.autograd.gradcheck(adapter, x.requires_grad_(), check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(adapter, x, fast_mode=True)
-
-
 def test_a_missing_tap_is_noticed():
     adapter = LAdapter(hidden_size=6, num_taps=3, tap_size=4)
     taps = TapSum(adapter)

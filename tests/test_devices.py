@@ -5,18 +5,13 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from backbones import adapted as with_adapter
-from backbones import answer, build, result, waveforms
+from backbones import adapted, answer, build, result, waveforms
 from peft import PeftModel
 from torch import nn
 
 from peft_elp.tuner.stack import ELPStack
 
-ADAPTERS = ("E", "L", "P", "ELP")
-
-
-def adapted(base, adapters):
-    return with_adapter(base, adapters=adapters)
+ADAPTERS, HEAD = ("E", "L", "P", "ELP"), "ForSequenceClassification"
 
 
 def replica(model):
@@ -33,7 +28,7 @@ def replica(model):
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_replicas_of_data_parallel_compute_what_the_model_does(adapters):
-    model = adapted(build("hubert", "ForSequenceClassification"), adapters).train()
+    model = adapted(HEAD, "hubert", adapters=adapters).train()
     waveform, mask = waveforms((2000, 1300, 900, 1700))
 
     def gradients(outputs):
@@ -54,8 +49,8 @@ def test_replicas_of_data_parallel_compute_what_the_model_does(adapters):
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_layers_may_be_on_several_devices(adapters):
     # The meta device stands for a second one. What is on it has shapes, and refuses to meet tensors of the first one.
-    base = build("hubert", "ForSequenceClassification")
-    model = adapted(base, adapters)
+    base = build("hubert", HEAD)
+    model = adapted(base, adapters=adapters)
     encoder = base.hubert.encoder
     assert isinstance(encoder, ELPStack)
     encoder.elp_l.to("meta")  # It is empty if there is no L-adapter.
@@ -78,18 +73,18 @@ def test_layers_may_be_on_several_devices(adapters):
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter in the checkpoint to a meta parameter")
 def test_a_base_whose_weights_are_kept_elsewhere_takes_adapters(where, adapters, tmp_path):
     def base():
-        model = build("hubert", "ForSequenceClassification")
+        model = build("hubert", HEAD)
         if where == "cpu":
             return cpu_offload(model, execution_device="cpu") or model
         return disk_offload(model, tmp_path / "weights", execution_device="cpu") or model
 
-    trained = adapted(build("hubert", "ForSequenceClassification"), adapters)
+    trained = adapted(HEAD, "hubert", adapters=adapters)
     trained.save_pretrained(tmp_path / "adapter")
-    placed = adapted(base(), adapters)
+    placed = adapted(base(), adapters=adapters)
     assert not any(p.is_meta for p in placed.parameters() if p.requires_grad)
     for model in (placed, PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()):
         assert torch.equal(answer(model), answer(trained))
-        assert torch.equal(answer(model.unload()), answer(build("hubert", "ForSequenceClassification")))
+        assert torch.equal(answer(model.unload()), answer(build("hubert", HEAD)))
 
 
 def of_torch(model):
@@ -109,7 +104,7 @@ def of_torchao(model):
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
 def test_a_model_that_is_quantised_for_the_cpu_answers_as_before(adapters, quantise):
-    model = adapted(build("hubert", "ForSequenceClassification"), adapters)
+    model = adapted(HEAD, "hubert", adapters=adapters)
     small = quantise(copy.deepcopy(model))
     assert (
         sum(isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter for module in small.modules()) == 0
