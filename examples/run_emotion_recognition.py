@@ -1,4 +1,4 @@
-"""Train an adapted speech encoder for emotion recognition, as in the paper on IEMOCAP.
+r"""Train an adapted speech encoder for emotion recognition, as in the paper on IEMOCAP.
 
     python examples/make_demo_data.py
     python examples/run_emotion_recognition.py --model_name_or_path demo/encoder --dataset_name demo/emotions \
@@ -15,31 +15,13 @@ Measured: `unweighted_accuracy`, the mean recall of the classes that the held-ou
 the share of utterances that are right, each as mean and `_sd` over folds. `confusion.png` is summed over folds.
 """
 
-import copy
-import json
-import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-from datasets import Dataset, concatenate_datasets
-from sklearn.metrics import accuracy_score, recall_score
-from sklearn.model_selection import KFold
-from transformers import AutoModelForAudioClassification, set_seed
-
-from peft_elp import recipes
-from peft_elp.recipes import option
-from peft_elp.speech.data import check_disjoint, find_column, label_names, leave_one_group_out, read_column
-from peft_elp.speech.plots import plot_confusion
-
-Fold = tuple[str, Dataset, Dataset]
+from peft_elp_options import DataArguments, check_command_line, option, refuse_unused
 
 
 @dataclass
-class EmotionArguments(recipes.DataArguments):
+class EmotionArguments(DataArguments):
     """The recordings, their emotions, and the folds."""
 
     train_split_name: str | None = option(
@@ -62,7 +44,31 @@ class EmotionArguments(recipes.DataArguments):
     def __post_init__(self) -> None:
         if (split := self.eval_split_name) is not None:
             names = ["folds", "reference_split", "measure_on", "final"]
-            recipes.refuse_unused(self, names, "no --eval_split_name", f"--eval_split_name is {split}")
+            refuse_unused(self, names, "no --eval_split_name", f"--eval_split_name is {split}")
+
+
+if __name__ == "__main__":
+    check_command_line(EmotionArguments, __doc__)  # before PyTorch is imported, which takes seconds
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from sklearn.metrics import accuracy_score, recall_score
+from sklearn.model_selection import KFold
+from transformers import AutoModelForAudioClassification, set_seed
+
+from peft_elp import recipes
+from peft_elp.speech.data import check_disjoint, find_column, label_names, leave_one_group_out, read_column
+from peft_elp.speech.plots import plot_confusion
+
+Fold = tuple[str, Dataset, Dataset]
 
 
 def read_folds(dataset: Dataset, data_args: EmotionArguments, config: Any, seed: int) -> Iterator[Fold]:
@@ -120,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         train = recipes.limit_rows(train, data_args.max_train_samples, args.seed)
         test = recipes.limit_rows(test, data_args.max_eval_samples, args.seed)
         folds.append((fold, train, test, label_names(train, test, column=column)))
+    tests = [test for _, _, test, _ in folds]
+    feature_extractor = recipes.fit_window(feature_extractor, model_args, data_args, dataset, *tests)
 
     def train_on(train: Dataset, emotions: list[str], folder: str | Path) -> Any:
         """Train an adapter, save it in the folder, and return its trainer."""

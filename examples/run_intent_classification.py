@@ -1,4 +1,4 @@
-"""Train an adapted speech encoder for intent classification, as in the paper on Fluent Speech Commands.
+r"""Train an adapted speech encoder for intent classification, as in the paper on Fluent Speech Commands.
 
     python examples/make_demo_data.py
     python examples/run_intent_classification.py --model_name_or_path demo/encoder --dataset_name demo/intents \
@@ -11,27 +11,13 @@ Measured: `accuracy`, the share of utterances with the right intent. With slots,
 them, also given as `exact_match`, beside `accuracy_<slot>` for each. `predictions.csv` has every utterance.
 """
 
-import json
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset
-from transformers import AutoModelForAudioClassification
-
-from peft_elp import recipes
-from peft_elp.recipes import option
-from peft_elp.speech.data import find_column, read_column
-
-EMPTY_SLOT = "(none)"
-Answer = tuple[str, ...]  # the value of each column
+from peft_elp_options import DataArguments, check_command_line, option
 
 
 @dataclass
-class IntentArguments(recipes.DataArguments):
+class IntentArguments(DataArguments):
     """The recordings and their intents."""
 
     label_column_name: str | None = option(None, "Column with the intent. Default: label, intent or command.")
@@ -41,6 +27,26 @@ class IntentArguments(recipes.DataArguments):
     slot_heads: str = option("joint", "Classes of combinations, or of each slot.", choices=("joint", "separate"))
     allow_unseen: bool = option(False, "Count intents that training lacks as wrong, instead of refusing them.")
     validation_split_name: str | None = option(None, "Split that --eval_strategy evaluates on during training.")
+
+
+if __name__ == "__main__":
+    check_command_line(IntentArguments, __doc__)  # before PyTorch is imported, which takes seconds
+
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForAudioClassification
+
+from peft_elp import recipes
+from peft_elp.speech.data import find_column, read_column
+
+EMPTY_SLOT = "(none)"
+Answer = tuple[str, ...]  # the value of each column
 
 
 def read_answers(dataset: Dataset, columns: Sequence[str]) -> list[Answer]:
@@ -111,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         validation = labelled(rows, validation_answers)
 
     # Model
+    used = [rows for rows in (train, test, validation) if rows is not None]
+    feature_extractor = recipes.fit_window(feature_extractor, model_args, data_args, *used)
     config.update({"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}})
     model = recipes.load_model(AutoModelForAudioClassification, model_args, config)
 

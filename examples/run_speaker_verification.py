@@ -1,4 +1,4 @@
-"""Train an adapted speech encoder for speaker verification, as in the paper on VoxCeleb1.
+r"""Train an adapted speech encoder for speaker verification, as in the paper on VoxCeleb1.
 
     python examples/make_demo_data.py
     python examples/run_speaker_verification.py --model_name_or_path demo/encoder --dataset_name demo/speakers \
@@ -12,28 +12,15 @@ Measured: `eer`, the equal error rate, and `min_dcf` (p_target 0.01, costs 1), a
 train` also after s-norm with all training utterances as the cohort. `scores.csv` has every trial, `det.png` the curve.
 """
 
-import json
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset
-from transformers import AutoModelForAudioClassification, AutoModelForAudioXVector
-
-from peft_elp import recipes
-from peft_elp.recipes import option
-from peft_elp.speech.data import check_disjoint, find_column, label_names, read_column
-from peft_elp.speech.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
-from peft_elp.speech.plots import plot_det
+from peft_elp_options import DataArguments, check_command_line, option, refuse_unused
 
 MIN_CROP_S = 0.5  # SpecAugment and the context of an x-vector need it.
 
 
 @dataclass
-class VerificationArguments(recipes.DataArguments):
+class VerificationArguments(DataArguments):
     """The recordings, their speakers, and how two recordings are compared."""
 
     label_column_name: str | None = option(None, "Column with the speaker. Default: speaker or speaker_id.")
@@ -56,19 +43,38 @@ class VerificationArguments(recipes.DataArguments):
 
     def __post_init__(self) -> None:
         if self.trials is None:
-            recipes.refuse_unused(self, ["trials_folder"], "--trials", "there is none")
+            refuse_unused(self, ["trials_folder"], "--trials", "there is none")
         else:
-            recipes.refuse_unused(self, ["max_eval_samples"], "no --trials", f"--trials is {self.trials}")
+            refuse_unused(self, ["max_eval_samples"], "no --trials", f"--trials is {self.trials}")
         if self.loss != "amsoftmax":
-            recipes.refuse_unused(self, ["margin", "scale"], "--loss amsoftmax", f"--loss is {self.loss}")
+            refuse_unused(self, ["margin", "scale"], "--loss amsoftmax", f"--loss is {self.loss}")
         if self.head != "mean":
-            recipes.refuse_unused(self, ["classifier_proj_size"], "--head mean", f"--head is {self.head}")
+            refuse_unused(self, ["classifier_proj_size"], "--head mean", f"--head is {self.head}")
         if self.s_norm_cohort != "train":
-            recipes.refuse_unused(self, ["s_norm_top_k"], "--s_norm_cohort train", "the cohort is none")
+            refuse_unused(self, ["s_norm_top_k"], "--s_norm_cohort train", "the cohort is none")
         if (crop_s := self.crop_length_in_seconds) is not None and crop_s < MIN_CROP_S:
             raise ValueError(
                 f"--crop_length_in_seconds must be at least {MIN_CROP_S}, got {crop_s:g}. 2 to 4 are usual."
             )
+
+
+if __name__ == "__main__":
+    check_command_line(VerificationArguments, __doc__)  # before PyTorch is imported, which takes seconds
+
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForAudioClassification, AutoModelForAudioXVector
+
+from peft_elp import recipes
+from peft_elp.speech.data import check_disjoint, find_column, label_names, read_column
+from peft_elp.speech.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
+from peft_elp.speech.plots import plot_det
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -95,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         trials, recordings = recipes.read_pairs(data_args, train, test, config)
         trial_list = Path(data_args.trials).name
+    feature_extractor = recipes.fit_window(feature_extractor, model_args, data_args, train, recordings)
     speakers = label_names(train, column=column)
     print(f"{len(train)} utterances of {len(speakers)} speakers in training")
     print(f"{len(trials):,} trials ({trial_list}) of {len(recordings)} utterances")

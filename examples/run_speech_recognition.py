@@ -1,4 +1,4 @@
-"""Train an adapted speech encoder for speech recognition with CTC, as in the paper on Libri-light 10 h.
+r"""Train an adapted speech encoder for speech recognition with CTC, as in the paper on Libri-light 10 h.
 
     python examples/make_demo_data.py
     python examples/run_speech_recognition.py --model_name_or_path demo/encoder --dataset_name demo/sentences \
@@ -9,23 +9,13 @@ the test text, by jiwer. Text is in lower case, unless `--do_lower_case False` k
 `--chars_to_ignore`. `predictions.csv` has every utterance.
 """
 
-import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jiwer
-from datasets import Dataset
-from transformers import AutoModelForCTC, AutoTokenizer
-
-from peft_elp import recipes
-from peft_elp.recipes import option
-from peft_elp.speech.data import find_column, read_column
+from peft_elp_options import DataArguments, check_command_line, option
 
 
 @dataclass
-class RecognitionArguments(recipes.DataArguments):
+class RecognitionArguments(DataArguments):
     """The recordings, their texts, and the decoder."""
 
     text_column_name: str | None = option(None, "Column with the text. Default: text, transcription or sentence.")
@@ -35,9 +25,6 @@ class RecognitionArguments(recipes.DataArguments):
     on_long_text: str = option(
         "error", "Stop at a text that is too long for its frames, or leave it out.", choices=("error", "skip")
     )
-    decoder: str = option("greedy", "How frames become text; 'beam' needs pyctcdecode.", choices=("greedy", "beam"))
-    beam_width: int = option(100, "Width of --decoder beam.")
-    language_model: str | None = option(None, "A KenLM file for --decoder beam.")
     chunk_length_in_seconds: float | None = option(
         None,
         "Recognise longer test recordings in overlapping pieces. Default: --max_duration_in_seconds refuses them.",
@@ -45,10 +32,21 @@ class RecognitionArguments(recipes.DataArguments):
     on_long_audio: str = option("error", "Stop at a longer recording, or leave it out.", choices=("error", "skip"))
     validation_split_name: str | None = option(None, "Split that --eval_strategy evaluates on during training.")
 
-    def __post_init__(self) -> None:
-        names = ["chunk_length_in_seconds"] if self.decoder == "beam" else ["beam_width", "language_model"]
-        other = "greedy" if self.decoder == "beam" else "beam"
-        recipes.refuse_unused(self, names, f"--decoder {other}", f"--decoder is {self.decoder}")
+
+if __name__ == "__main__":
+    check_command_line(RecognitionArguments, __doc__)  # before PyTorch is imported, which takes seconds
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jiwer
+from datasets import Dataset
+from transformers import AutoModelForCTC, AutoTokenizer
+
+from peft_elp import recipes
+from peft_elp.speech.data import find_column, read_column
 
 
 def read_texts(dataset: Dataset, data_args: RecognitionArguments) -> list[str]:
@@ -90,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         tokenizer = recipes.make_tokenizer(texts, args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     recipes.check_characters(tokenizer, texts, test_texts)
-    to_text = recipes.make_decoder(tokenizer, data_args.decoder, data_args.beam_width, data_args.language_model)
     print(f"{len(train)} utterances in training, {len(test)} in test; {len(tokenizer)} tokens")
 
     # Model
@@ -112,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # Metric
     def texts_of(dataset: Dataset, logits: Any) -> list[str]:
         frames = [recipes.num_frames(model, round(duration_s * rate_hz)) for duration_s in dataset["duration_s"]]
-        return [to_text(padded[:count]) for padded, count in zip(logits, frames, strict=True)]
+        return [tokenizer.decode(padded[:count].argmax(-1)) for padded, count in zip(logits, frames, strict=True)]
 
     def compute_metrics(predicted: Any) -> dict[str, float]:
         return error_rates(validation_texts, texts_of(validation, predicted.predictions))
@@ -133,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     metrics = {f"eval_{name}": rate for name, rate in error_rates(test_texts, found).items()}
     case = "lower-cased, " if data_args.do_lower_case else ""
     protocol = (
-        f"CTC over characters, {data_args.decoder} decoding. Text is {case}without {data_args.chars_to_ignore} and "
-        "scored by jiwer, as shares of 1."
+        f"CTC over characters, greedy decoding. Text is {case}without {data_args.chars_to_ignore} and scored by "
+        "jiwer, as shares of 1."
     )
     return recipes.save_results(trainer, metrics, model_args, data_args, "asr", protocol)
 

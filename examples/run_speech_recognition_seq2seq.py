@@ -1,4 +1,4 @@
-"""Train an adapted encoder with a pretrained decoder for speech recognition: Whisper, Moonshine, Speech2Text...
+r"""Train an adapted encoder with a pretrained decoder for speech recognition: Whisper, Moonshine, Speech2Text...
 
     python examples/run_speech_recognition_seq2seq.py --model_name_or_path openai/whisper-tiny.en \
         --dataset_name recordings --max_steps 200 --per_device_train_batch_size 4 --output_dir outputs/whisper
@@ -10,22 +10,13 @@ normaliser; `wer_before` and `cer_before` are those of the model before the trai
 utterance, not normalised.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jiwer
-from datasets import Dataset
-from transformers import AutoModelForSpeechSeq2Seq, AutoTokenizer
-
-from peft_elp import recipes
-from peft_elp.recipes import option
-from peft_elp.speech.data import find_column, read_column
+from peft_elp_options import DataArguments, check_command_line, option
 
 
 @dataclass
-class RecognitionArguments(recipes.DataArguments):
+class RecognitionArguments(DataArguments):
     """The recordings, their texts, and the language."""
 
     text_column_name: str | None = option(None, "Column with the text. Default: text, transcription or sentence.")
@@ -38,6 +29,21 @@ class RecognitionArguments(recipes.DataArguments):
     measure_before: bool = option(True, "Also measure the test split before the training.")
     on_long_audio: str = option("error", "Stop at a longer recording, or leave it out.", choices=("error", "skip"))
     validation_split_name: str | None = option(None, "Split that --eval_strategy evaluates on during training.")
+
+
+if __name__ == "__main__":
+    check_command_line(RecognitionArguments, __doc__)  # before PyTorch is imported, which takes seconds
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jiwer
+from datasets import Dataset
+from transformers import AutoModelForSpeechSeq2Seq, AutoTokenizer
+
+from peft_elp import recipes
+from peft_elp.speech.data import find_column, read_column
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -7,13 +7,16 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from on_disk import LABELS, adapted
+from transformers import Seq2SeqTrainingArguments
 
 import peft_elp
-from peft_elp import count_parameters, describe
+import peft_elp_options
+from peft_elp import count_parameters, describe, recipes
 from peft_elp.speech.inference import SpeechAdapter
 from peft_elp.speech.plots import layer_weights
 from peft_elp_command import main
@@ -220,6 +223,49 @@ def test_help_comes_in_groups_and_waits_for_no_library():
     for group in ("Model", "Answers", "Adapter", "Page"):
         assert f"─ {group} ─" in said
     assert f"peft-elp {peft_elp.__version__}\n" in said
+
+
+RUN_SCRIPTS = """
+import contextlib, runpy, sys
+for script, *words in {}:
+    sys.argv = [script, *words]
+    with contextlib.redirect_stderr(sys.stdout):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as left:
+            print("status", left.code, "torch" in sys.modules, end="\\f")
+"""
+
+
+def test_the_training_scripts_answer_help_and_name_mistakes_before_they_import_pytorch(tmp_path):
+    scripts = sorted(map(str, (Path(__file__).parent.parent / "examples").glob("run_*.py")))
+    needed = ["--model_name_or_path", "me/encoder", "--dataset_name", "me/voices"]
+    mistakes = {
+        "the following arguments are required: --model_name_or_path": [],
+        "--leraning_rate is not an option. Did you mean --learning_rate?": [*needed, "--leraning_rate", "1"],
+        "invalid choice: 'sing'": [*needed, "--method", "sing"],
+        "--lora_r is used only with --method lora": [*needed, "--lora_r", "4", "--bf16", "True", "--adapters", "L"],
+        "./nowhere does not exist": [*needed, "--dataset_name", "./nowhere"],
+        "/no/encoder does not exist": [*needed, "--model_name_or_path", "/no/encoder"],
+    }
+    cases = [[script, "--help"] for script in scripts] + [[scripts[0], *words] for words in mistakes.values()]
+    code = RUN_SCRIPTS.format(cases)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = ran.stdout.split("\f")[:-1]
+    assert len(scripts) == 5
+    for text in said[:5]:
+        assert text.endswith("status None False")
+        assert "--max_duration_in_seconds " in text
+        assert "--help-all lists them" in text
+        assert len(text.splitlines()) < 100
+    for message, text in zip(mistakes, said[5:], strict=True):
+        assert text.endswith("status 2 False")
+        assert message in text
+
+
+def test_the_names_of_all_options_are_known_without_an_import():
+    names = [one.name for one in (*fields(Seq2SeqTrainingArguments), *fields(recipes.ModelArguments))]
+    peft_elp_options._check_names([f"--{name}" for name in names], [peft_elp_options.MethodArguments])
 
 
 def test_an_installed_command_is_this_one():

@@ -4,18 +4,20 @@ A script reads as data, model, metric, train, save. Copy one and change it; what
 `pip install 'peft-elp[recipes]'`.
 """
 
-from .arguments import DataArguments as DataArguments
+from peft_elp_options import DataArguments as DataArguments
+from peft_elp_options import check_command_line as check_command_line
+from peft_elp_options import option as option
+from peft_elp_options import refuse_unused as refuse_unused
+
 from .arguments import ModelArguments as ModelArguments
 from .arguments import RecipeTrainingArguments as RecipeTrainingArguments
-from .arguments import option as option
 from .arguments import parse_arguments as parse_arguments
-from .arguments import refuse_unused as refuse_unused
 from .collator import Collator as Collator
 from .ctc import check_characters as check_characters
 from .ctc import keep_alignable as keep_alignable
-from .ctc import make_decoder as make_decoder
 from .ctc import make_tokenizer as make_tokenizer
 from .ctc import num_frames as num_frames
+from .loading import fit_window as fit_window
 from .loading import limit_rows as limit_rows
 from .loading import load_config as load_config
 from .loading import load_feature_extractor as load_feature_extractor

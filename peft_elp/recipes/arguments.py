@@ -2,8 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -12,23 +12,11 @@ from peft import PeftConfig
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from peft_elp.config import ELPConfig
+from peft_elp_options import DataArguments as DataArguments
+from peft_elp_options import MethodArguments, TrainingOptions, refuse_unused
+from peft_elp_options import option as option
 
-METHODS = ("elp", "lora", "full", "head")
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOWER_IS_BETTER = ("loss", "wer", "cer", "eer", "min_dcf")
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """Declare a field of a dataclass that becomes an option of the command line.
-
-    `metadata` are arguments of argparse, such as `choices`.
-
-    Examples:
-        >>> @dataclass
-        ... class SongArguments(DataArguments):
-        ...     singer_column_name: str = option("singer", "Column with the name of the singer.")
-    """
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 def _elp_options() -> Iterator[tuple[str, Any, Any]]:
@@ -47,54 +35,8 @@ ELPArguments = make_dataclass("ELPArguments", _elp_options(), kw_only=True)
 
 
 @dataclass(kw_only=True)
-class ModelArguments(ELPArguments):
+class ModelArguments(MethodArguments, ELPArguments):
     """The encoder, the method that trains it, and the learning rates. Settings of `ELPConfig` are options too."""
-
-    model_name_or_path: str = field(metadata={"help": "A speech encoder: Hub id or folder."})
-    dtype: str = option("float32", "Data type of the weights; 'auto': as in the checkpoint.", choices=DTYPES)
-    method: str = option("elp", "What is trained besides the head.", choices=METHODS)
-    chunk_length: int | None = option(
-        None,
-        "Cut a fixed window, such as Whisper's 30 s, to this many whole seconds, for classification and verification.",
-    )
-    preset: str | None = option(
-        None,
-        "A published setting, such as 'e+l'; see ELPConfig.preset. For verification and emotions, the published code "
-        "also has --e_activation relu --l_activation relu.",
-    )
-    lora_r: int = option(16, "Rank of LoRA.")
-    lora_alpha: int = option(32, "Scale of LoRA.")
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get LoRA. Default: the linear layers of feed-forward modules."}
-    )
-    head_learning_rate: float | None = option(None, "Rate of the head. Default: the published one.")
-    e_learning_rate: float | None = option(None, "Rate of the E-adapters. Default: the published one.")
-    l_learning_rate: float | None = option(None, "Rate of the L-adapter. Default: the published one.")
-    layer_weights_learning_rate: float | None = option(
-        None, "Rate of the layer weights of L. Default: the published one; 30 times a given rate of L."
-    )
-    p_learning_rate: float | None = option(None, "Rate of the P-adapter. Default: the rate of the E-adapters.")
-    layer_norms_learning_rate: float | None = option(None, "Rate of the layer norms. Default: the published one.")
-    encoder_learning_rate: float | None = option(None, "Rate of LoRA, or of the encoder layers with --method full.")
-    cache_features: str | None = option(
-        None,
-        "With --adapters L --train_layer_norms False: run the encoder once, and keep its features in this folder.",
-    )
-    cache_dtype: str = option("float16", "Data type of these features.", choices=("float32", "float16", "bfloat16"))
-    published_schedule: bool = option(
-        False,
-        "Multiply the rates by the published factors, stretched over this training, instead of --lr_scheduler_type.",
-    )
-
-    def __post_init__(self) -> None:
-        if self.method != "elp":
-            names = {known.name for known in fields(ELPArguments)} - {"chunk_length"}
-            refuse_unused(self, names | {"preset", "cache_features"}, "--method elp", f"--method is {self.method}")
-        if self.cache_features is None:
-            refuse_unused(self, ["cache_dtype"], "--cache_features", "there is none")
-        if self.method != "lora":
-            lora = ["lora_r", "lora_alpha", "lora_target_modules"]
-            refuse_unused(self, lora, "--method lora", f"--method is {self.method}")
 
     def elp_config(self) -> ELPConfig:
         """Return the configuration of the ELP-adapters."""
@@ -104,41 +46,9 @@ class ModelArguments(ELPArguments):
 
 
 @dataclass
-class DataArguments:
-    """The recordings."""
-
-    dataset_name: str = field(metadata={"help": "A data set: Hub id, folder or table; see docs/how-to/data.md."})
-    dataset_config_name: str | None = option(None, "Configuration of a data set on the Hub.")
-    train_split_name: str | None = option("train", "Split to train on.")
-    eval_split_name: str | None = option("test", "Split to measure on, once, after training.")
-    audio_column_name: str | None = option(None, "Column with the recordings. Default: found automatically.")
-    max_train_samples: int | None = option(None, "Train on this many recordings, drawn with --seed.")
-    max_eval_samples: int | None = option(None, "Measure on this many recordings of a split, drawn with --seed.")
-    min_duration_in_seconds: float = option(0.0, "Refuse shorter recordings.")
-    max_duration_in_seconds: float = option(20.0, "The longest recording, or the window of the encoder if shorter.")
-    on_bad_audio: str = option("error", "Stop at a bad recording, or leave it out.", choices=("error", "skip"))
-    on_long_audio: str = option(
-        "error",
-        "What to do with longer recordings: stop, leave them out, read only their beginning, or average over pieces.",
-        choices=("error", "skip", "crop", "split"),
-    )
-
-    def durations(self) -> dict[str, Any]:
-        """Return the bounds of durations, as `peft_elp.speech.data.check_audio` takes them."""
-        names = ("min_duration_in_seconds", "max_duration_in_seconds", "on_bad_audio")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass
-class RecipeTrainingArguments(TrainingArguments):
+class RecipeTrainingArguments(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Transformers' own training arguments, with defaults for small data sets."""
 
-    output_dir: str = option("outputs", "Folder for the adapter, its metrics and figures.")  # pyright: ignore
-    learning_rate: float | None = option(None, "One rate for everything, instead of the published rates.")  # pyright: ignore
-    num_train_epochs: float = option(10.0, "Number of epochs; --max_steps counts in steps instead.")
-    warmup_steps: float = option(0.1, "Steps over which the rates rise; a value below 1 is a share of all steps.")
-    logging_steps: float = option(50, "Steps between two lines of the log.")
-    report_to: str = option("none", "Where logs go, such as 'tensorboard'.")  # pyright: ignore
     # Not options: a recipe always trains, reads recordings in its collator, and measures every row.
     do_train: bool = field(default=True, init=False)
     remove_unused_columns: bool = field(default=False, init=False)
@@ -168,8 +78,9 @@ def parse_arguments(
     Raises:
         ValueError: An option is unknown, or has no effect next to the others.
     """
-    parser = HfArgumentParser((ModelArguments, data_arguments, training_arguments))  # pyright: ignore[reportArgumentType]
-    words = list(sys.argv[1:] if argv is None else argv)
+    classes: Any = (ModelArguments, data_arguments, training_arguments)
+    parser = HfArgumentParser(classes, allow_abbrev=False)
+    words = ["--help" if word == "--help-all" else word for word in (sys.argv[1:] if argv is None else argv)]
     if len(words) == 1 and words[0].endswith(".json"):
         model_args, data_args, args = parser.parse_json_file(words[0])
     else:
@@ -186,21 +97,3 @@ def parse_arguments(
         )
     set_seed(args.seed)
     return model_args, data_args, args
-
-
-def refuse_unused(arguments: Any, names: Collection[str], used_with: str, given: str) -> None:
-    """Refuse options that have no effect next to the others.
-
-    Args:
-        arguments: The dataclass that holds the options.
-        names: The options without an effect. Names that `arguments` lacks are skipped.
-        used_with: What they are used with, for the message.
-        given: What was given instead, for the message.
-
-    Raises:
-        ValueError: One of them does not have its default value.
-    """
-    for known in fields(arguments):
-        default = known.default if known.default_factory is MISSING else known.default_factory()
-        if known.name in names and getattr(arguments, known.name) != default:
-            raise ValueError(f"--{known.name} is used only with {used_with}, and {given}. Remove one of them.")

@@ -1,13 +1,12 @@
-"""Speech recognition with CTC: the vocabulary, texts that fit their frames, and decoding."""
+"""Speech recognition with CTC: the vocabulary, and texts that fit their frames."""
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from transformers import Wav2Vec2CTCTokenizer
 
@@ -91,39 +90,3 @@ def keep_alignable(
             raise ValueError(f"{message}\nCorrect them, or leave them out with --on_long_text skip.")
         warnings.warn(f"{message}\nThey are left out.", stacklevel=2)
     return [row for row in range(len(labels)) if row not in too_long]
-
-
-def make_decoder(
-    tokenizer: Any, kind: str = "greedy", beam_width: int = 100, language_model: str | None = None
-) -> Callable[[np.ndarray], str]:
-    """Make a function that turns the logits `(frames, vocabulary)` of one recording into text.
-
-    Args:
-        tokenizer: The tokenizer of the model.
-        kind: "greedy", or "beam" for a beam search by pyctcdecode.
-        beam_width: Width of the beam.
-        language_model: A KenLM file for the beam search.
-
-    Raises:
-        ImportError: `kind` is "beam" and pyctcdecode is not installed.
-
-    Examples:
-        >>> from tempfile import mkdtemp
-        >>> decode = make_decoder(make_tokenizer(["ab"], mkdtemp()))
-        >>> decode(np.eye(5)[[3, 3, 0, 4]])  # a, a, blank, b
-        'ab'
-    """
-    if kind == "greedy":
-        return lambda logits: tokenizer.decode(logits.argmax(-1))
-    try:
-        from pyctcdecode import build_ctcdecoder  # pyright: ignore[reportMissingImports]  # optional
-    except ImportError as error:
-        raise ImportError(
-            f"--decoder beam needs pyctcdecode ({error}): pip install pyctcdecode, and kenlm for --language_model."
-        ) from error
-    by_number = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    names = {tokenizer.pad_token: "", tokenizer.word_delimiter_token: " ", tokenizer.unk_token: "⁇"}
-    beams = build_ctcdecoder([names.get(token, token) for token in by_number], language_model)
-    return lambda logits: beams.decode(
-        logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True), beam_width=beam_width
-    )

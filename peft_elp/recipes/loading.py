@@ -62,6 +62,29 @@ def load_feature_extractor(
     return feature_extractor
 
 
+def fit_window(feature_extractor: Any, model_args: ModelArguments, data_args: Any, *datasets: Dataset) -> Any:
+    """Cut a window such as Whisper's to the longest recording, unless `--chunk_length` is given; prints that it does.
+
+    Args:
+        feature_extractor: The feature extractor, as `load_feature_extractor` returns it.
+        model_args: The model arguments, whose `chunk_length` is set.
+        data_args: The data arguments; longer recordings than their `max_duration_in_seconds` are cropped or split.
+        datasets: All recordings that the model reads, as `read_split` returns them.
+
+    Returns:
+        The feature extractor with the window.
+    """
+    longest_s = math.ceil(min(data_args.max_duration_in_seconds, max(max(x["duration_s"]) for x in datasets)))
+    whole_s = window_s(feature_extractor)
+    if model_args.chunk_length or not hasattr(feature_extractor, "n_samples") or longest_s >= whole_s:
+        return feature_extractor
+    print(  # noqa: T201
+        f"The window is cut to {longest_s} s, the longest recording; --chunk_length {whole_s:g} keeps it whole."
+    )
+    model_args.chunk_length = longest_s
+    return load_feature_extractor(model_args)
+
+
 def load_model(auto_class: Any, model_args: ModelArguments, config: Any) -> Any:
     """Load a pretrained encoder with the head of a task; prints which modules are new, instead of a report by tensor.
 
