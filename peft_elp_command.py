@@ -299,7 +299,8 @@ def demo(
     **loading: Any,
 ) -> None:
     """Try adapters on your own voice, in the browser."""
-    from peft_elp.speech import demo
+    from peft_elp.serving import demo
+    from peft_elp.serving.engine import Engine
 
     names = _names(adapters)
     if space:
@@ -308,11 +309,12 @@ def demo(
         say(f"Then upload the folder: hf upload me/my-space {_shown(space)} . --repo-type space")
         return
     demo.import_gradio()  # Before the models, which take a while to load.
-    page = demo.make_page({tab: _load(name, **loading) for tab, name in names.items()})
+    page = demo.make_page(Engine(**_engine(names, **loading)))
     page.launch(server_name=host, server_port=port, share=False, max_file_size=demo.MAX_UPLOAD)
 
 
 @app.command(rich_help_panel="Answer for recordings")
+@_with_loading
 def serve(
     adapters: Annotated[list[str] | None, typer.Argument(help="Adapters, served under the names of folders.")] = None,
     adapters_folder: Annotated[str | None, _option("Adapters", "A folder whose adapters come and go.")] = None,
@@ -325,25 +327,16 @@ def serve(
     max_upload: Annotated[float, _option("Limits", "Megabytes that a request may have.", min=0.001)] = 50,
     replicas: Annotated[int, _option("Ray Serve", "Processes that answer. More than one needs Ray.", min=1)] = 1,
     gpus: Annotated[float, _option("Ray Serve", "GPUs of each process; 0.5 lets two share one.", min=0)] = 0,
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    max_duration: MaxDuration = None,
+    **loading: Any,
 ) -> None:
     """Answer requests over HTTP, for many adapters on one backbone.
 
     If the environment has PEFT_ELP_API_KEY, clients have to send it.
     """
-    from transformers.utils import logging
-
     from peft_elp.serving import run
     from peft_elp.serving.app import Limits
-    from peft_elp.speech.inference import MAX_DURATION_S
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    engine: dict[str, Any] = {"adapters": _names(adapters or []), "folder": adapters_folder, "limit": max_adapters}
-    engine |= {"base": base, "device": device, "dtype": dtype, "max_duration_s": max_duration or MAX_DURATION_S}
+    engine = _engine(_names(adapters or []), **loading) | {"folder": adapters_folder, "limit": max_adapters}
     limits = Limits(batch_size=batch_size, queue=queue, timeout_s=timeout, upload_bytes=round(1e6 * max_upload))
     if replicas > 1 or gpus:
         run.serve_with_ray(engine, limits, host, port, replicas, gpus)
@@ -449,18 +442,34 @@ def _names(adapters: Sequence[str]) -> dict[str, str]:
     return {tab if last.count(tab) == 1 else name: name for tab, name in zip(last, adapters, strict=True)}
 
 
-def _load(adapter: str, max_duration: float | None, on_long_audio: str | None, **options: Any) -> SpeechAdapter:
+def _load(adapter: str, **loading: Any) -> SpeechAdapter:
+    from peft_elp.speech.inference import SpeechAdapter
+
+    return SpeechAdapter.from_pretrained(adapter, **_options_of_loading(**loading))
+
+
+def _engine(
+    adapters: Mapping[str, str], subfolder: str | None, revision: str | None, **loading: Any
+) -> dict[str, Any]:
+    """Return the arguments of an engine."""
+    from peft_elp.saved.folder import find_adapter
+
+    sources = {name: find_adapter(source, subfolder, revision) for name, source in adapters.items()}
+    return {"adapters": sources, **_options_of_loading(**loading)}
+
+
+def _options_of_loading(max_duration: float | None, on_long_audio: str | None, **options: Any) -> dict[str, Any]:
     from transformers.utils import logging
 
-    from peft_elp.speech.inference import MAX_DURATION_S, SpeechAdapter
+    from peft_elp.speech.inference import MAX_DURATION_S
 
     logging.set_verbosity_error()  # A base that comes with a new head is meant here.
     logging.disable_progress_bar()
-    long: dict[str, Any] = {
+    return {
         "max_duration_s": max_duration or MAX_DURATION_S,
         "on_long_audio": on_long_audio or "error",
+        **options,
     }
-    return SpeechAdapter.from_pretrained(adapter, **long, **options)
 
 
 def _each(

@@ -10,9 +10,10 @@ import warnings
 import pytest
 import torch
 import yaml
-from on_disk import LABELS, save_base
+from on_disk import LABELS
 
-from peft_elp.speech import demo
+from peft_elp.serving import demo
+from peft_elp.serving.engine import Engine
 from peft_elp.speech.inference import SpeechAdapter
 from peft_elp_command import main
 
@@ -33,8 +34,8 @@ def collected():
 
 
 @pytest.fixture
-def adapters(folders):
-    return {head: SpeechAdapter.from_pretrained(folder) for head, folder in folders.items()}
+def engine(folders):
+    return Engine(folders, device="cpu")
 
 
 def answers(page):
@@ -42,9 +43,9 @@ def answers(page):
     return {function.api_name: function.fn for function in page.fns.values()}
 
 
-def test_the_page_gives_the_answers_of_the_adapters(files, adapters, loaded):
+def test_the_page_gives_the_answers_of_the_adapters(files, engine, loaded):
     pytest.importorskip("gradio")
-    found = answers(demo.make_page(adapters))
+    found = answers(demo.make_page(engine))
     assert found["transcribe"](files[0]) == loaded("ForCTC").transcribe(files[0])
     labels = found["classify"](files[0])
     assert list(labels) == [label["label"] for label in loaded("ForSequenceClassification").classify(files[0])]
@@ -54,38 +55,23 @@ def test_the_page_gives_the_answers_of_the_adapters(files, adapters, loaded):
     assert score == pytest.approx(comparison.score, abs=1e-6)
     assert verdict == f"{'the same voice' if comparison.same else 'different voices'}, threshold 0.25"
     scores = list(labels.values())
-    adapters["ForSequenceClassification"].model.get_base_model().config.id2label = dict.fromkeys(range(3), "yes")
+    engine._loaded["ForSequenceClassification"].labels.update(dict.fromkeys(range(3), "yes"))
     assert found["classify"](files[0]) == dict(zip(["yes", "yes #2", "yes #3"], scores, strict=True))
 
 
-def test_adapters_on_one_base_have_one_backbone_in_memory(adapters, folders, tmp_path):
-    base = save_base(tmp_path, num_hidden_layers=3)
-    other = SpeechAdapter.from_pretrained(folders["ForCTC"], base=base)
-    with torch.no_grad():
-        other.model.get_base_model().wavlm.feature_projection.projection.bias.add_(1)
-    demo.share_backbones([*adapters.values(), other])
-    places = [
-        adapter.model.get_base_model().wavlm.feature_projection.projection.weight.data_ptr()
-        for adapter in [*adapters.values(), other]
-    ]
-    assert [places.count(place) for place in places] == [3, 3, 3, 1]
-
-
 def test_what_is_wrong_with_a_recording_is_one_sentence_without_the_paths_of_the_server(
-    adapters, files, folder, tmp_path, monkeypatch
+    engine, files, folder, tmp_path, monkeypatch
 ):
     gradio = pytest.importorskip("gradio")
-    adapters["ForXVector"].max_duration_s = 0.2
-    monkeypatch.setattr(SpeechAdapter, "transcribe", lambda *_: torch.empty(2**60))
-    page = demo.make_page(adapters)
+    engine._loaded["ForXVector"].speech.max_duration_s = 0.2
+    monkeypatch.setattr(SpeechAdapter, "_decode", lambda *_: torch.empty(2**60))
+    page = demo.make_page(engine)
     found = answers(page)
     assert not page.analytics_enabled
     assert page.delete_cache
     shown = json.dumps(page.get_config_file(), default=str)
     assert '"value": "base"' in shown
     assert str(folder) not in shown
-    with pytest.raises(ValueError, match="at least one adapter, got none"):
-        demo.make_page({})
     (tmp_path / "<b>.wav").write_bytes(b"RIFF")
     for command, recordings, message in (
         ("verify", (files[1], None), r"Upload or record a voice first\."),
@@ -112,13 +98,13 @@ def test_the_command_serves_this_machine_alone(folders, monkeypatch):
     assert options == {"server_name": "127.0.0.1", "server_port": 7999, **limits}
 
 
-def test_a_visitor_gets_answers_in_a_real_browser(adapters, files):
+def test_a_visitor_gets_answers_in_a_real_browser(engine, loaded, files):
     pytest.importorskip("gradio")
     sync_api = pytest.importorskip("playwright.sync_api")
     program = next((program for name in BROWSERS if (program := shutil.which(name))), None)
     if program is None:
         pytest.skip(f"none of {BROWSERS} is installed")
-    page = demo.make_page(adapters)
+    page = demo.make_page(engine)
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
     try:
         with sync_api.sync_playwright() as playwright:
@@ -139,12 +125,12 @@ def test_a_visitor_gets_answers_in_a_real_browser(adapters, files):
 
             expect, (one, other) = sync_api.expect, files[:2]
             tab = answer("ForCTC", "Transcribe", one)
-            expect(tab.get_by_role("textbox", name="Text")).to_have_value(adapters["ForCTC"].transcribe(one))
+            expect(tab.get_by_role("textbox", name="Text")).to_have_value(loaded("ForCTC").transcribe(one))
             tab = answer("ForSequenceClassification", "Classify", one)
-            best = adapters["ForSequenceClassification"].classify(one)[0]
+            best = loaded("ForSequenceClassification").classify(one)[0]
             expect(tab).to_contain_text(re.compile(rf"{best['label']}\s*{100 * best['score']:.0f}%"))
             tab = answer("ForXVector", "Compare", one, other)
-            same = adapters["ForXVector"].verify(one, other).same
+            same = loaded("ForXVector").verify(one, other).same
             verdict = f"{'the same voice' if same else 'different voices'}, threshold 0.25"
             expect(tab.get_by_role("textbox", name="Answer")).to_have_value(verdict)
             expect(tab).to_contain_text("Layer weights")

@@ -119,6 +119,21 @@ def test_mixed_requests_are_answered_as_each_adapter_answers_alone_and_a_broken_
     assert (len(models), len(weights)) == (5, 2 * 3)  # a model for each head, the tensors of two bases of three layers
 
 
+@pytest.mark.parametrize("how", ["crop", "split", "skip"])
+def test_long_recordings_are_cropped_split_or_skipped(saved, how):
+    options = {"device": "cpu", "max_duration_s": 0.5, "on_long_audio": how}
+    names = [name for name in saved.tasks if name.endswith("1")]
+    engine = Engine({name: saved.folder / name for name in names}, **options)
+    long, short = saved.files[4], saved.files[0]
+    requests = [Request(name, task, file) for name in names for task in saved.tasks[name] for file in (long, short)]
+    for request, answer in zip(requests, engine.answer(requests), strict=True):
+        right = getattr(SpeechAdapter.from_pretrained(saved.folder / request.adapter, **options), request.task)
+        if (how, request.recording) == ("skip", long):
+            assert "too long, and was skipped" in str(answer)
+        else:
+            assert_same(answer, right(request.recording))
+
+
 def test_whisper_writes_for_several_adapters_in_one_pass(tmp_path):
     base = save_whisper(tmp_path / "base")
     for seed, name in enumerate(["one", "two"]):

@@ -17,7 +17,6 @@ import torch
 from huggingface_hub import EvalResult
 from torch import Tensor
 
-from peft_elp.recipes.arguments import DTYPES
 from peft_elp.saved.card import describe
 from peft_elp.speech.inference import SpeechAdapter
 from peft_elp.speech.metrics import equal_error_threshold
@@ -33,6 +32,7 @@ from .split import Fold, make_folds
 from .transcribe import transcribe
 
 SHOWN = 20  # candidates in the report
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass(frozen=True)

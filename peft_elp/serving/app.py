@@ -16,10 +16,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from starlette.datastructures import UploadFile
 
-from .engine import Engine, NotLoadedError, Request, UnknownAdapterError
+from .engine import Engine, NotLoadedError, Request, UnknownAdapterError, compare
 
 try:
     from fastapi import Depends, FastAPI, HTTPException
@@ -240,8 +239,8 @@ def make_app(engine: Engine, limits: Limits | None = None, api_key: str | None =
         threshold = _number(fields, "threshold", float, least=-1)
         if threshold is None:
             threshold = await batcher.call(engine.threshold, fields["model"])
-        score = float(one @ other / max(float(np.linalg.norm(one) * np.linalg.norm(other)), 1e-12))
-        return {"score": score, "threshold": threshold, "same": None if threshold is None else score >= threshold}
+        found = compare(one, other, threshold)
+        return {"score": found.score, "threshold": threshold, "same": found.same}
 
     return app
 

@@ -20,7 +20,8 @@ from peft.utils import CONFIG_NAME
 from peft_elp.call.route import Route, current_route
 from peft_elp.multitask import MultiTaskModel
 from peft_elp.saved.folder import find_adapter, read_adapter
-from peft_elp.speech.inference import MAX_DURATION_S, Recording, SpeechAdapter, _find_base
+from peft_elp.speech.inference import MAX_DURATION_S, Recording, SpeechAdapter, Verification, _find_base
+from peft_elp.speech.metrics import cosine_scores
 from peft_elp.wording import first_line, shortened
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Engine:
         device: As there.
         dtype: As there.
         max_duration_s: As there. The padded recordings of one pass last no longer in sum.
+        on_long_audio: As there; a recording that is skipped has an error in place of its answer.
 
     Raises:
         ValueError: There is no adapter, `limit` is below 1, or an adapter cannot be loaded.
@@ -101,6 +103,7 @@ class Engine:
         device: str | None = None,
         dtype: str | None = None,
         max_duration_s: float = MAX_DURATION_S,
+        on_long_audio: str = "error",
     ) -> None:
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}.")
@@ -109,7 +112,7 @@ class Engine:
         self.folder = None if folder is None else Path(folder)
         self.limit = limit
         self._options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype}
-        self._max_duration_s = max_duration_s
+        self._long: dict[str, Any] = {"max_duration_s": max_duration_s, "on_long_audio": on_long_audio}
         self._sources: dict[str, Path] = {}
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the least recently used first
         self._hosts: dict[tuple[Any, ...], SpeechAdapter] = {}  # what loaded each base with a head
@@ -201,38 +204,24 @@ class Engine:
         What cannot be answered has the error in place of its answer, and costs no other request its own.
         """
         accepted = [_tried(self._accept, request.adapter, request.task) for request in requests]
-        answers: list[Any] = list(self._readers.map(_waveform, accepted, requests))
-        read = {row: (accepted[row], one) for row, one in enumerate(answers) if not isinstance(one, Exception)}
-        for rows in self._passes(requests, read):
-            task = requests[rows[0]].task
-            found = _tried(self._pass, [read[row] for row in rows], task)
+        cut: list[Any] = list(self._readers.map(_pieces, accepted, requests))
+        read = [one for one in enumerate(cut) if not isinstance(one[1], Exception)]
+        pieces = [(requests[row].task, accepted[row], waveform) for row, found in read for waveform in found]
+        answers: list[Any] = [None] * len(pieces)
+        for numbers in _passes(pieces):
+            task, batch = pieces[numbers[0]][0], [pieces[number][1:] for number in numbers]
+            found = _tried(self._pass, batch, task)
             if isinstance(found, Exception):  # It may be one recording, or their number.
-                found = [self._alone(read[row], task) for row in rows] if len(rows) > 1 else [found]
-            for row, one in zip(rows, found, strict=True):
-                answers[row] = one
+                found = [self._alone(one, task) for one in batch] if len(batch) > 1 else [found]
+            for number, one in zip(numbers, found, strict=True):
+                answers[number] = one
         while self.limit is not None and len(self._loaded) > self.limit:
             self._forget(self._loaded.popitem(last=False)[1])
-        return answers
-
-    def _passes(
-        self, requests: Sequence[Request], read: Mapping[int, tuple[_Loaded, np.ndarray]]
-    ) -> Iterator[list[int]]:
-        """Return the numbers of the requests that share a pass, so that none changes the answer to another."""
-        groups: dict[Any, list[int]] = {}
-        for row, (loaded, waveform) in read.items():
-            speech = loaded.speech
-            alone = row if speech._is_long(waveform) else None
-            length = None if speech._pads else len(waveform)
-            groups.setdefault((requests[row].task, loaded.shares, length, alone), []).append(row)
-        for rows in groups.values():
-            rows.sort(key=lambda row: len(read[row][1]))
-            speech = read[rows[0]][0].speech
-            most = speech.max_duration_s * speech.sampling_rate
-            start = 0
-            for end in range(1, len(rows) + 1):
-                if end == len(rows) or (end + 1 - start) * len(read[rows[end]][1]) > most:
-                    yield rows[start:end]
-                    start = end
+        remaining = iter(answers)
+        return [
+            one if isinstance(one, Exception) else _joined([next(remaining) for _ in one], request.task, loaded)
+            for one, request, loaded in zip(cut, requests, accepted, strict=True)
+        ]
 
     def _alone(self, one: tuple[_Loaded, np.ndarray], task: str) -> Any:
         found = _tried(self._pass, [one], task)
@@ -251,8 +240,7 @@ class Engine:
                 return speech._embed(waveforms)
             if task == "transcribe":
                 return (speech._write if speech._generates else speech._decode)(waveforms)
-            scores = speech._scores(waveforms)
-        return [_labels(loaded.labels, row) for loaded, row in zip(every, scores, strict=True)]
+            return speech._scores(waveforms)
 
     def _accept(self, name: str, task: str) -> _Loaded:
         """Return the adapter for a request, from now on the most recently used one; load it if need be."""
@@ -274,7 +262,7 @@ class Engine:
         host = self._hosts.get(place)
         if host is None:
             key = "default"
-            speech = SpeechAdapter.from_pretrained(folder, **self._options, max_duration_s=self._max_duration_s)
+            speech = SpeechAdapter.from_pretrained(folder, **self._options, **self._long)
             for (other_base, *_), other in self._hosts.items():
                 if other_base == base:
                     try:
@@ -288,7 +276,7 @@ class Engine:
             try:
                 host.model.load_adapter(str(folder), key, torch_device=str(host.model.device))
                 host.model.eval()
-                speech = SpeechAdapter._around(host.model, saved, base, None, self._max_duration_s)
+                speech = SpeechAdapter._around(host.model, saved, base, None, **self._long)
             except Exception as error:
                 if key in host.model.peft_config:
                     host.model.delete_adapter(key)
@@ -320,8 +308,42 @@ def _tried(function: Callable[..., Any], *args: Any) -> Any:
         return error
 
 
-def _waveform(loaded: Any, request: Request) -> Any:
-    return loaded if isinstance(loaded, Exception) else _tried(loaded.speech.read, request.recording)
+def _pieces(loaded: Any, request: Request) -> Any:
+    return loaded if isinstance(loaded, Exception) else _tried(loaded.speech._pieces, request.recording, None)
+
+
+def _passes(pieces: Sequence[tuple[str, _Loaded, np.ndarray]]) -> Iterator[list[int]]:
+    """Return the numbers of the pieces that share a pass, so that none changes the answer to another."""
+    groups: dict[Any, list[int]] = {}
+    for number, (task, loaded, waveform) in enumerate(pieces):
+        alone = number if loaded.speech._is_long(waveform) else None
+        length = None if loaded.speech._pads else len(waveform)
+        groups.setdefault((task, loaded.shares, length, alone), []).append(number)
+    for numbers in groups.values():
+        numbers.sort(key=lambda number: len(pieces[number][2]))
+        speech = pieces[numbers[0]][1].speech
+        most, start = speech.max_duration_s * speech.sampling_rate, 0
+        for end in range(1, len(numbers) + 1):
+            if end == len(numbers) or (end + 1 - start) * len(pieces[numbers[end]][2]) > most:
+                yield numbers[start:end]
+                start = end
+
+
+def _joined(answers: Sequence[Any], task: str, loaded: _Loaded) -> Any:
+    """Return the answer to a recording from those to its pieces."""
+    if not answers:
+        return ValueError("The recording is too long, and was skipped.")
+    if failed := [one for one in answers if isinstance(one, Exception)]:
+        return failed[0]
+    if task == "transcribe":
+        return " ".join(answers)
+    mean = np.mean(answers, axis=0)
+    return mean if task == "embed" else _labels(loaded.labels, mean)
+
+
+def compare(one: np.ndarray, other: np.ndarray, threshold: float | None) -> Verification:
+    """Compare two voices by their embeddings."""
+    return Verification(float(cosine_scores({0: one, 1: other}, [(0, 1)])[0]), threshold)
 
 
 def _what_passes_share(speech: SpeechAdapter) -> tuple[Any, ...]:

@@ -6,20 +6,17 @@ Needs gradio: `pip install 'peft-elp[demo]'`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from html import escape
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft_elp.multitask import MultiTaskModel
 from peft_elp.saved.card import wheel_name
 from peft_elp.saved.folder import is_hub_id
+from peft_elp.speech.plots import layer_weights
 
-from .plots import layer_weights
-
-if TYPE_CHECKING:
-    from .inference import SpeechAdapter
+from .engine import Engine, Request, compare
 
 MAX_UPLOAD = "50mb"  # 13 minutes of 16-bit stereo at 32 kHz; `max_duration_s` of the adapters limits the duration
 ONE_AT_A_TIME = "adapters"  # The tabs share a backbone, and the cores of one machine.
@@ -28,11 +25,11 @@ APP = '''"""Try the adapters on a recording."""
 import json
 from pathlib import Path
 
-from peft_elp.speech.demo import MAX_UPLOAD, make_page
-from peft_elp.speech.inference import SpeechAdapter
+from peft_elp.serving.demo import MAX_UPLOAD, make_page
+from peft_elp.serving.engine import Engine
 
 adapters = json.loads(Path(__file__).with_name("adapters.json").read_text(encoding="utf-8"))
-page = make_page({name: SpeechAdapter.from_pretrained(source) for name, source in adapters.items()})
+page = make_page(Engine(adapters))
 
 if __name__ == "__main__":
     page.launch(max_file_size=MAX_UPLOAD)
@@ -51,14 +48,14 @@ def import_gradio() -> Any:
         raise ImportError(f"The demo page needs gradio ({error}): pip install 'peft-elp[demo]'") from error
 
 
-def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:
+def make_page(engine: Engine) -> Any:
     """Make a page with a tab for each adapter, where a voice is uploaded or recorded and the answer is shown.
 
     A recogniser shows text, a classifier its labels with their scores, and an adapter for voices compares two of them.
-    Beside the answer are the layer weights of the L-adapter. Adapters on the same base share one backbone in memory.
+    Beside the answer are the layer weights of the L-adapter.
 
     Args:
-        adapters: The adapters by the name of their tab.
+        engine: Answers for its adapters, whose names are those of the tabs.
 
     Returns:
         A `gradio.Blocks`. Serve it with `launch(max_file_size=MAX_UPLOAD)`: without a limit, gradio takes uploads of
@@ -66,42 +63,25 @@ def make_page(adapters: Mapping[str, SpeechAdapter]) -> Any:
 
     Raises:
         ImportError: gradio is not installed.
-        ValueError: `adapters` is empty, or the page cannot show the head of one of them.
+        ValueError: The page cannot show the head of an adapter.
 
     Examples:
-        >>> page = make_page({"emotions": SpeechAdapter.from_pretrained("me/emotions")})  # doctest: +SKIP
+        >>> page = make_page(Engine({"emotions": "me/emotions"}))  # doctest: +SKIP
         >>> page.launch(max_file_size=MAX_UPLOAD)  # doctest: +SKIP
     """
     gradio = import_gradio()
-    if not adapters:
-        raise ValueError("A demo page needs at least one adapter, got none.")
-    tasks = {name: _task(name, adapter) for name, adapter in adapters.items()}
-    share_backbones(list(adapters.values()))
+    tasks = {name: _task(name, engine._loaded[name].speech) for name in engine.adapters}
     # What is recorded stays here: nothing is reported, and uploaded voices are deleted after an hour.
     with gradio.Blocks(title="peft_elp", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gradio.Markdown("# Try the adapter" if len(adapters) == 1 else "# Try the adapters")
+        gradio.Markdown("# Try the adapter" if len(tasks) == 1 else "# Try the adapters")
         with gradio.Tabs():
-            for name, adapter in adapters.items():
+            for name, task in tasks.items():
                 with gradio.Tab(name), gradio.Row():
                     with gradio.Column():
-                        tasks[name](gradio, adapter)
+                        task(gradio, engine, name)
                     with gradio.Column():
-                        _show(gradio, adapter)
+                        _show(gradio, engine, name)
     return page
-
-
-def share_backbones(adapters: Sequence[SpeechAdapter]) -> None:
-    """Let adapters on equal backbones share the tensors of one of them, so that it is in memory once."""
-    kept: list[SpeechAdapter] = []
-    for adapter in adapters:
-        for other in kept:
-            try:
-                MultiTaskModel({"kept": other.model, "other": adapter.model})
-            except ValueError:  # Another backbone.
-                continue
-            break
-        else:
-            kept.append(adapter)
 
 
 def write_space(folder: str | Path, adapters: Mapping[str, str], title: str = "Speech adapters") -> None:
@@ -139,7 +119,7 @@ def write_space(folder: str | Path, adapters: Mapping[str, str], title: str = "S
         Path(folder, name).write_text(text, encoding="utf-8")
 
 
-def _task(name: str, adapter: SpeechAdapter) -> Callable[[Any, SpeechAdapter], None]:
+def _task(name: str, adapter: Any) -> Callable[[Any, Engine, str], None]:
     if adapter.tokenizer is not None:
         return _transcribing
     if adapter.saved.config.get("verification_threshold") is not None or "XVector" in str(adapter.saved.model_class):
@@ -156,69 +136,75 @@ def _voice(gradio: Any, label: str) -> Any:
     return gradio.Audio(sources=["upload", "microphone"], type="filepath", label=label)
 
 
-def _answering(gradio: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the answer to recordings; what is wrong with them is shown on the page alone, in one sentence."""
+def _answering(
+    gradio: Any, engine: Engine, name: str, task: Any, show: Callable[..., Any] = lambda answer: answer
+) -> dict[str, Any]:
+    """Return what a button does: it shows answers; what is wrong with a recording is told on the page alone."""
 
     def answered(*recordings: str | None) -> Any:
         if not all(recordings):
             raise gradio.Error("Upload or record a voice first.", print_exception=False)
-        try:
-            return answer(*recordings)
-        except ValueError as error:  # It names the file on the server, of which the visitor knows the last part.
-            message = str(error)
-            for recording in filter(None, recordings):
-                message = message.replace(recording, Path(recording).name)
-            raise gradio.Error(escape(message), print_exception=False) from None  # The page reads HTML.
-        except Exception as error:
-            raise gradio.Error("The recording could not be answered.") from error  # The terminal tells why.
+        answers = engine.answer([Request(name, task, recording) for recording in recordings if recording])
+        for error in answers:
+            if isinstance(error, ValueError):  # It names the file on the server; the visitor knows the last part.
+                message = str(error)
+                for recording in filter(None, recordings):
+                    message = message.replace(recording, Path(recording).name)
+                raise gradio.Error(escape(message), print_exception=False)  # The page reads HTML.
+            if isinstance(error, Exception):
+                raise gradio.Error("The recording could not be answered.") from error  # The terminal tells why.
+        return show(*answers)
 
-    return answered
+    return {"fn": answered, "concurrency_id": ONE_AT_A_TIME}
 
 
-def _transcribing(gradio: Any, adapter: SpeechAdapter) -> None:
+def _transcribing(gradio: Any, engine: Engine, name: str) -> None:
     voice, text = _voice(gradio, "Voice"), gradio.Textbox(label="Text")
     run = gradio.Button("Transcribe", variant="primary")
-    run.click(_answering(gradio, adapter.transcribe), voice, text, api_name="transcribe", concurrency_id=ONE_AT_A_TIME)
+    does = _answering(gradio, engine, name, "transcribe")
+    run.click(inputs=voice, outputs=text, api_name="transcribe", **does)
 
 
-def _classifying(gradio: Any, adapter: SpeechAdapter) -> None:
+def _classifying(gradio: Any, engine: Engine, name: str) -> None:
     voice, labels = _voice(gradio, "Voice"), gradio.Label(label="Labels", num_top_classes=10)
     run = gradio.Button("Classify", variant="primary")
 
-    def answer(recording: str) -> dict[str, float]:
+    def show(answer: Any) -> dict[str, float]:
         scores: dict[str, float] = {}
-        for one in adapter.classify(recording):
+        for one in answer:
             same = sum(label.split(" #")[0] == one["label"] for label in scores)
             scores[f"{one['label']} #{same + 1}" if same else one["label"]] = one["score"]
         return scores
 
-    run.click(_answering(gradio, answer), voice, labels, api_name="classify", concurrency_id=ONE_AT_A_TIME)
+    does = _answering(gradio, engine, name, "classify", show)
+    run.click(inputs=voice, outputs=labels, api_name="classify", **does)
 
 
-def _verifying(gradio: Any, adapter: SpeechAdapter) -> None:
+def _verifying(gradio: Any, engine: Engine, name: str) -> None:
     first, second = _voice(gradio, "First voice"), _voice(gradio, "Second voice")
     score, verdict = gradio.Number(label="Score, from -1 to 1", precision=3), gradio.Textbox(label="Answer")
     run = gradio.Button("Compare", variant="primary")
 
-    def answer(one: str, other: str) -> tuple[float, str]:
-        found = adapter.verify(one, other)
+    def show(one: Any, other: Any) -> tuple[float, str]:
+        found = compare(one, other, engine.threshold(name))
         if found.same is None:
             return found.score, "The adapter names no threshold."
         return found.score, f"{'the same voice' if found.same else 'different voices'}, threshold {found.threshold}"
 
-    run.click(
-        _answering(gradio, answer), [first, second], [score, verdict], api_name="verify", concurrency_id=ONE_AT_A_TIME
-    )
+    does = _answering(gradio, engine, name, "embed", show)
+    run.click(inputs=[first, second], outputs=[score, verdict], api_name="verify", **does)
 
 
-def _show(gradio: Any, adapter: SpeechAdapter) -> None:
+def _show(gradio: Any, engine: Engine, name: str) -> None:
     """Show what an adapter is: its base, and the layer weights of its L-adapter."""
     import pandas  # gradio brings it.
 
-    base = str(adapter.saved.base)
+    loaded = engine._loaded[name]
+    saved = loaded.speech.saved
+    base = str(saved.base)
     gradio.Textbox(base if is_hub_id(base) else Path(base).name, label="Base", interactive=False)
-    if "L" in str(adapter.saved.config.get("adapters")):
-        weights = pandas.DataFrame(layer_weights(adapter.model), columns=["layer", "share"])
+    if "L" in str(saved.config.get("adapters")):
+        weights = pandas.DataFrame(layer_weights(loaded.speech.model, loaded.key), columns=["layer", "share"])
         weights["layer"] = weights["layer"].astype(str)
         top = 1.1 * weights["share"].max()
         gradio.BarPlot(weights, x="layer", y="share", title="Layer weights", sort=None, y_lim=[0, top])
