@@ -35,6 +35,7 @@ WHEN = {
         r"conformance/.*\[.*(LN-Tuning|LoRA-(wavlm|hubert|whisper))",  # what PEFT's own methods do, beyond one model
         r"recipes\.py::test_two_processes.*speech_recognition",
         r"automl\.py::test_processes_side_by_side.*\[ray",
+        r"serve\.py::test_a_replica",  # Ray gives its proxy five seconds to start; a busy machine takes longer
         r"\[docs/how-to/compile-and-export",  # what compiled.py does and compares
         r"\[deleted by Transformers-(?!wavlm|wav2vec2\]|hubert\]|sew\]|whisper|qwen2_audio)",
     ],
@@ -45,7 +46,7 @@ WHEN = {
         r"compiled\.py::test_a_(strict_export|graph_that_breaks)",
         r"test_(inference|starts)\.py::test_(how_many|whisper_|a_fresh_adapter_costs)",
         r"test_automl\.py::test_(a_killed_search|a_thousand|processes_side_by_side|the_same_seed)",
-        r"test_(check|serve)\.py::test_(a_thousand|a_replica|openais_client|the_command|voices)",
+        r"test_(check|serve)\.py::test_(a_thousand|openais_client|the_command|voices)",
         r"test_docs\.py::test_(the_blocks|a_page_runs|an_error|the_page|every_model|no_model)",
         r"conformance/.*\[.*(LoRA|hubert-bare|wavlm-classification)",
     ],
