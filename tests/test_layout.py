@@ -61,7 +61,6 @@ def test_a_model_without_adapters_is_sped_up_too():
     assert run(base)[1] == [True] * 3
 
 
-@pytest.mark.parametrize("family", ["wav2vec2", "hubert"])
-def test_families_that_need_nothing_get_nothing(family):
-    base = build(family, "ForCTC")
+def test_families_that_need_nothing_get_nothing():
+    base = build("hubert")
     assert not any(module._forward_pre_hooks for module in speed_up_frozen(base).modules() if module is not base)

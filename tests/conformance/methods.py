@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from backbones import ELP, build, waveforms
-from families import WHISPER
+from families import FAMILIES
 from peft import LNTuningConfig, LoraConfig, PeftConfig
 from torch import Tensor
 
@@ -59,8 +59,7 @@ class Method:
 
 
 def _speech() -> dict[str, Tensor]:
-    waveform, mask = waveforms()
-    return {"input_values": waveform, "attention_mask": mask}
+    return dict(zip(("input_values", "attention_mask"), waveforms(), strict=True))
 
 
 def _spectrogram() -> dict[str, Tensor]:
@@ -68,28 +67,21 @@ def _spectrogram() -> dict[str, Tensor]:
     return {"input_features": torch.randn(3, 8, 40), "decoder_input_ids": torch.tensor([[3, 5, 7]] * 3)}
 
 
-def _whisper() -> Any:
-    torch.manual_seed(0)
-    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**WHISPER)).eval()
-
-
 _WAVE = {
     "linears": r".*encoder\.layers\.\d+\.feed_forward\.(intermediate_dense|output_dense)",
     "norms": r".*encoder\.layers\.\d+\.(layer_norm|final_layer_norm)",
 }
+_WHISPER = {
+    "linears": r".*encoder\.layers\.\d+\.(fc1|fc2)",
+    "norms": r".*encoder\.layers\.\d+\.(self_attn_layer_norm|final_layer_norm)",
+}
 MODELS = {
-    "wav2vec2-ctc": Model(lambda: build("wav2vec2", "ForCTC"), _speech, ("lm_head",), **_WAVE),
+    "wav2vec2-ctc": Model(partial(build, "wav2vec2"), _speech, ("lm_head",), **_WAVE),
     "wavlm-classification": Model(
-        lambda: build("wavlm", "ForSequenceClassification"), _speech, ("projector", "classifier"), **_WAVE
+        partial(build, "wavlm", "ForSequenceClassification"), _speech, ("projector", "classifier"), **_WAVE
     ),
-    "hubert-bare": Model(lambda: build("hubert", "Model"), _speech, (), **_WAVE),
-    "whisper-generation": Model(
-        _whisper,
-        _spectrogram,
-        (),
-        r".*encoder\.layers\.\d+\.(fc1|fc2)",
-        r".*encoder\.layers\.\d+\.(self_attn_layer_norm|final_layer_norm)",
-    ),
+    "hubert-bare": Model(partial(build, "hubert", "Model"), _speech, (), **_WAVE),
+    "whisper-generation": Model(FAMILIES["whisper"].model, _spectrogram, (), **_WHISPER),
 }
 
 

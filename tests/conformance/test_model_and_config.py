@@ -14,6 +14,11 @@ from steps import adapted, answer, nudged, of_adapter, same
 from torch import nn
 
 
+def test_has_the_public_methods(peft_model):
+    for name in ("save_pretrained", "from_pretrained", "push_to_hub", "load_adapter", "merge_and_unload", "unload"):
+        assert callable(getattr(peft_model, name))
+
+
 def test_peft_model_can_be_built_directly(method, model):
     torch.manual_seed(3)
     same(

@@ -133,6 +133,12 @@ def test_adapter_is_injected_without_memory(method, model):
     assert "meta" in {p.device.type for key, p in base.named_parameters() if method.prefix in key}
 
 
+def test_device_of_a_loaded_adapter_can_be_chosen(method, model, tmp_path):
+    adapted(method, model).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.make(), tmp_path, device_map={"": "cpu"}, torch_device="cpu")
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+
+
 def test_state_dict_of_an_adapter_is_taken_and_given(paired, method, model):
     paired.set_adapter("other")
     expected = answer(paired, model)
