@@ -33,7 +33,6 @@ WHEN = {
         r"every family",
         r"test_fuzz\.py::test_many",
         r"conformance/.*\[.*(LN-Tuning|LoRA-(wavlm|hubert|whisper))",  # what PEFT's own methods do, beyond one model
-        r"recipes\.py::test_two_processes.*speech_recognition",
         r"automl\.py::test_processes_side_by_side.*\[ray",
         r"serve\.py::test_a_replica",  # Ray gives its proxy five seconds to start; a busy machine takes longer
         r"\[docs/how-to/compile-and-export",  # what compiled.py does and compares

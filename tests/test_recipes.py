@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ from peft_elp import published_factors, published_rates, recipes
 from peft_elp.recipes import verification as training
 from peft_elp.recipes.rates import schedule_factors
 from peft_elp.recipes.saving import CARD_METRICS
-from peft_elp.speech.data import check_audio, check_disjoint, leave_one_group_out, read_dataset, read_trials
+from peft_elp.speech.data import check_disjoint, read_dataset
 from peft_elp.speech.inference import SpeechAdapter
 from peft_elp.speech.metrics import equal_error_rate, min_dcf
 
@@ -316,32 +316,27 @@ def test_what_was_trained_is_saved_before_it_is_measured_and_metrics_are_reporte
     assert SpeechAdapter.from_pretrained(tmp_path / "unmeasured").saved.labels == ["loud", "quiet"]
 
 
-@pytest.mark.parametrize("module", [verification, recognition])
-def test_two_processes_measure_what_one_does(module, trained, encoder, data, tmp_path):
-    script = Path(module.__file__)
+def test_two_processes_measure_what_one_does(trained, encoder, data, tmp_path):
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
-    words = ["--model_name_or_path", encoder, "--dataset_name", data, "--output_dir", tmp_path / "two", *ELP, *HARDLY]
+    launch += f" --mixed_precision no --dynamo_backend no {verification.__file__}"
+    words = ["--model_name_or_path", encoder, "--dataset_name", data, "--output_dir", tmp_path, *ELP, *HARDLY]
     words += ["--max_steps", 2, "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 3, "--use_cpu"]
     ran = subprocess.run(
-        [sys.executable, "-m", *launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", script]
-        + [str(word) for word in [*words, "--save_strategy", "no"]],
+        [sys.executable, "-m", *launch.split(), *map(str, words), "--save_strategy", "no"],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    table, names = ("scores.csv", "file_a") if module is verification else ("predictions.csv", "file")
-    two = json.loads((tmp_path / "two/all_results.json").read_text())
-    one, folder = trained(module, *ELP, *HARDLY)
-    ours, theirs = read(folder / table), read(tmp_path / "two" / table)
-    assert [row[names] for row in ours] == [row[names] for row in theirs]
-    if module is verification:
-        scores = [[float(row["score"]) for row in rows] for rows in (ours, theirs)]
-        assert scores[0] == pytest.approx(scores[1], abs=0.02)
-    else:
-        assert np.mean([row == other for row, other in zip(ours, theirs, strict=True)]) >= 0.75
-    assert {key for key in one if key.startswith("eval_")} <= {*two}
+    one, folder = trained(verification, *ELP, *HARDLY)
+    assert {key for key in one if key.startswith("eval_")} <= {
+        *json.loads((tmp_path / "all_results.json").read_text())
+    }
+    ours, theirs = read(folder / "scores.csv"), read(tmp_path / "scores.csv")
+    assert [row["file_a"] for row in ours] == [row["file_a"] for row in theirs]
+    scores = [[float(row["score"]) for row in rows] for rows in (ours, theirs)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -439,17 +434,8 @@ def push_intents(encoder, data, folder):
 
     words = ["--model_name_or_path", encoder, "--dataset_name", data, "--output_dir", folder, "--max_steps", "2"]
     words += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--use_cpu", *ELP]
-    words += [
-        "--push_to_hub",
-        "True",
-        "--hub_model_id",
-        "intents",
-        "--hub_token",
-        TOKEN,
-        "--label_column_name",
-        "label",
-    ]
-    intent.main([*words, "--save_strategy", "no"])
+    words += ["--push_to_hub", "True", "--hub_model_id", "intents", "--hub_token", TOKEN]
+    intent.main([*words, "--label_column_name", "label", "--save_strategy", "no"])
     return Path(hf_hub_download("me/intents", "README.md", token=TOKEN)).read_text()
 
 
@@ -567,13 +553,6 @@ def test_emotions_are_read_from_folders_and_one_adapter_is_trained_on_all_of_the
     assert {Path(row["file"]).parent.name for row in read(folder / "fold-b" / "predictions.csv")} == {"b"}
 
 
-def test_tables_of_answers_hold_no_cell_that_a_spreadsheet_would_run(trained):
-    _, folder = trained(recognition, *ELP)
-    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=folder), is_world_process_zero=lambda: True)
-    recipes.write_rows(trainer, "cells.csv", ["file", "text"], [("a.wav", "=1+1"), ("b.wav", -0.5)])
-    assert (folder / "cells.csv").read_text().split() == ["file,text", "a.wav,'=1+1", "b.wav,-0.5"]
-
-
 def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
     with pytest.warns(UserWarning, match="test speakers are in training as well"):
         metrics, _ = trained(emotion, *METHODS["head"], "--reference_split", "3")
@@ -595,11 +574,7 @@ def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
         (recognition, "--method head --cache_features x", "--cache_features is used only with --method elp"),
         (recognition, "--cache_dtype float32", "--cache_dtype is used only with --cache_features"),
         (recognition, "--method lora --e_dim 8", "--e_dim is used only with --method elp"),
-        (
-            recognition,
-            "--max_duration_in_seconds 0.11",
-            "9 of 16 recordings are longer than 0.11 s, .*--on_long",
-        ),
+        (recognition, "--max_duration_in_seconds 0.11", "9 of 16 recordings are longer than 0.11 s, .*--on_long"),
         (recognition, "--method head --chunk_length_in_seconds 0.005", "must be long enough to overlap, got 0.005"),
         (verification, "--loss softmax --margin 0.1", "--margin is used only with --loss"),
         (verification, "--s_norm_top_k 5", "--s_norm_top_k is used only with --s_norm_cohort"),
@@ -685,12 +660,7 @@ def test_the_commands_of_the_page_run_on_synthesised_speech(tmp_path, monkeypatc
         assert next(tmp_path.rglob(f"{command[-1]}/**/adapter_model.safetensors"))
 
     for name in ("sentences", "speakers", "intents"):
-        train, test = (read_dataset(tmp_path / "demo" / name, split) for split in ("train", "test"))
-        check_audio(train)
-        check_disjoint(train, test, "speaker_id")
-    trials = read_trials(tmp_path / "demo/speakers/trials.csv")
-    assert {trial.label for trial in trials} == {0, 1}
-    assert len([*leave_one_group_out(read_dataset(tmp_path / "demo/emotions", None), "speaker_id")]) == 6
+        check_disjoint(*(read_dataset(tmp_path / "demo" / name, split) for split in ("train", "test")), "speaker_id")
     capsys.readouterr()
     make_demo_data.main([*commands[0][1:], *small])
     assert capsys.readouterr().out.count(" is there") == 5
@@ -705,15 +675,8 @@ def whisper(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wide_whisper(whisper, tmp_path_factory):
-    """The same checkpoint for windows of three seconds."""
-    folder = tmp_path_factory.mktemp("wide")
-    model = transformers.WhisperForConditionalGeneration.from_pretrained(whisper).float()
-    model.model.encoder.embed_positions = torch.nn.Embedding(150, 16)
-    model.config.max_source_positions = 150
-    for part in (model, transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=3)):
-        part.save_pretrained(folder)
-    return folder
+def wide_whisper(tmp_path_factory):
+    return save_whisper(tmp_path_factory.mktemp("wide"), window_s=3)
 
 
 PRECISIONS = [(verification, "float32"), (emotion, "float32"), (intent, "float32"), (intent, "bfloat16")]
@@ -789,13 +752,6 @@ def test_long_recordings_are_cropped_averaged_over_pieces_or_left_out(module, ho
         rows = read(folder / "predictions.csv")
         assert len(rows) == count
         assert [row["predicted_label"] for row in rows] == ["ab"[answered(row["file"]).argmax()] for row in rows]
-
-
-def test_a_decoded_entry_is_read_as_its_array_whatever_its_path():
-    entry = {"array": np.linspace(-0.5, 0.5, 8000), "sampling_rate": 8000, "path": "whole call.wav"}
-    batch = recipes.Collator(Wav2Vec2FeatureExtractor(do_normalize=False))([{"audio": entry}])
-    assert batch["input_values"].shape == (1, RATE_HZ)
-    assert batch["input_values"].abs().max() == pytest.approx(0.5, abs=0.1)  # resampling overshoots at the ends
 
 
 def test_no_recording_is_cut_unnoticed():
