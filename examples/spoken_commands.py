@@ -45,7 +45,7 @@ class Arguments:
     trials: int | None = option(None, "How many candidates at most, for each task. Default: as time allows.")
     seed: int = option(0, "Seed of everything random.")
     pretraining_steps: int = option(400, "Steps, of 32 clips each, that pre-train the small encoder.")
-    num_pretraining_words: int = option(len(OTHER_WORDS.split()), "Words that it is pre-trained on.")
+    num_pretraining_words: int = option(len(OTHER_WORDS), "Words that it is pre-trained on.")
     num_commands: int = option(len(COMMANDS), "Synthesised commands, 4 or more.")
     num_voices: int = option(len(TRAINING_VOICES.split()), "Voices at most, in training and in test.")
 

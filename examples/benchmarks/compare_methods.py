@@ -88,10 +88,8 @@ def tables(results: Mapping[Run, dict[str, Any] | None]) -> str:
         rows = []
         for method in dict.fromkeys(method for method, _ in found):
             ended = [result for name, result in found if name == method and result]
-            cells = []
-            for part in ("encoder", "head"):
-                sizes = {f"{result[f'trained_parameters_{part}']:,}" for result in ended}
-                cells.append(" / ".join(sorted(sizes)))
+            sizes = [{f"{one[f'trained_parameters_{part}']:,}" for one in ended} for part in ("encoder", "head")]
+            cells = [" / ".join(sorted(each)) for each in sizes]
             for name in metrics:
                 factor, digits = (1, 3) if "dcf" in name else (100, 1)
                 values = [factor * result[f"eval_{name}"] for result in ended if f"eval_{name}" in result]

@@ -65,27 +65,18 @@ class Task:
     batch_size: int
     verify: bool = False
     balanced: bool = False  # Whether the accuracy is the mean over classes.
-    swapped: bool = (
-        False  # Whether there is no test split: two groups are held out, and each tests the other's choice.
-    )
+    swapped: bool = False  # Whether two groups are held out instead of a test split: each tests the other's choice.
 
 
 SLOTS = ("label", "slot_size", "slot_roast", "slot_shots", "slot_milk", "slot_sugar")
 TASKS = {
     "voices": Task("commands_ar", ("speaker_id",), "equal error rate", "speaker_id", 1, 300, 16, verify=True),
     "emotions": Task(
-        "emotion_emodb",
-        ("emotion",),
-        "100 - unweighted accuracy",
-        "speaker_id",
-        2,
-        240,
-        8,
-        balanced=True,
-        swapped=True,
+        "emotion_emodb", ("emotion",), "100 - unweighted accuracy", "speaker_id", 2, 240, 8,
+        balanced=True, swapped=True,
     ),
     "orders": Task("intent_coffee", SLOTS, "100 - accuracy, mean of six slots", "group", 5, 400, 4),
-}
+}  # fmt: skip
 FOLDS, TRAINED_FOLDS, CHECKS, PATIENCE = 5, 3, 10, 3
 FROZEN_TIMES = 3  # A method that reads a frozen encoder may take so many times the steps.
 
@@ -149,11 +140,8 @@ class Data:
         rows = [self.rows[i] for i in numbers]
         if self.task.verify:
             return common.pair_error(dict(zip((row["file"] for row in rows), outputs.numpy(), strict=True)), rows)
-        wrong, classes = (
-            np.array(self.wrong(numbers, outputs, fold)),
-            np.array([row[self.task.columns[0]] for row in rows]),
-        )
-        return 100 * float(class_mean(wrong, classes) if self.task.balanced else wrong.mean())
+        wrong = np.array(self.wrong(numbers, outputs, fold))
+        return 100 * float(class_mean(wrong, self.classes[list(numbers)]) if self.task.balanced else wrong.mean())
 
     def test(self, numbers: Sequence[int], outputs: Tensor, fold: Fold) -> dict[str, Any]:
         """Return what the error on test, and its interval over clips, is made of."""
@@ -161,9 +149,8 @@ class Data:
         if self.trials is None:
             return dict(zip(names, self.wrong(numbers, outputs, fold), strict=True))
         embeddings = {self.rows[i]["file"]: x for i, x in zip(numbers, normalize(outputs).numpy(), strict=True)}
-        return {
-            "scores": [round(float(embeddings[a] @ embeddings[b]), 5) for a, b in common.read_pairs(self.trials)[1]]
-        }
+        pairs = common.read_pairs(self.trials)[1]
+        return {"scores": [round(float(embeddings[a] @ embeddings[b]), 5) for a, b in pairs]}
 
 
 def class_mean(wrong: np.ndarray, classes: np.ndarray, weight: np.ndarray | None = None) -> float:
@@ -221,7 +208,7 @@ class Grid:
 
     def __init__(self, args: argparse.Namespace, name: str) -> None:
         self.args, self.name, self.data = args, name, Data(name, args.recordings)
-        self.task = self.data.task
+        self.task, self.known = self.data.task, {}
 
     def model(self, setting: dict[str, Any], names: Sequence[Sequence[str]]) -> Any:
         """Return a new model, adapted by one setting."""
@@ -241,9 +228,8 @@ class Grid:
         rows = self.computed("inputs", lambda: [collate([row]) for row in self.data.rows])
         if setting.get("adapters") == "L":
             cache = FeatureCache(model, self.args.output_dir / "features", torch.float32)
-            read = lambda rows: cache.read(rows, join, progress=False)  # noqa: E731
-            cached = self.computed("layers", lambda: (lambda held: [held[i] for i in range(len(held))])(read(rows)))
-            read(rows[:1])  # tells the cache which features these are
+            cached = self.computed("layers", lambda: list(cache.read(rows, join, progress=False)))
+            cache.read(rows[:1], join, progress=False)  # tells the cache which features these are
             return cached, cache.collate
         if setting.get("method") == "head":
             # A linear layer and the mean over frames come first, so that the mean of the frames is enough.
@@ -254,8 +240,9 @@ class Grid:
         return rows, join
 
     def computed(self, what: str, compute: Callable[[], Any]) -> Any:
-        held = self.__dict__.setdefault("_computed", {})
-        return held[what] if what in held else held.setdefault(what, compute())
+        if what not in self.known:
+            self.known[what] = compute()
+        return self.known[what]
 
     def train(self, method: str, setting: dict[str, Any], number: int) -> list[dict[str, Any]]:
         """Train until the errors on validation have not fallen for some checks, and answer the test at the best."""
@@ -301,9 +288,8 @@ class Grid:
     @torch.no_grad()
     def answers(self, model: Any, collate: Callable[..., Any], rows: Sequence[Any]) -> Tensor:
         model.eval()
-        return torch.cat(
-            [self.data.outputs(model, collate(rows[i : i + 16])).float() for i in range(0, len(rows), 16)]
-        )
+        batches = [rows[i : i + 16] for i in range(0, len(rows), 16)]
+        return torch.cat([self.data.outputs(model, collate(batch)).float() for batch in batches])
 
     def run(self, methods: Sequence[str]) -> None:
         """Train what is missing. A setting that is clearly worse than the best one of its method is given up."""
@@ -390,10 +376,6 @@ REPLICATES = 5000
 COMPARED = [(one, other) for one in (SUM, L_ONLY, "E+L", SEARCH) for other in (HEAD, LORA, FULL)] + [(L_ONLY, SUM)]
 
 
-def mean_validation(results: Sequence[Result]) -> float:
-    return statistics.mean(result.validation if result.curve else 0.0 for result in results)
-
-
 def choose(results: Sequence[Result]) -> list[list[Result]]:
     """Return the runs of a method with the setting that is best on validation, among those trained in all folds.
 
@@ -408,7 +390,7 @@ def choose(results: Sequence[Result]) -> list[list[Result]]:
                 held.setdefault("" if result.method == SEARCH else json.dumps(result.setting), []).append(result)
         most = max(map(len, held.values()))
         complete = [found for found in held.values() if len(found) == most]
-        runs.append(min(complete, key=mean_validation))
+        runs.append(min(complete, key=lambda found: statistics.mean(min(one.curve, default=0.0) for one in found)))
     return [list(run) for run in zip(*runs, strict=False)]
 
 
@@ -422,9 +404,7 @@ class Bootstrap:
             tests = list({part: held for fold in data.folds for part, held in fold.parts.items()}.values())
         self.blocks = [[Path(data.rows[i]["file"]).name for i in held] for held in tests]
         draws = [self.rng.multinomial(len(b), np.full(len(b), 1 / len(b)), REPLICATES) for b in self.blocks]
-        self.weights = [
-            np.vstack([np.ones(len(block)), drawn]) for block, drawn in zip(self.blocks, draws, strict=True)
-        ]
+        self.weights = [np.vstack([np.ones(drawn.shape[1]), drawn]) for drawn in draws]
         self.classes = {Path(row["file"]).name: row[data.task.columns[0]] for row in data.rows}
 
     def run(self, run: Sequence[Result]) -> np.ndarray:
@@ -510,17 +490,11 @@ def collect(args: argparse.Namespace) -> None:
     args.json.write_text(text + "\n", encoding="utf-8")
 
 
-def run_grid(args: argparse.Namespace) -> None:
-    for task in args.tasks:
-        Grid(args, task).run(args.methods)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(required=True)
+    kinds = parser.add_subparsers(dest="kind", required=True)
     run, joined = kinds.add_parser("run", help="Train what is missing."), kinds.add_parser("collect", help="Join it.")
-    for kind, do in ((run, run_grid), (joined, collect)):
-        kind.set_defaults(do=do)
+    for kind in (run, joined):
         kind.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
         kind.add_argument("--recordings", type=Path, required=True, help="Folder with the folders of the tasks.")
         kind.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -530,7 +504,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     joined.add_argument("--json", type=Path, required=True, help="File for the results.")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
-    args.do(args)
+    if args.kind == "collect":
+        collect(args)
+    else:
+        for task in args.tasks:
+            Grid(args, task).run(args.methods)
 
 
 if __name__ == "__main__":

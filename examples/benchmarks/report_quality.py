@@ -40,25 +40,22 @@ def error_table(measured: Measured) -> str:
     """Return the errors on validation and on test, with intervals."""
     rows = []
     for name, found in by_method(measured).items():
-        cells = []
-        for task in tasks_of(measured):
-            row = found.get(task)
-            low_high = "" if row is None else " to ".join(f"{x:.1f}" for x in row["interval"])
-            chosen = "" if row is None or row["validation"] is None else f"{row['validation']:.1f} / "
-            cells.append("" if row is None else f"{chosen}{row['test']:.1f} ({low_high})")
-        rows.append([name, millions([count for row in found.values() for count in row["trained"]]), *cells])
+        cells = dict.fromkeys(tasks_of(measured), "")
+        for task, row in found.items():
+            low, high = row["interval"]
+            chosen = "" if row["validation"] is None else f"{row['validation']:.1f} / "
+            cells[task] = f"{chosen}{row['test']:.1f} ({low:.1f} to {high:.1f})"
+        rows.append([name, millions([count for row in found.values() for count in row["trained"]]), *cells.values()])
     return table(["method", "trained", *tasks_of(measured)], rows)
 
 
 def comparison_table(measured: Measured) -> str:
     """Return differences of test errors with their intervals and corrected p-values."""
-    rows = [
-        [
-            *(row["task"], row["method"], row["minus"], f"{row['difference']:+.1f}"),
-            *(" to ".join(f"{x:+.1f}" for x in row["interval"]), f"{row['p']:.3f}"),
-        ]
-        for row in measured["compared"]
-    ]
+    rows = []
+    for row in measured["compared"]:
+        low, high = row["interval"]
+        told = [f"{row['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{row['p']:.3f}"]
+        rows.append([row["task"], row["method"], row["minus"], *told])
     return table(["task", "method", "minus", "difference", "95 % interval", "p"], rows, left=3)
 
 
@@ -83,9 +80,8 @@ def draw_quality(measured: Measured) -> Figure:
         shown = [(name, found[task]) for name, found in held.items() if task in found][::-1]
         for place, (name, row) in enumerate(shown):
             low, high = row["interval"]
-            color = (
-                "#64748b" if all("adapters" not in one for one in row["settings"]) and name != SEARCH else "#c2410c"
-            )
+            is_elp = name == SEARCH or any("adapters" in one for one in row["settings"])
+            color = "#c2410c" if is_elp else "#64748b"
             axes.plot([low, high], [place, place], color=color, linewidth=2)
             axes.plot([row["test"]], [place], "o", color=color)
         axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=9)

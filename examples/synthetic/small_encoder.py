@@ -35,28 +35,7 @@ TEST_VOICES = """
 en-us+m2 en+f3 en-gb-scotland+belinda en-us+Denis en-gb-x-rp+david en-us-nyc+f5 en-us+Marco en-029+m6
 """
 # The words that the encoder is trained on. None of them is a command of spoken_commands.py.
-OTHER_WORDS = """
-about above across after again air always animal answer apple arm ask baby back bad bag ball bank bath bear
-beautiful before begin behind bell below big bird black blood blue boat body book bottle box boy bread breakfast
-bridge bring brother brown build burn bus busy buy cake call camp car card carry cat chair change cheese chicken
-child church circle city clean clock close cloud coat coffee cold colour come cook copper corner cotton country cow
-cup cut dance dark daughter day deep dinner dirty doctor dog door dream dress drink drive dry dust ear early earth
-east easy eat edge egg eight engine evening eye face fall family farm father feather feel fight fill finger fire
-fish five floor flower fly food foot forest four fox friend fruit full garden girl give glass gold good grass green
-ground group guess hair half hand happy hard hat head hear heart heavy help high hill hold home horse hospital hot
-house hundred ice island job join judge juice jump keep kettle key kind king kitchen knife lake land large laugh
-leaf learn letter light lion listen little long love lunch machine make man map market measure meat milk money
-month moon morning mother mountain mouse mouth move music name narrow near neck needle nest never new nice night
-nine noise nose number ocean oil old one open orange other outside oven paper pencil people picture pig pilot place
-plant play pocket point police potato power price pull push put queen question quick quiet rain read red rice rich
-ring river road rock roof room rose round run salt sand school sea season secret seven shape sharp sheep ship shirt
-shoe shop short shoulder show silver sing sister six skin sleep slow small smell smoke snow soap soft song south
-speak spoon spring square stand star station stone story street strong sugar summer sun sweet table tail take tall
-tea teacher ten thick thin thing think three thumb ticket time together tomorrow tooth touch town train travel tree
-trouble true turn twelve twenty two under uncle use valley vegetable village visit voice wait walk wall war warm
-wash watch water way weather week west wheel where white wild wind window winter woman wood wool word work world
-write yard year yellow young zero
-"""
+OTHER_WORDS = Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split()
 
 
 def vary(words: Sequence[str], voices: Sequence[str], voices_per_word: int, takes: int) -> list[dict[str, Any]]:
@@ -135,7 +114,7 @@ def pretrain(
         words_per_clip: Most words in a clip. Each word begins eight clips.
         pre_norm: Whether each layer normalises its input, as in large encoders, or its output.
     """
-    words = OTHER_WORDS.split()[:num_words]
+    words = OTHER_WORDS[:num_words]
     rng = random.Random(seed)
     texts = [" ".join([word, *rng.choices(words, k=rng.randrange(words_per_clip))]) for word in words]
     voices = TRAINING_VOICES.split()[:num_voices]
