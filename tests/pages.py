@@ -135,7 +135,7 @@ def run(page: str, folder: str, base: str = BASE) -> dict[str, int]:
     set_seed(0)
     os.chdir(folder)
     changed = Path(folder, "page.md")
-    changed.write_text((ROOT / page).read_text(encoding="utf-8").replace(f'"{BASE}"', f'"{base}"'), encoding="utf-8")
+    changed.write_text((ROOT / page).read_text(encoding="utf-8").replace(BASE, base), encoding="utf-8")
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return dict(Counter(evaluate(page, example) for example in read(str(changed))))
 
