@@ -16,17 +16,10 @@ from peft_elp.backbones import BACKBONES, REFUSED
 
 ROOT = Path(__file__).parent.parent
 WRITTEN_FOR = re.search(r"for Transformers ([\d.]+\d)", (ROOT / "docs/reference/support.md").read_text())
-WITH_WHISPER = ["tutorial/first-adapter"] + [
-    f"how-to/{page}"
-    for page in (
-        "data",
-        "feature-cache",
-        "many-adapters",
-        "own-recordings",
-        "train-from-a-folder",
-        "train-with-trainer",
-    )
-]
+WITH_WHISPER = """
+    tutorial/first-adapter how-to/data how-to/feature-cache how-to/many-adapters how-to/own-recordings
+    how-to/train-from-a-folder how-to/train-with-trainer
+""".split()
 WIDEST = 80  # columns of code that fit the page beside its two menus
 
 
