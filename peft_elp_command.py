@@ -408,6 +408,7 @@ def check(
     noise: Annotated[str | None, _option("Check", "A folder of noise. Default: white noise.")] = None,
     at_least: Annotated[float | None, _option("Check", "Status 1 below this accuracy.")] = None,
     at_most: Annotated[float | None, _option("Check", "Status 1 above this error rate.")] = None,
+    report: Annotated[str | None, _option("Check", "Write a page in HTML to this file as well.")] = None,
     task: Annotated[str | None, _option("Data", "classify, verify or transcribe. Default: the adapter's.")] = None,
     label: Annotated[str | None, _option("Data", "The column of the classes. Default: found by its name.")] = None,
     speaker: Annotated[str | None, _option("Data", "The column of the speakers. Default: found by its name.")] = None,
@@ -420,8 +421,8 @@ def check(
 
     both = [_load(name, **loading) for name in (adapter, other) if name]
     data: dict[str, Any] = {"task": task, "label": label, "speaker": speaker, "noise": noise}
-    found = check.check(both[0], folder, *both[1:], **data, batch_size=batch_size)
-    good = check.passes(found, at_least, at_most)
+    data |= {"at_least": at_least, "at_most": at_most, "batch_size": batch_size}
+    found = check.check(both[0], folder, *both[1:], **data)
     if as_json:
         say(_in_json(found.facts))
     else:
@@ -432,7 +433,9 @@ def check(
         if "calibration" in found.facts:
             say(f"calibration error {found.facts['calibration']['error']:.1%}")
         say(f"{found.facts['recordings']} recordings; 95 % intervals by a bootstrap over {found.facts['unit']}")
-    if not good:
+    if report:
+        found.save_page(report)
+    if not found.good:
         raise typer.Exit(1)
 
 

@@ -274,7 +274,7 @@ def test_texts_are_trained_measured_before_and_after_and_written_by_the_adapter(
     assert jiwer.wer(["a bad dog"] * 4 + ["no lid"] * 4, written) == pytest.approx(
         facts["result"]["metrics"]["wer"]["value"]
     )
-    assert facts["before"] == ("writing nothing" if name == "wav2vec2" else "the base before training")
+    assert facts["beside"] == ("writing nothing" if name == "wav2vec2" else "the base before training")
     assert "than writing nothing (100.0 %): word error rate" in trained.report.summary()
     assert "a bad dog" in (trained.folder / "report.html").read_text(encoding="utf-8")
 

@@ -9,6 +9,7 @@ import soundfile
 from on_disk import adapted, save_base
 
 from peft_elp.automl.check import CLEAN, check, conditions_of
+from peft_elp.automl.report import percent
 from peft_elp_command import main
 
 RATE_HZ = 16_000
@@ -20,7 +21,7 @@ class Ear:
 
     sampling_rate = RATE_HZ
     tokenizer = None
-    saved = SimpleNamespace(config={}, model_class="Ear", folder="ear")
+    saved = SimpleNamespace(config={}, model_class="Ear", folder="ear", base="ear")
     model = SimpleNamespace(
         get_base_model=lambda: SimpleNamespace(config=SimpleNamespace(id2label={0: "yes", 1: "no"}))
     )
@@ -85,9 +86,11 @@ def test_two_adapters_are_compared_on_the_same_recordings(folder):
     assert list(found.table())[1][2].startswith("+50.0 points")
 
 
-def test_voices_are_measured_by_their_pairs(folder):
-    found = check(Ear(), folder, task="verify", label="label")
-    assert (found.metric, found.value) == ("eer", 0)
+def test_voices_are_measured_by_their_pairs(folder, tmp_path):
+    found = check(Ear(), folder, Ear(deaf=True), task="verify", label="label", at_most=0.1)
+    assert (found.metric, found.value, found.good) == ("eer", 0, True)
+    found.save_page(tmp_path / "page.html")
+    assert '<td class="text">ear</td>' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_recordings_of_unknown_classes_and_empty_folders_of_noise_are_refused(folder, tmp_path):
@@ -121,11 +124,16 @@ def test_conditions_do_to_a_sound_what_their_names_say(tmp_path):
     assert list(lengths.values()) == pytest.approx([1 / 0.9, 1 / 1.1], abs=0.001)
 
 
-def test_the_command_measures_and_its_status_is_1_below_the_limit(folder, tmp_path, capsys):
+def test_the_command_measures_writes_a_page_and_its_status_is_1_below_the_limit(folder, tmp_path, capsys):
     adapted(save_base(tmp_path / "base"), "ForSequenceClassification").save_pretrained(tmp_path / "words")
+    page = tmp_path / "new" / "page.html"
     command = ["check", str(tmp_path / "words"), str(folder)]
-    assert main([*command, "--json", "--at-least", "0.99"]) == 1
+    assert main([*command, "--json", "--at-least", "0.99", "--report", str(page)]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["conditions"]["telephone"]["metrics"].keys() == {"unweighted_accuracy", "accuracy", "f1"}
+    telephone = found["conditions"]["telephone"]["metrics"]
+    assert telephone.keys() == {"unweighted_accuracy", "accuracy", "f1"}
+    html = page.read_text(encoding="utf-8")
+    value = percent(telephone["unweighted_accuracy"])
+    assert f'<td class="text">telephone</td><td>{value}</td>' in html
     assert main([*command, "--at-most", "0.1"]) == 1
-    assert "is better the higher it is. Limit it with --at-least" in capsys.readouterr().err
+    assert "is better the higher it is. Limit it with at_least (--at-least)" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from peft_elp.wording import first_line, shortened
 
 from .look import _columns, _speakers, _splits
 from .measures import cosines_of, of_classes, of_texts, of_voices, text_errors
-from .report import DRAWS_OF_PAIRS, LOWER, METRIC_NAMES, classification, compare, percent
+from .report import DRAWS_OF_PAIRS, LOWER, METRIC_NAMES, Report, classification, compare, percent
 
 TELEPHONE_HZ = 8000
 BAND_HZ = (300, 3400)  # of a telephone
@@ -39,6 +39,8 @@ class Checked:
     Args:
         metric: What decides: "unweighted_accuracy", "eer" or "wer".
         facts: All numbers; `facts["conditions"]` has those of each condition.
+        at_least: The least value that is good enough, if there is one.
+        at_most: The largest one.
 
     Examples:
         >>> good = {"metrics": {"wer": {"value": 0.1}}}
@@ -48,11 +50,38 @@ class Checked:
 
     metric: str
     facts: dict[str, Any]
+    at_least: float | None = None
+    at_most: float | None = None
 
     @property
     def value(self) -> float:
         """The metric of the recordings as they are."""
         return self.facts["conditions"][CLEAN]["metrics"][self.metric]["value"]
+
+    @property
+    def good(self) -> bool:
+        """Whether it is within the limits."""
+        enough = self.at_least is None or self.value >= self.at_least
+        return enough and (self.at_most is None or self.value <= self.at_most)
+
+    def save_page(self, file: str | Path) -> None:
+        """Write the numbers as a page in HTML."""
+        clean, count = self.facts["conditions"][CLEAN], self.facts["recordings"]
+        said = (
+            f"{METRIC_NAMES[self.metric].capitalize()} {percent(clean['metrics'][self.metric])} on {count} recordings."
+        )
+        facts = {
+            "verdict": said,
+            "notes": [],
+            "clips": count,
+            "measured_on": "labelled",
+            "beside": self.facts["other"],
+        }
+        facts["result"] = {"wrong": [], **self.facts, **clean}
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        page = Report(self.facts | facts | {"conditions": list(self.table())}).page(file.parent)
+        file.write_text(page, encoding="utf-8")
 
     def table(self) -> Iterator[tuple[str, str, str]]:
         """Return each condition with its metric, and the change against the other adapter or the clean recordings."""
@@ -75,6 +104,8 @@ def check(
     label: str | None = None,
     speaker: str | None = None,
     noise: str | Path | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
     say: Callable[[str], Any] = lambda _: None,
@@ -92,14 +123,24 @@ def check(
         label: The column of the classes, speakers or texts. None finds it.
         speaker: The column of the speakers. None finds it.
         noise: A folder of noise. None: white noise.
+        at_least: The least accuracy that is good enough, for `Checked.good`.
+        at_most: The largest error rate that is.
         batch_size: How many recordings are answered at a time.
         seed: The seed of noise and bootstrap.
         say: Is told which condition is measured.
 
     Raises:
-        ValueError: The recordings have classes that an adapter does not know, or an adapter cannot do the task.
+        ValueError: The recordings have classes that an adapter does not know, an adapter cannot do the task, or a
+            limit does not fit its metric.
     """
     task = task or task_of(adapter)
+    metric = METRIC_OF[task]
+    lower = metric in LOWER
+    if (at_least if lower else at_most) is not None:
+        raise ValueError(
+            f"The {METRIC_NAMES[metric]} is better the {'lower' if lower else 'higher'} it is. Limit it with "
+            f"{'at_most (--at-most)' if lower else 'at_least (--at-least)'}."
+        )
     entries, right, speakers = _read(folder, task, label, speaker)
     measured = _Task(task, right, speakers, seed)
     for one in [adapter, *([other] if other else [])]:
@@ -127,13 +168,14 @@ def check(
             conditions[name] = {"error": first_line(error)}
     facts = {
         "task": task,
+        "base": str(adapter.saved.base),
         "recordings": len(right),
         "unit": conditions[CLEAN]["unit"],
         "other": other and str(other.saved.folder),
         "conditions": conditions,
-        **measured.details(clean),
+        **measured.details(clean, names),
     }
-    return Checked(METRIC_OF[task], facts)
+    return Checked(metric, facts, at_least, at_most)
 
 
 def task_of(adapter: SpeechAdapter) -> str:
@@ -239,13 +281,15 @@ class _Task:
         metric = METRIC_OF[self.task]
         return compare(measure, own.argmax(-1), beside.argmax(-1), metric, self.speakers, self.seed)
 
-    def details(self, own: Any) -> dict[str, Any]:
-        """Return what is told of each class, and whether scores are what they promise."""
+    def details(self, own: Any, files: Sequence[str]) -> dict[str, Any]:
+        """Return what is told of each class, whether scores are what they promise, and the worst mistakes."""
         if self.task != "classify":
             return {}
         logits = torch.tensor(own).clamp_min(1e-12).log()
         found = classification(self._numbers(), logits, logits, self.names, None, METRIC_OF[self.task], self.seed)
-        return {key: found[key] for key in ("names", "classes", "confusion", "calibration", "rejection")}
+        for one in found["wrong"]:
+            one["file"] = files[one["row"]]
+        return {key: x for key, x in found.items() if key not in ("metrics", "head", "gain", "unit")}
 
     def _numbers(self) -> list[int]:
         return [self.names.index(label) for label in self.right]
@@ -268,28 +312,3 @@ def _read(
 
 def _points(gain: Mapping[str, float]) -> str:
     return f"{100 * gain['value']:+.1f} points ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
-
-
-def passes(checked: Checked, at_least: float | None, at_most: float | None) -> bool:
-    """Tell whether a metric is good enough.
-
-    Args:
-        checked: What was measured.
-        at_least: The least value of an accuracy.
-        at_most: The largest value of an error rate.
-
-    Raises:
-        ValueError: The limit is for a metric of the other kind.
-
-    Examples:
-        >>> good = Checked("wer", {"conditions": {"as recorded": {"metrics": {"wer": {"value": 0.1}}}}})
-        >>> passes(good, None, at_most=0.2)
-        True
-    """
-    lower = checked.metric in LOWER
-    if (at_least if lower else at_most) is not None:
-        raise ValueError(
-            f"The {METRIC_NAMES[checked.metric]} is better the {'lower' if lower else 'higher'} it is. Limit it with "
-            f"{'--at-most' if lower else '--at-least'}."
-        )
-    return (at_least is None or checked.value >= at_least) and (at_most is None or checked.value <= at_most)

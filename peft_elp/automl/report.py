@@ -57,10 +57,14 @@ class Report:
         """
         text = json.dumps(self.facts, ensure_ascii=False, indent=1, allow_nan=False, default=float)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "report.html").write_text(self.page(place or folder), encoding="utf-8")
+
+    def page(self, place: Path) -> str:
+        """Return the page in HTML, for a folder that its links to recordings count from."""
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-        environment.filters.update(percent=percent, line=line, link=lambda file: link(file, place or folder))
+        environment.filters.update(percent=percent, line=line, link=lambda file: link(file, place))
         template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-        (folder / "report.html").write_text(environment.from_string(template).render(self.facts), encoding="utf-8")
+        return environment.from_string(template).render(self.facts)
 
 
 def compare(

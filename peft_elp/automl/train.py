@@ -319,6 +319,7 @@ def _measure(
         "metric": metric,
         "measured_on": where,
         "clips": len(rows),
+        "beside": "the head alone, on the last layer",
         "result": result,
     }
 

@@ -162,7 +162,7 @@ def _measure(found: Recordings, rows: Sequence[int], before: Any, after: Any, se
         "measured_on": where,
         "clips": len(rows),
         "result": result,
-        "before": what,
+        "beside": what,
     }
 
 
