@@ -1,8 +1,10 @@
 """Many adapters behind one engine and one server: each answer is the one that the adapter gives alone."""
 
 import base64
+import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -28,10 +30,12 @@ from backbones import FAMILIES, shaken
 from on_disk import record, save_base, save_tokenizer, save_whisper
 from peft import get_peft_model
 
+import peft_elp.serving
 from peft_elp import ELPConfig
 from peft_elp.serving.app import Limits, make_app
 from peft_elp.serving.engine import Engine, NotLoadedError, Request, UnknownAdapterError
 from peft_elp.speech.inference import SpeechAdapter
+from peft_elp_command import main
 
 TASKS = {"ForCTC": ["transcribe"], "ForSequenceClassification": ["classify", "embed"], "ForXVector": ["embed"]}
 SHAPES = [{"adapters": "ELP", "p_length": 3}, {"adapters": "ELP", "p_length": 2}, {"adapters": "E"}, {"adapters": "L"}]
@@ -347,6 +351,33 @@ def test_the_command_answers_what_it_has_taken_on_before_it_stops(saved):
             process.terminate()
             assert [answer.result().status_code for answer in coming] == [200] * 8
         assert process.wait(30) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "extra"), [("fastapi", [], "serve"), ("ray.serve", ["--replicas", "2"], "serve,ray")]
+)
+def test_the_command_names_the_extra_that_is_missing(saved, monkeypatch, capsys, missing, options, extra):
+    for name in ("app", "run"):
+        monkeypatch.delitem(sys.modules, f"peft_elp.serving.{name}", raising=False)
+        monkeypatch.delattr(peft_elp.serving, name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["serve", str(saved.folder / "wavlmForCTC0"), *options]) == 1
+    assert f"pip install 'peft-elp[{extra}]'" in capsys.readouterr().err
+
+
+def test_the_handler_of_inference_endpoints_answers_in_json(saved, tmp_path):
+    path = Path(__file__).parents[1] / "examples" / "handler.py"
+    tasks = {"wavlmForCTC0": "transcribe", "wavlmForSequenceClassification1": "classify", "wavlmForXVector0": "embed"}
+    for name in tasks:
+        shutil.copytree(saved.folder / name, tmp_path / name)
+    handler = runpy.run_path(str(path))["EndpointHandler"](str(tmp_path))
+    sound = base64.b64encode(Path(saved.files[0]).read_bytes()).decode()
+    right = alone(saved)
+    for name, task in tasks.items():
+        answer = json.loads(json.dumps(handler({"inputs": {"model": name, "task": task, "file": sound}})))["answer"]
+        assert_same(answer, right(Request(name, task, saved.files[0])))
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        handler({"inputs": {"model": "other", "task": "classify", "file": sound}})
 
 
 def until_up(client, process):

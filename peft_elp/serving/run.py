@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import warnings
 from collections.abc import Mapping
 from typing import Any
-
-import uvicorn
 
 from .app import Limits, make_app
 from .engine import Engine
@@ -25,6 +24,8 @@ def serve(engine: Mapping[str, Any], limits: Limits, host: str, port: int) -> No
         host: The address.
         port: The port.
     """
+    import uvicorn
+
     _warn_if_open(host)
     app = make_app(Engine(**engine), limits, os.environ.get(API_KEY))
     uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=round(limits.timeout_s) + 1)
@@ -43,8 +44,7 @@ def serve_with_ray(
         replicas: How many processes answer.
         gpus: GPUs of each process.
     """
-    from ray import serve as ray_serve
-
+    ray_serve = _ray_serve()
     _warn_if_open(host)
     ray_serve.start(http_options={"host": host, "port": port})
     arguments = {"engine": dict(engine), "limits": vars(limits), "replicas": replicas, "gpus": gpus}
@@ -62,8 +62,7 @@ def deployment(arguments: Mapping[str, Any]) -> Any:
     Args:
         arguments: `engine` and `limits`, the arguments of `Engine` and `Limits`; `replicas`, and `gpus` of each.
     """
-    from ray import serve as ray_serve
-
+    ray_serve = _ray_serve()
     limits = Limits(**arguments.get("limits", {}))
     engine = dict(arguments["engine"])
 
@@ -81,6 +80,13 @@ def deployment(arguments: Mapping[str, Any]) -> Any:
         graceful_shutdown_timeout_s=limits.timeout_s,
     )
     return made.bind()
+
+
+def _ray_serve() -> Any:
+    try:
+        return importlib.import_module("ray.serve")
+    except ImportError as error:
+        raise ImportError(f"Several processes need Ray Serve ({error}): pip install 'peft-elp[serve,ray]'") from error
 
 
 def _warn_if_open(host: str) -> None:
