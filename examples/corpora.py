@@ -51,35 +51,27 @@ def librilight(root: str | Path, split: str = "10h") -> Dataset:
     return transcribed([Path(root, part) for part in parts[split]])
 
 
-def voxceleb1(root: str | Path, split: str, protocol: str = "verification") -> Dataset:
+def voxceleb1(root: str | Path, split: str) -> Dataset:
     """Read VoxCeleb1, [robots.ox.ac.uk/~vgg/data/voxceleb](https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html).
 
     Layout: `<root>/wav/<speaker>/<video>/<segment>.wav`, with vox1_dev_wav and vox1_test_wav unpacked into the one
-    folder `wav`, and the lists `<root>/veri_test.txt` or `<root>/iden_split.txt`. Read the trials with
+    folder `wav`, and the list of trials `<root>/veri_test.txt`. Read the trials with
     `peft_elp.speech.data.read_trials(f"{root}/veri_test.txt", f"{root}/wav")`.
 
     Args:
         root: The folder that holds `wav` and the list.
-        split: "train" or "test"; for identification also "validation".
-        protocol: "verification" tests on the 40 speakers of veri_test.txt and trains on the other 1,211;
-            "identification" has the same speakers in all splits, which iden_split.txt lists.
+        split: "test" is the 40 speakers of the trials, "train" the other 1,211.
 
     Returns:
         Columns audio, speaker, video.
     """
-    splits = {"verification": ("train", "test"), "identification": ("train", "validation", "test")}
-    if split not in splits.get(protocol, ()):
-        raise ValueError(f"VoxCeleb1 has no split {split!r} for {protocol!r}. Its protocols and splits are {splits}.")
-    wav = Path(root, "wav")
-    listed = Path(root, "veri_test.txt" if protocol == "verification" else "iden_split.txt")
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be one of train, test, got {split!r}.")
+    wav, listed = Path(root, "wav"), Path(root, "veri_test.txt")
     there([listed] if listed.is_file() else [], listed)
     lines = [line.split() for line in listed.read_text().splitlines() if line.strip()]
-    if protocol == "identification":
-        number = str(splits[protocol].index(split) + 1)
-        files = [wav / file for kind, file in lines if kind == number]
-    else:
-        test_speakers = {file.split("/")[0] for _, *pair in lines for file in pair}
-        files = [path for path in wav.glob("*/*/*.wav") if (path.parts[-3] in test_speakers) == (split == "test")]
+    test_speakers = {file.split("/")[0] for _, *pair in lines for file in pair}
+    files = [path for path in wav.glob("*/*/*.wav") if (path.parts[-3] in test_speakers) == (split == "test")]
     rows = [{"audio": path, "speaker": path.parts[-3], "video": path.parts[-2]} for path in sorted(files)]
     return from_rows(there(rows, wav / f"<speaker>/<video>/<segment>.wav of the split {split!r}"))
 
@@ -118,10 +110,8 @@ def iemocap(root: str | Path, labels: Mapping[str, str] = FOUR_EMOTIONS) -> Data
                 row = {"audio": audio, "label": labels[label], "session": file.parents[2].name}
                 rows.append({**row, "speaker": session + gender, "utterance": utterance})
     if absent := set(labels.values()) - {row["label"] for row in rows}:
-        raise ValueError(
-            f"No utterance in {root} has the class {', '.join(sorted(absent))}; its labels are "
-            f"{', '.join(sorted(heard))}."
-        )
+        absent, heard = (", ".join(sorted(names)) for names in (absent, heard))
+        raise ValueError(f"No utterance in {root} has the class {absent}; its labels are {heard}.")
     return from_rows(rows)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 pytest.importorskip("psutil")
-pytest.importorskip("matplotlib")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
@@ -23,7 +22,7 @@ SHORT = ["methods", "--size", "tiny", "--seconds", "0.2", "--repeats", "2"]
 
 @pytest.mark.parametrize("family", ["wavlm", "whisper"])
 def test_every_method_is_measured(family, tmp_path, capsys):
-    words = ["--family", family, "--output", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.svg")]
+    words = ["--family", family, "--output", str(tmp_path / "cost.json")]
     measure_cost.main([*SHORT, *words])
     out = capsys.readouterr().out
     expected = [name for name in measure_cost.METHODS if family != "wavlm" or name != common.Q_AND_V]
@@ -31,7 +30,6 @@ def test_every_method_is_measured(family, tmp_path, capsys):
     assert len({line.count("|") for line in out.splitlines() if line.startswith("|")}) == 1
     costs = {cost["method"]: cost for cost in json.loads((tmp_path / "cost.json").read_text())["costs"]}
     assert list(costs) == expected
-    assert "E+L+P" in (tmp_path / "cost.svg").read_text()
     assert all(len(cost["step_s"]) == len(cost["inference_s"]) == 2 for cost in costs.values())
     head, half, whole = (costs[name] for name in (common.HEAD, measure_cost.HALF_L, common.L_ONLY))
     assert head["backward_gflop"] < whole["backward_gflop"]

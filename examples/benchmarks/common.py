@@ -56,15 +56,13 @@ def equal_rank(config: Any, elp: dict[str, Any]) -> int:
 # Recordings ----------------------------------------------------------------------------------------------------------
 
 
-def read_rows(folder: Path, split: str, seconds: float | None = None) -> list[Row]:
+def read_rows(folder: Path, split: str, seconds: int) -> list[Row]:
     """Read a split in `audiofolder` layout; only the first `seconds` of each recording are kept."""
-    files = [(folder / split / row["file_name"], row) for row in read_table(folder / split / "metadata.csv")]
-    return [{**row, **read_recording(file, seconds)} for file, row in files]
-
-
-def read_recording(file: str | Path, seconds: float | None = None) -> Row:
-    samples = decode(file, RATE_HZ)
-    return {"file": str(Path(file).resolve()), "audio": samples[: None if seconds is None else int(seconds * RATE_HZ)]}
+    rows = []
+    for row in read_table(folder / split / "metadata.csv"):
+        file = folder / split / row["file_name"]
+        rows.append({**row, "file": str(file.resolve()), "audio": decode(file, RATE_HZ)[: seconds * RATE_HZ]})
+    return rows
 
 
 def read_pairs(trials: Path) -> tuple[list[int], list[tuple[str, str]]]:
@@ -72,12 +70,6 @@ def read_pairs(trials: Path) -> tuple[list[int], list[tuple[str, str]]]:
     listed = read_trials(trials, trials.parent)
     pairs = [(str(Path(trial.file_a).resolve()), str(Path(trial.file_b).resolve())) for trial in listed]
     return [trial.label for trial in listed], pairs
-
-
-def trial_error(embeddings: dict[Any, Any], trials: Path) -> float:
-    """Return the equal error rate of a list of trials in per cent."""
-    labels, pairs = read_pairs(trials)
-    return 100 * equal_error_rate(labels, cosine_scores(embeddings, pairs))
 
 
 def pair_error(embeddings: dict[Any, Any], rows: Sequence[Row]) -> float:

@@ -1,6 +1,6 @@
 """Measure what adapters cost, on random encoders, because costs do not depend on the weights.
 
-    python examples/benchmarks/measure_cost.py methods --output cost.json --plot cost.svg
+    python examples/benchmarks/measure_cost.py methods --output cost.json
     python examples/benchmarks/measure_cost.py adapters
 
 `methods` compares ELP with LoRA, full fine-tuning and a head alone, interleaved in one run: trained parameters, the
@@ -31,7 +31,6 @@ import psutil
 import torch
 import transformers
 from common import CONVENTIONAL, FULL, HEAD, L_ONLY, LORA, Q_AND_V, WEIGHTED
-from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -252,7 +251,7 @@ def measure_methods(args: argparse.Namespace) -> None:
         for _ in range(args.repeats):
             for method in methods:
                 method.measure_round()
-    about = {key: value for key, value in vars(args).items() if key not in ("measure", "output", "plot")}
+    about = {key: value for key, value in vars(args).items() if key not in ("measure", "output")}
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     about["machine"] = cpu if args.device == "cpu" else torch.cuda.get_device_name()
     about |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -261,8 +260,6 @@ def measure_methods(args: argparse.Namespace) -> None:
     if args.output:
         found = {"about": about, "costs": [asdict(cost) for cost in costs]}
         args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if args.plot:
-        plot(costs, args.plot)
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> str:
@@ -288,23 +285,6 @@ def table(costs: Sequence[Cost]) -> str:
         cells += [f"{1000 * statistics.median(taken):.2f}" for taken in (cost.step_s, cost.inference_s)]
         rows.append([*cells, "" if cost.peak_mib is None else f"{cost.peak_mib:.0f}"])
     return common.table(header, rows)
-
-
-def plot(costs: Sequence[Cost], file: Path) -> None:
-    """Draw memory against time, relative to full fine-tuning."""
-    full = next(cost for cost in costs if cost.method == FULL)
-    figure = Figure(figsize=(5.2, 7.2), layout="constrained")  # legible on a phone
-    axes = figure.add_subplot()
-    markers = cycle("os^Dv<>Ph*Xpd8")
-    for cost in costs:
-        x = statistics.median(a / b for a, b in zip(cost.step_s, full.step_s, strict=True))
-        color = "#64748b" if METHODS[cost.method].get("method") else "#c2410c"  # ELP-adapters stand out.
-        axes.plot(x, cost.saved_mib / full.saved_mib, next(markers), color=color, label=cost.method, markersize=8)
-    figure.legend(loc="outside lower center", fontsize=9)
-    axes.set(xlabel="time of a training step / full fine-tuning", xlim=(0, None), ylim=(0, None))
-    axes.set_ylabel("memory kept for the backward pass / full fine-tuning")
-    axes.margins(x=0.2)
-    figure.savefig(file)
 
 
 # adapters: many on one backbone, and several tasks in one pass ------------------------------------------------------
@@ -399,7 +379,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     option("--compile", action="store_true")
     option("--device", default="cpu")
     option("--output", type=Path, help="JSON file for the results.")
-    option("--plot", type=Path, help="File for a plot of memory against time.")
     adapters.add_argument("--adapters", type=int, default=50, help="Adapters of the default size to load.")
     adapters.add_argument("--tasks", type=int, default=4, help="Tasks to run in one pass.")
     args = parser.parse_args(argv)
