@@ -17,32 +17,21 @@ repeated, so a grid can be stopped, continued and extended. After every run, `<o
 standard deviation over seeds.
 """
 
+import argparse
 import json
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import table, train_once, with_deviation
-from transformers import HfArgumentParser
-
-from peft_elp.recipes import option
 
 METRICS = ["wer", "cer", "eer", "eer_s_norm", "min_dcf", "unweighted_accuracy", "weighted_accuracy", "accuracy"]
 Run = tuple[str, str, int]  # task, method and seed
-
-
-@dataclass
-class Arguments:
-    """The options of the command line."""
-
-    grid: str = field(metadata={"help": "A JSON file with tasks, methods and seeds."})
-    output_dir: str = option("outputs/compare", "Folder for the runs and the table.")
 
 
 def commands_of(grid: dict[str, Any]) -> dict[Run, list[str]]:
@@ -103,14 +92,17 @@ def tables(results: Mapping[Run, dict[str, Any] | None]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the missing runs of a grid; return the number of failed ones."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)  # pyright: ignore[reportArgumentType]
-    commands = commands_of(json.loads(Path(args.grid).read_text(encoding="utf-8")))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=Path, required=True, help="A JSON file with tasks, methods and seeds.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="For the runs and the table.")
+    args = parser.parse_args(argv)
+    commands = commands_of(json.loads(args.grid.read_text(encoding="utf-8")))
     results: dict[Run, dict[str, Any] | None] = dict.fromkeys(commands)
     for (task, method, seed), command in commands.items():
-        folder = Path(args.output_dir, task, method, f"seed-{seed}")
+        folder = args.output_dir / task / method / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         results[task, method, seed] = train_once(folder / "run.json", command, partial(run, command, folder))
-        Path(args.output_dir, "table.md").write_text(tables(results), encoding="utf-8")
+        (args.output_dir / "table.md").write_text(tables(results), encoding="utf-8")
     failed = list(results.values()).count(None)
     print(f"\n{tables(results)}\n{failed} of {len(results)} runs failed; the same command tries them again.")
     return failed

@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,6 +106,11 @@ class Data:
             self.folds = [Fold(list(train), {"validation": list(held), "test": test}) for train, held in cuts]
             self.folds = self.folds[:TRAINED_FOLDS]
 
+    @property
+    def tests(self) -> dict[str, list[int]]:
+        """The recordings that are tested, once each: the test split, or one group after the other."""
+        return {part: held for fold in self.folds for part, held in fold.parts.items() if part != "validation"}
+
     def names(self, fold: Fold) -> list[list[str]]:
         """Return the classes of each column that training knows."""
         return [sorted({self.rows[i][column] for i in fold.train}) for column in self.task.columns]
@@ -125,9 +130,6 @@ class Data:
             return cross_entropy(30 * (cosines - 0.2 * one_hot(labels[:, 0], len(weight))), labels[:, 0])
         parts = model(**batch).logits.float().split([len(n) for n in self.names(fold)], dim=-1)
         return torch.stack([cross_entropy(*part) for part in zip(parts, labels.unbind(-1), strict=True)]).sum()
-
-    def outputs(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        return speaker_embeddings(model, **batch) if self.task.verify else model(**batch).logits
 
     def wrong(self, numbers: Sequence[int], outputs: Tensor, fold: Fold) -> list[float]:
         """Return for each recording which share of its columns is answered wrongly."""
@@ -197,10 +199,6 @@ class Result:
     test: dict[str, Any]
     trained: int  # parameters in the encoder
     seconds: float
-
-    @property
-    def validation(self) -> float:
-        return min(self.curve)
 
 
 class Grid:
@@ -288,8 +286,10 @@ class Grid:
     @torch.no_grad()
     def answers(self, model: Any, collate: Callable[..., Any], rows: Sequence[Any]) -> Tensor:
         model.eval()
-        batches = [rows[i : i + 16] for i in range(0, len(rows), 16)]
-        return torch.cat([self.data.outputs(model, collate(batch)).float() for batch in batches])
+        batches = [collate(rows[i : i + 16]) for i in range(0, len(rows), 16)]
+        if self.task.verify:
+            return torch.cat([speaker_embeddings(model, **batch).float() for batch in batches])
+        return torch.cat([model(**batch).logits.float() for batch in batches])
 
     def run(self, methods: Sequence[str]) -> None:
         """Train what is missing. A setting that is clearly worse than the best one of its method is given up."""
@@ -297,7 +297,7 @@ class Grid:
             if method == SEARCH:
                 # It learns one column, and refuses classes that training lacks, as the slots of orders have.
                 for seed in range(SEARCHES if len(self.task.columns) == 1 else 0):
-                    self.once(f"{SEARCH}-{seed}", {"minutes": SEARCH_MINUTES}, lambda seed=seed: search(self, seed))
+                    self.once(f"{SEARCH}-{seed}", {"minutes": SEARCH_MINUTES}, partial(search, self, seed))
                 continue
             errors: dict[str, list[float]] = {json.dumps(setting): [] for setting in METHODS[method]}
             for number in range(len(self.data.folds)):
@@ -307,9 +307,8 @@ class Grid:
                 errors = {key: errors[key] for key in going}
                 for key in going:
                     told = {"model": self.args.model_name_or_path, "steps": self.args.steps or self.task.steps}
-                    make = lambda key=key, number=number, method=method: self.train(method, json.loads(key), number)  # noqa: E731
-                    found = self.once(f"{method}-{number}-{key}", told, make)
-                    errors[key] += [Result(**one).validation for one in found]
+                    make = partial(self.train, method, json.loads(key), number)
+                    errors[key] += [min(one["curve"]) for one in self.once(f"{method}-{number}-{key}", told, make)]
 
     def once(self, name: str, told: dict[str, Any], make: Callable[[], Any]) -> list[dict[str, Any]]:
         file = self.args.output_dir / self.name / (re.sub(r"[^\w=+.-]+", "_", name) + ".json")
@@ -343,10 +342,9 @@ SEARCH_MINUTES, SEARCHES = 0.3, 2
 def search(grid: Grid, seed: int) -> list[dict[str, Any]]:
     """Let `peft-elp train` choose and train, and answer the test. It makes folds of everything else by itself."""
     data, task, start, found = grid.data, grid.task, time.perf_counter(), []
-    tests = {part: held for fold in data.folds for part, held in fold.parts.items() if part != "validation"}
     options: dict[str, Any] = {"label": task.columns[0], "minutes": SEARCH_MINUTES, "seed": seed, "progress": False}
     options |= {"task": "verify"} if task.verify else {"task": "classify", "speaker": task.groups}
-    for part, held in tests.items():
+    for part, held in data.tests.items():
         with TemporaryDirectory() as folder:
             columns = dict.fromkeys(("file_name", *task.columns, task.groups, "split"))
             table = [",".join(columns)]
@@ -399,10 +397,7 @@ class Bootstrap:
 
     def __init__(self, data: Data) -> None:
         self.data, self.rng = data, np.random.default_rng(0)
-        tests = [held for part, held in data.folds[0].parts.items() if part == "test"]
-        if data.task.swapped:
-            tests = list({part: held for fold in data.folds for part, held in fold.parts.items()}.values())
-        self.blocks = [[Path(data.rows[i]["file"]).name for i in held] for held in tests]
+        self.blocks = [[Path(data.rows[i]["file"]).name for i in held] for held in data.tests.values()]
         draws = [self.rng.multinomial(len(b), np.full(len(b), 1 / len(b)), REPLICATES) for b in self.blocks]
         self.weights = [np.vstack([np.ones(drawn.shape[1]), drawn]) for drawn in draws]
         self.classes = {Path(row["file"]).name: row[data.task.columns[0]] for row in data.rows}
@@ -472,7 +467,7 @@ def collect(args: argparse.Namespace) -> None:
             kept = [result for run in runs for result in run]
             measured = {"task": task, "method": method, "trained": sorted({result.trained for result in kept})}
             measured["settings"] = list({json.dumps(result.setting): result.setting for result in kept}.values())
-            on_validation = [result.validation for result in kept if result.curve]
+            on_validation = [min(result.curve) for result in kept if result.curve]
             measured["validation"] = round(statistics.mean(on_validation), 2) if on_validation else None
             measured |= {"test": round(float(errors[method][0]), 2), "interval": interval(errors[method])}
             measured |= {"runs": [round(x, 2) for x in each], "steps": sorted(result.steps for result in kept)}
