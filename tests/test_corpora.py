@@ -94,7 +94,10 @@ def vox(tmp_path):
 
 
 def test_voxceleb1_tests_on_the_speakers_of_its_trials(vox):
-    train, test = check_audio(voxceleb1(vox, "train")), check_audio(voxceleb1(vox, "test"))
+    (vox / "voices").mkdir()
+    for split in ("train", "test"):  # saved as Parquet files, for the recipes
+        voxceleb1(vox, split).to_parquet(vox / f"voices/{split}.parquet")
+    train, test = (check_audio(read_dataset(vox / "voices", split)) for split in ("train", "test"))
     assert train.column_names == ["audio", "speaker", "video", "duration_s"]
     assert train["speaker"][:] == ["id10001", "id10001", "id10002"]
     assert train["video"][:] == ["1zcIwhmdeo4", "7gWzIy6yIIk", "6WO410QOeuo"]
@@ -102,16 +105,6 @@ def test_voxceleb1_tests_on_the_speakers_of_its_trials(vox):
     trials = read_trials(vox / "veri_test.txt", vox / "wav")
     assert [trial.label for trial in trials] == [1, 0]
     assert {file for trial in trials for file in trial[1:]} == {entry["path"] for entry in test["audio"]}
-
-
-def test_a_corpus_is_saved_for_the_recipes_and_read_with_its_trials(vox, tmp_path):
-    (tmp_path / "voices").mkdir()
-    for split in ("train", "test"):
-        voxceleb1(vox, split).to_parquet(tmp_path / f"voices/{split}.parquet")
-    train, test = (check_audio(read_dataset(tmp_path / "voices", split)) for split in ("train", "test"))
-    assert train["speaker"][:] == ["id10001", "id10001", "id10002"]
-    files = {file for trial in read_trials(vox / "veri_test.txt", vox / "wav") for file in trial[1:]}
-    assert files == {entry["path"] for entry in test["audio"]}
 
 
 def test_voxceleb1_without_its_list_recordings_or_split_is_an_error(vox):
@@ -149,11 +142,7 @@ def test_iemocap_has_four_classes_by_session_and_speaker_or_others(emotions):
     assert dataset["speaker"][:5] == ["Ses01F", "Ses01M", "Ses01F", "Ses01M", "Ses01F"]
     assert dataset[5]["utterance"] == "Ses02F_script01_1_F000"
     folds = list(leave_one_group_out(dataset, "session"))
-    assert [(held_out, len(train), len(test)) for held_out, train, test in folds] == [
-        (f"Session{number}", 5, 5) for number in (1, 2)
-    ]
-    for _, train, test in folds:
-        check_disjoint(dataset.select(train), dataset.select(test))
+    assert [(one, len(train), len(test)) for one, train, test in folds] == [("Session1", 5, 5), ("Session2", 5, 5)]
     labels = {"fru": "negative", "ang": "negative", "exc": "positive"}
     assert iemocap(emotions, labels)["label"][:3] == ["negative", "positive", "negative"]
     with pytest.raises(ValueError, match="has the class anger; its labels are ang, exc, fru, hap, neu, sad, xxx"):
@@ -173,12 +162,8 @@ def test_fluent_speech_commands(tmp_path):
     for split, speaker in (("train", "2BqVo8kVB2Skwgyb"), ("valid", "4BrX8aDqK2cLZRYl"), ("test", "7B4XmNppyrCK977p")):
         path = f"wavs/speakers/{speaker}/0a3129c0.wav"
         record(tmp_path / path)
-        write(
-            tmp_path / f"data/{split}_data.csv",
-            header,
-            f'0,{path},{speaker},"Lights on, please",activate,lights,kitchen',
-            f"1,{path},{speaker},Music,activate,music,none",
-        )
+        rows = ['"Lights on, please",activate,lights,kitchen', "Music,activate,music,none"]
+        write(tmp_path / f"data/{split}_data.csv", header, *(f"{n},{path},{speaker},{rows[n]}" for n in range(2)))
     train, validation = (fluent_speech_commands(tmp_path, split) for split in ("train", "validation"))
     slots = {"action": "activate", "object": "lights", "location": "kitchen", "label": "activate, lights, kitchen"}
     expected = {"text": "Lights on, please", "speaker": "2BqVo8kVB2Skwgyb", **slots}

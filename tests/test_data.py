@@ -168,9 +168,7 @@ def test_what_soundfile_cannot_read_goes_to_torchcodec(tmp_path, monkeypatch):
     for audio in (path, {"bytes": b"no sound at all"}):
         assert len(decode(audio)) == 800
         assert fails(audio, max_duration_s=0.01)[0] == "too long"
-    torchcodec.AudioDecoder = lambda source: soundfile.SoundFile(
-        source
-    )  # It raises a RuntimeError, as torchcodec does.
+    torchcodec.AudioDecoder = lambda source: soundfile.SoundFile(source)  # a RuntimeError, as of torchcodec
     assert re.fullmatch("neither soundfile .* nor torchcodec .* can read it", fails(path)[1])
 
 
@@ -234,9 +232,7 @@ def test_a_folder_of_labels_alone_is_read_with_the_speakers_inside_them(tmp_path
 def test_the_column_of_labels_is_the_only_one_with_a_usual_name():
     assert find_column(rows_of(emotion=["a"], text=["b"]), "label") == "emotion"
     assert find_column(rows_of(emotion=["a"], label=["b"]), "label", "emotion") == "emotion"
-    refuses(
-        "Several columns may hold the label: label, emotion; the", find_column, rows_of(emotion=[], label=[]), "label"
-    )
+    refuses("Several columns .* the label: label, emotion; the", find_column, rows_of(emotion=[], label=[]), "label")
     refuses("No column holds the speaker; the data set has audio, text", find_column, rows_of(text=["a"]), "speaker")
     refuses("There is no column 'mood'; the data set has", find_column, rows_of(label=["a"]), "label", "mood")
 
@@ -424,24 +420,17 @@ def test_each_session_is_held_out_once():
 # Trials
 
 
-@pytest.mark.parametrize("kind", ["voxceleb", "csv", "other columns"])
-def test_trials_are_read_from_lists_in_every_form(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["voxceleb", "csv"])
+def test_trials_are_read_from_lists_and_tables(tmp_path, kind):
     files = [record(tmp_path / "wav" / name) for name in ("id1/v/1.wav", "id1/w/1.wav", "id2/v/1.wav")]
     a, b, c = (str(file.relative_to(tmp_path / "wav")) for file in files)
-    options = {"folder": tmp_path / "wav"}
     if kind == "voxceleb":
-        path = write(tmp_path / "veri_test.txt", f"1 {a} {b}", f"0 {a} {c}")
-    elif kind == "csv":
-        path = write(tmp_path / "wav/trials.csv", "label,file_a,file_b,note", f"1,{a},{b},x", f"0,{a},{c},y")
-        options = {}
+        trials = read_trials(write(tmp_path / "veri_test.txt", f"1 {a} {b}", f"0 {a} {c}"), tmp_path / "wav")
     else:
-        path = write(tmp_path / "trials.csv", "enrolled,tested,same", f"{a},{b},1", f"{a},{c},0")
-        options["columns"] = ("same", "enrolled", "tested")
-    trials = read_trials(path, **options)
-    assert [tuple(trial) for trial in trials] == [
-        (1, str(files[0]), str(files[1])),
-        (0, str(files[0]), str(files[2])),
-    ]
+        lines = ["label,file_a,file_b,note", f"1,{a},{b},x", f"0,{a},{c},y"]
+        trials = read_trials(write(tmp_path / "wav/trials.csv", *lines))
+    a, b, c = map(str, files)
+    assert [tuple(trial) for trial in trials] == [(1, a, b), (0, a, c)]
 
 
 @pytest.mark.parametrize(

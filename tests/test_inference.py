@@ -5,7 +5,6 @@ import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,17 +204,13 @@ def test_the_embedding_of_a_classifier_is_the_mean_over_valid_frames_of_what_its
     assert all(p.grad is not None for name, p in model.named_parameters() if "elp_" in name)
 
 
-def test_the_embedding_of_an_x_vector_model_is_its_own_and_a_bare_classifier_has_one_too(base):
+def test_the_embedding_of_an_x_vector_model_is_its_own_and_other_heads_have_none(base):
     model, waveform = adapted(base, "ForXVector"), waveforms()[0]
-    expected = model(input_values=waveform).embeddings
-    torch.testing.assert_close(speaker_embeddings(model, input_values=waveform), expected)
+    torch.testing.assert_close(speaker_embeddings(model, input_values=waveform), model(waveform).embeddings)
     assert speaker_embeddings(build("wavlm", "ForSequenceClassification"), input_values=waveform).shape == (3, 12)
-
-
-@pytest.mark.parametrize("head", ["ForCTC", "ForAudioFrameClassification", "Model"])
-def test_other_models_have_no_speaker_embeddings(head):
-    with pytest.raises(ValueError, match=f"WavLM{head} has no speaker embeddings"):
-        speaker_embeddings(build("wavlm", head), input_values=waveforms()[0])
+    for head in ("ForCTC", "ForAudioFrameClassification", "Model"):
+        message = f"WavLM{head} has no speaker embeddings"
+        refuses(message, speaker_embeddings, build("wavlm", head), input_values=waveform)
 
 
 @pytest.mark.parametrize("head", ["ForXVector", "ForSequenceClassification"])
@@ -274,15 +269,13 @@ def test_the_shortest_recording_that_a_model_can_answer_is_answered(loaded):
         refuses("The array: it is too short", loaded(head).embed, noise(least - 1), sampling_rate=16000)
 
 
-@pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification", "ForXVector"])
-def test_a_recording_over_the_limit_is_refused_before_memory_is_gone(files, folders, head, monkeypatch):
-    assert load(folders[head]).max_duration_s == 120
-    adapter = load_copy(load(folders[head], max_duration_s=0.2))
-    answer = adapter.transcribe if head == "ForCTC" else adapter.embed
-    answer(files[1])
-    message = r"0\.wav: it is too long, 0\.25 s; at most 0\.2 s .* on_long_audio can be skip, crop, split\."
+def test_a_recording_over_the_limit_is_refused_before_memory_is_gone(files, folders, monkeypatch):
+    assert load(folders["ForCTC"]).max_duration_s == 120
+    adapter = load_copy(load(folders["ForCTC"], max_duration_s=0.2))
+    adapter.transcribe(files[1])
     monkeypatch.setattr("soundfile.SoundFile.read", pytest.fail)
-    refuses(message, answer, files[0])
+    message = r"0\.wav: it is too long, 0\.25 s; at most 0\.2 s .* on_long_audio can be skip, crop, split\."
+    refuses(message, adapter.transcribe, files[0])
 
 
 @pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification", "ForXVector"])
@@ -346,10 +339,8 @@ def test_a_recording_longer_than_the_window_is_refused_where_its_rest_would_be_c
     ("array", "sampling_rate", "message"),
     [
         (noise(4000), None, "its sampling rate must be at least 1 Hz, got None. Pass sampling_rate=16000"),
-        (noise(4000), 0, "at least 1 Hz, got 0"),
         (np.zeros(4000, dtype=np.int16), 16000, "got int16 of shape"),
         (np.zeros((2, 4000), dtype=np.float32), 16000, r"got float32 of shape \(2, 4000\)"),
-        (np.full(4000, np.nan, dtype=np.float32), 16000, "not finite numbers"),
     ],
 )
 def test_an_array_that_could_be_misread_is_refused(loaded, array, sampling_rate, message):
@@ -376,11 +367,10 @@ def test_a_folder_without_an_adapter_is_refused(folders, base, tmp_path):
     refuses("of the method 'LORA', not of ELP", load, tmp_path / "lora")
 
 
-@pytest.mark.parametrize("device", ["gpu", "meta", "cuda"])
+@pytest.mark.parametrize("device", ["gpu", "meta"])
 def test_a_device_that_is_not_there_is_refused(folders, device):
-    if device != "cuda" or not torch.cuda.is_available():
-        message = rf"The device '{device}' cannot be used: .*[^.]\.$"
-        refuses(message, SpeechAdapter.from_pretrained, folders["ForXVector"], device=device)
+    message = rf"The device '{device}' cannot be used: .*[^.]\.$"
+    refuses(message, SpeechAdapter.from_pretrained, folders["ForXVector"], device=device)
 
 
 def test_an_adapter_of_transformers_own_door_is_loaded_with_its_head(base, tmp_path, files):
@@ -406,10 +396,6 @@ def change_config(folder, name="config.json", **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def change_adapter(place, **fields):
-    change_config(place / "adapter", "adapter_config.json", **fields)
-
-
 def change_weights(folder, change):
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
@@ -419,12 +405,9 @@ def without(text):
     return lambda tensors: {name: x for name, x in tensors.items() if text not in f".{name}"}
 
 
-def renamed(tensors):
-    return {f"other.{name}": x for name, x in tensors.items()}
-
-
 def of_class(name):
-    return partial(change_adapter, auto_mapping={"base_model_class": name})
+    mapping = {"base_model_class": name}
+    return lambda place: change_config(place / "adapter", "adapter_config.json", auto_mapping=mapping)
 
 
 def at_rate(rate):
@@ -433,7 +416,7 @@ def at_rate(rate):
 
 LACKS = r"The base .* lacks {} weights .*: [\w.]+, [\w.]+, [\w.]+ and {} more\. Was it trained on"
 NO_CLASS = "names the class .*, which is not a model class of Transformers"
-CLASSES = ("pipeline", "AutoModelForCTC", "logging", "WavLMConfig", "os", "PreTrainedModelX", None)
+CLASSES = ("pipeline", "AutoModelForCTC", "logging", "WavLMConfig", "PreTrainedModelX", None)
 NO_RATE = "must be from 1,000 to 1,000,000 Hz, got"
 
 
@@ -441,7 +424,6 @@ NO_RATE = "must be from 1,000 to 1,000,000 Hz, got"
     ("change", "message"),
     [
         (lambda place: change_weights(place / "base", without(".layers.1.")), LACKS.format(19, 16)),
-        (lambda place: change_weights(place / "base", renamed), LACKS.format(75, 72)),
         (lambda place: change_config(place / "base", num_hidden_layers=4), LACKS.format(19, 16)),
         *((of_class(name), NO_CLASS) for name in CLASSES),
         *((at_rate(rate), NO_RATE) for rate in (0, -1, 10**12, "16000", None, [], 1.5)),
@@ -470,9 +452,9 @@ def test_weights_that_only_training_needs_may_be_missing(own_base, tmp_path, fil
     assert load(tmp_path / "adapter").classify(files[0]) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification", "ForXVector"])
-def test_a_cpu_computes_in_float32_unless_told_otherwise(tmp_path, folders, files, head, dtype):
+def test_a_cpu_computes_in_float32_unless_told_otherwise(tmp_path, folders, files, head):
+    dtype = torch.bfloat16
     build("wavlm", "Model").to(dtype).save_pretrained(tmp_path)
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path)
     assert load(folders[head], base=tmp_path)._dtype == torch.float32
@@ -500,7 +482,7 @@ def test_a_base_is_looked_for_beside_the_adapter_and_can_be_named(own_base, tmp_
     expected = load(tmp_path / "adapter").classify(files[0])
     monkeypatch.chdir("/")
     for name in ("base", "./base", "../somewhere/base", "/nowhere/base"):
-        change_adapter(tmp_path, base_model_name_or_path=name)
+        change_config(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path=name)
         assert load(tmp_path / "adapter").classify(files[0]) == expected
     own_base.rename(tmp_path / "new")
     message = r"The base '/nowhere/base' .* cannot be used: there is no such folder\. .*base=\.\.\. in Python"
@@ -527,17 +509,6 @@ def test_no_code_beside_an_adapter_or_a_base_is_run(own_base, tmp_path, monkeypa
     with suppress(ValueError):
         load(tmp_path / "adapter").transcribe(files[0])
     assert not (tmp_path / "executed").exists()
-
-
-def test_a_recording_that_does_not_fit_into_memory_is_named(tmp_path, loaded, monkeypatch):
-    def fail(*args, **kwargs):
-        raise MemoryError
-
-    for place in ("soundfile.SoundFile.read", "soxr.resample"):
-        with monkeypatch.context() as patched:
-            patched.setattr(place, fail)
-            with pytest.raises(ValueError, match=r"8k\.wav: it is too long to be re"):
-                loaded("ForXVector").read(record(tmp_path / "8k.wav", 3000, seed=1, rate_hz=8000))
 
 
 def test_a_speech_adapter_travels_by_its_folder(folders, files, tmp_path, monkeypatch):

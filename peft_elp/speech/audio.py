@@ -73,10 +73,7 @@ def decode(audio: Any, rate_hz: int = RATE_HZ, max_duration_s: float | None = No
         (1600,)
     """
     waveform, native_hz = read_audio(audio, max_duration_s)
-    try:
-        return waveform if native_hz == rate_hz else soxr.resample(waveform, native_hz, rate_hz)
-    except MemoryError as error:
-        raise AudioError("it is too long to be resampled in memory. Cut it into pieces") from error
+    return waveform if native_hz == rate_hz else soxr.resample(waveform, native_hz, rate_hz)
 
 
 def read_audio(audio: Any, max_duration_s: float | None = None) -> tuple[np.ndarray, int]:
@@ -227,8 +224,6 @@ def _read_file(source: str | Path | bytes, max_duration_s: float | None) -> tupl
             cut = re.search(r"^data : (\d+) \(should be \d+\)", sound.extra_info, re.MULTILINE)
     except soundfile.SoundFileError as error:
         return _read_other(source, getattr(error, "error_string", str(error)).rstrip("."), max_duration_s)
-    except MemoryError as error:
-        raise AudioError("it is too long to be read into memory. Cut it into pieces") from error
     if len(channels) < stated or (cut and int(cut[1]) < STREAMED):
         raise AudioError("it is cut off: the header promises more sound than the file holds")
     return channels, sound.samplerate

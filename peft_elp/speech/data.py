@@ -320,16 +320,14 @@ def leave_one_group_out(dataset: Dataset, column: str) -> Iterator[tuple[str, li
         yield groups[test[0]], train.tolist(), test.tolist()
 
 
-def read_trials(
-    path: str | Path, folder: str | Path | None = None, columns: tuple[str, str, str] = ("label", "file_a", "file_b")
-) -> list[Trial]:
+def read_trials(path: str | Path, folder: str | Path | None = None) -> list[Trial]:
     """Read the trials of speaker verification in a list, with the paths of their recordings.
 
     Args:
-        path: A text file with lines `label file file`, as VoxCeleb publishes them, or a table.
+        path: A text file with lines `label file file`, as VoxCeleb publishes them, or a table with columns label,
+            file_a and file_b.
         folder: The folder that paths in the list count from; None is the folder of the list. For VoxCeleb1 it is
             `<root>/wav`.
-        columns: The columns of a table: label, first file, second file.
 
     Raises:
         ValueError: A line is not a trial, a label is neither 0 nor 1, or all labels are the same.
@@ -342,9 +340,9 @@ def read_trials(
     path = Path(path)
     if path.suffix in TABLE_SUFFIXES:
         table = read_table(path)
-        if absent := [column for column in columns if table and column not in table[0]]:
+        if absent := [column for column in Trial._fields if table and column not in table[0]]:
             raise ValueError(f"{path} has no column {', '.join(absent)}; it has {', '.join(table[0])}.")
-        rows = [[str(row[column]) for column in columns] for row in table]
+        rows = [[str(row[column]) for column in Trial._fields] for row in table]
     else:
         rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if wrong := next((row for row in rows if len(row) != 3 or row[0] not in ("0", "1")), None):
