@@ -72,7 +72,6 @@ class Cost:
     backward_gflop: float
     step_s: list[float] = field(default_factory=list)  # in each round
     inference_s: list[float] = field(default_factory=list)
-    peak_mib: float | None = None  # on a GPU, what a training step adds to the model
 
 
 def config_of(args: argparse.Namespace, weighted: bool = False) -> Any:
@@ -209,17 +208,6 @@ class Method:
         self.model.eval()
         self.loss()
 
-    def measure_round(self) -> None:
-        """Measure a training step and an inference once more."""
-        on_gpu = self.args.device != "cpu"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if on_gpu else 0
-        self.cost.step_s.append(seconds(self.step, self.args.device))
-        if on_gpu:
-            self.cost.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-        self.cost.inference_s.append(seconds(self.infer, self.args.device))
-
 
 def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
     if device != "cpu":
@@ -250,7 +238,8 @@ def measure_methods(args: argparse.Namespace) -> None:
             method.infer()
         for _ in range(args.repeats):
             for method in methods:
-                method.measure_round()
+                method.cost.step_s.append(seconds(method.step, args.device))
+                method.cost.inference_s.append(seconds(method.infer, args.device))
     about = {key: value for key, value in vars(args).items() if key not in ("measure", "output")}
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     about["machine"] = cpu if args.device == "cpu" else torch.cuda.get_device_name()
@@ -274,7 +263,7 @@ def table(costs: Sequence[Cost]) -> str:
     by_name = {cost.method: cost for cost in costs}
     full, lora, head = by_name.get(FULL), by_name.get(LORA), by_name.get(HEAD)
     header = ["method", "trained", "kept, MiB", "kept / full", "kept / LoRA", "GFLOP forward + backward"]
-    header += ["step / full", "step / LoRA", "inference / head only", "step, ms", "inference, ms", "peak, MiB"]
+    header += ["step / full", "step / LoRA", "inference / head only", "step, ms", "inference, ms"]
     rows = []
     for cost in costs:
         cells = [cost.method, f"{cost.trained:,}", f"{cost.saved_mib:.1f}"]
@@ -282,8 +271,7 @@ def table(costs: Sequence[Cost]) -> str:
         cells += [f"{cost.forward_gflop:.0f} + {cost.backward_gflop:.0f}"]
         cells += [ratio(cost.step_s, other.step_s) if other else "" for other in (full, lora)]
         cells += [ratio(cost.inference_s, head.inference_s) if head else ""]
-        cells += [f"{1000 * statistics.median(taken):.2f}" for taken in (cost.step_s, cost.inference_s)]
-        rows.append([*cells, "" if cost.peak_mib is None else f"{cost.peak_mib:.0f}"])
+        rows.append(cells + [f"{1000 * statistics.median(taken):.2f}" for taken in (cost.step_s, cost.inference_s)])
     return common.table(header, rows)
 
 
