@@ -2,17 +2,13 @@
 
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from backbones import ELP, adapted, answer, encoded, labels_for, result, shaken, waveforms
 from families import FAMILIES, cases
 from on_disk import adapted as adapted_on_disk
 from on_disk import save_base
-from peft import PeftModel, get_peft_model
-from test_trainer import backbone, examples
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
 
 from peft_elp import ELPConfig, FeatureCache
 from peft_elp.speech.inference import SpeechAdapter
@@ -119,17 +115,6 @@ def test_utterances_of_one_batch_may_have_different_adapters():
         torch.testing.assert_close(together[row], answer(model, name, **inputs)[row], atol=1e-4, rtol=1e-3)
 
 
-def test_an_adapter_moves_between_cpu_and_gpu(tmp_path):
-    family = FAMILIES["hubert"]
-    model = model_of("hubert").to(GPU).eval()
-    model.save_pretrained(tmp_path)
-    expected = answer(model, **on_gpu(family.inputs)).cpu()
-    for device in ("cpu", GPU):
-        loaded = PeftModel.from_pretrained(family.model().to(device), tmp_path).eval()
-        found = answer(loaded, **{key: x.to(device) for key, x in family.inputs.items()}).cpu()
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
-
-
 def test_a_cache_of_features_trains_as_the_recordings_do(tmp_path):
     model = adapted("ForSequenceClassification", "hubert", adapters="L", train_layer_norms=False).to(GPU)
     rows = [{"input_values": x[:1300], "labels": torch.tensor(1)} for x in waveforms()[0][:2]]
@@ -144,18 +129,6 @@ def test_a_cache_of_features_trains_as_the_recordings_do(tmp_path):
     model.eval()
     found = model(**on_gpu(batch), cached_features=features).loss
     torch.testing.assert_close(found, model(**on_gpu(collate(rows))).loss, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("precision", [{}, {"fp16": True}, {"bf16": True}])
-def test_trainer_trains_on_a_gpu(precision, tmp_path):
-    model = get_peft_model(backbone(), ELPConfig(**ELP))
-    settings = TrainingArguments(
-        str(tmp_path), max_steps=6, learning_rate=3e-3, per_device_train_batch_size=4, report_to=[], **precision
-    )
-    trainer = Trainer(model, settings, train_dataset=examples(16, seed=0), eval_dataset=examples(8, seed=1))
-    trainer.train()
-    assert trainer.model.device.type == GPU
-    assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 
 def test_a_speech_adapter_answers_on_a_gpu(tmp_path):
