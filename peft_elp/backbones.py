@@ -170,7 +170,9 @@ BACKBONES: dict[str, Backbone] = {
     "Wav2Vec2ConformerEncoder": replace(_CONFORMER, feels_padding=True),
     "Wav2Vec2BertEncoder": replace(_CONFORMER, feature_encoder=None),
     "SeamlessM4TConformerEncoder": _SEAMLESS,
-    "SeamlessM4Tv2ConformerEncoder": replace(_SEAMLESS, attention_chunk="config.speech_encoder_chunk_size"),
+    "SeamlessM4Tv2ConformerEncoder": replace(
+        _SEAMLESS, attention_chunk="config.speech_encoder_chunk_size", feels_padding=True
+    ),
     "SpeechT5Encoder": replace(
         _WAV2VEC2,
         layerdrop="layerdrop",

@@ -167,7 +167,9 @@ class FeatureCache:
             cached = self._answer(self.collate([row]))
             difference = float((cached - live).abs().max() / live.abs().max().clamp(min=1e-6))
         except Exception as error:  # Whatever a model does with inputs that hold no values.
-            raise ValueError(f"{self._name()} does not run from cached features ({error}).") from error
+            raise ValueError(
+                f"{self._name()} does not run from cached features ({error}). Train it without a cache."
+            ) from error
         if not difference <= TOLERANCE[self.dtype]:  # it may be NaN
             raise ValueError(
                 f"{self._name()} answers differently with cached features: by {difference:.2g} of its largest output. "

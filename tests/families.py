@@ -50,6 +50,8 @@ OMNIASR = (
     | {"hidden_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0}
     | {name: value for name, value in CONVOLUTIONS.items() if name.startswith(("conv_", "num_conv"))}
 )
+OMNIASR_LM = {"audio_config": OMNIASR, "audio_token_id": 29, "text_config": WIDTH | {"model_type": "llama",
+    "vocab_size": 30, "num_key_value_heads": 2}}  # fmt: skip
 GRANITE = {
     "input_dim": 10, "num_layers": 3, "hidden_dim": 16, "feedforward_mult": 2, "num_heads": 2, "output_dim": 6,
     "context_size": 8, "max_pos_emb": 8, "dropout": 0.0, "conv_kernel_size": 3,
@@ -68,6 +70,8 @@ MEL = features(8, 40, False)
 MEL_MASKED = features(16, 64, True, (64, 40))
 SPEECH = wave((2000, 1300, 900))
 HEARD = {"input_values": SPEECH["input_values"][:, None], "padding_mask": SPEECH["attention_mask"]}
+# One token 29 stands for each frame.
+HEARD_LM = HEARD | {"input_ids": torch.where(torch.arange(100) < torch.tensor([98, 63, 43])[:, None], 29, 5)}
 
 # The wav2vec 2.0 line: every encoder with one head, and all heads on one post-norm and one pre-norm encoder.
 NAMES = {"ForCTC": "", "Model": "-bare", "ForSequenceClassification": "-classes", "ForXVector": "-xvector"}
@@ -106,11 +110,8 @@ WHOLE = {
         MEL | {"attention_mask": (torch.arange(40) < torch.tensor([40, 24])[:, None]).long()}),
     "omniasr": Family("OmniASRForCTC", {"vocab_size": 9, "audio_config": OMNIASR}, HEARD, since="5.24"),
     "omniasr-bare": Family("OmniASRCTCModel", {"vocab_size": 9, "audio_config": OMNIASR}, HEARD, since="5.24"),
-    # One token 29 stands for each frame.
-    "omniasr-generation": Family("OmniASRForConditionalGeneration",
-        {"audio_config": OMNIASR, "audio_token_id": 29, "text_config": WIDTH | {"model_type": "llama",
-        "vocab_size": 30, "num_key_value_heads": 2}}, HEARD | {"input_ids":
-        torch.where(torch.arange(100) < torch.tensor([98, 63, 43])[:, None], 29, 5)}, since="5.24"),
+    "omniasr-model": Family("OmniASRModel", OMNIASR_LM, HEARD_LM, since="5.24"),
+    "omniasr-generation": Family("OmniASRForConditionalGeneration", OMNIASR_LM, HEARD_LM, since="5.24"),
     "speech_to_text": Family("Speech2TextForConditionalGeneration",
         WHISPER | {"input_feat_per_channel": 8, "conv_channels": 16}, decoded(features(8, 40, True, (40, 23)))),
     # In older versions its layers were in an encoder of their own.

@@ -94,6 +94,11 @@ REFUSED = [
     ({}, {"e_activation": "relu"}, "e_activation is 'relu', here 'gelu'. Load it as a further adapter: "),
     ({}, {"p_position": "prepend"}, "p_position is 'prepend', here 'append'"),
     (
+        {"head": "ForSequenceClassification", "head_config": {"id2label": {0: "no", 1: "yes"}}},
+        {"head": "ForSequenceClassification", "head_config": {"id2label": {0: "yes", 1: "no"}}},
+        "head_config is {",
+    ),
+    (
         E_OR_L | {"l_layers": [0, 1]},
         E_OR_L | {"l_layers": [1, 2], "e_layers": [0, 1]},
         "l_layers is [1, 2], here [0, 1]. Load",

@@ -62,6 +62,7 @@ def test_a_model_without_adapters_pools_its_own_frames():
 POOLED = [{}, {"l_dim": 0}, {"adapters": "EL", "e_dim": 4}, {"adapters": "ELP", "e_dim": 4}]
 
 
+@pytest.mark.filterwarnings("ignore:The head averages over the padding:UserWarning")
 @pytest.mark.parametrize("options", POOLED)
 def test_an_adapter_pools_its_own_frames_and_tells_its_file(options, tmp_path):
     model, inputs = adapted(**options), batch()
@@ -145,8 +146,9 @@ def test_a_saved_adapter_answers_by_the_recordings_own_frames(tmp_path):
     assert [label["score"] for label in found] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_training_without_a_mask_is_told_once(recwarn):
-    model, inputs = adapted().train(), batch()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_missing_mask_is_told_once(training, recwarn):
+    model, inputs = adapted().train(training), batch()
     for _ in range(2):
         model(inputs["input_features"])
     told = [str(warning.message) for warning in recwarn if "averages over the padding" in str(warning.message)]

@@ -1,17 +1,25 @@
 """What used to give a wrong answer without a word is right now, or an error."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from backbones import ELP, answer, build, shaken, waveforms
+from backbones import ELP, answer, build, shaken, waveforms, with_norms_moved
+from families import FAMILIES, SPEECH_T5
+from family import wave
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import WhisperConfig, WhisperForAudioClassification
+from transformers import (
+    SpeechT5Config,
+    SpeechT5ForSpeechToSpeech,
+    Trainer,
+    TrainingArguments,
+    WhisperConfig,
+    WhisperForAudioClassification,
+)
 
 from peft_elp import Backbone, ELPConfig, FeatureCache, find_encoder, register_backbone
 
@@ -30,7 +38,7 @@ class Siamese(nn.Module):
     def forward(self, speech, other=None):
         one = self.head(self.wavlm(speech).last_hidden_state.mean(1))
         two = one if other is None else self.head(self.wavlm(other).last_hidden_state.mean(1))
-        return SimpleNamespace(logits=nn.functional.cosine_similarity(one, two)[:, None])
+        return {"logits": nn.functional.cosine_similarity(one, two)[:, None]}
 
 
 class Single(Siamese):
@@ -52,6 +60,13 @@ def test_a_pass_is_not_shared_by_two_calls_of_the_encoder():
         RuntimeError, match=r"calls its feature encoder more than once.*Call the model once per adapter"
     ):
         model.forward_all(["default"], first, second)
+
+
+def test_features_are_not_cached_for_two_calls_of_the_encoder(tmp_path):
+    cache = FeatureCache(adapted(Siamese()), tmp_path)
+    rows = [{"speech": torch.randn(1, 2000), "other": torch.randn(1, 2000)}]
+    with pytest.raises(ValueError, match=r"Siamese does not run from cached features.*more than once"):
+        cache.read(rows, lambda rows: rows[0], progress=False)
 
 
 def collate(rows):
@@ -173,6 +188,18 @@ def test_weights_of_an_adapter_with_other_settings_are_refused_under_a_taken_nam
     model.load_adapter(tmp_path / "there", "another")
 
 
+def test_a_training_is_not_resumed_with_other_labels(tmp_path):
+    def trainer(labels, steps):
+        arguments = TrainingArguments(tmp_path, max_steps=steps, save_steps=1, report_to="none", use_cpu=True)
+        rows = [{"input_values": torch.ones(1000), "labels": 0}] * 2
+        return Trainer(classifier(**labels), arguments, train_dataset=rows)
+
+    trainer(NO_YES, 1).train()
+    trainer(NO_YES, 2).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="other labels than 'default'"):
+        trainer(YES_NO, 3).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("kind", ["alike", "in half precision", "averaged", "older", "labels without names"])
 def test_weights_of_an_adapter_with_the_same_settings_are_taken(kind, tmp_path):
     model, other = classifier(adapters="L", **NO_YES), classifier(adapters="L", e_activation="relu", **NO_YES)
@@ -191,15 +218,51 @@ def test_weights_of_an_adapter_with_the_same_settings_are_taken(kind, tmp_path):
     torch.testing.assert_close(answer(model.eval()), answer(other.eval()), atol=1e-2, rtol=1e-2)
 
 
+# Derivatives and hooks ----------------------------------------------------------------------------------------------
+
+
+def test_derivatives_of_every_kind_agree():
+    base = build("hubert", "ForSequenceClassification")
+    base.set_attn_implementation("eager")
+    model = shaken(get_peft_model(base, ELPConfig(**ELP))).eval()
+    x = waveforms((1000,))[0]
+    rows = torch.autograd.functional.jacobian(lambda x: model(x).logits[0], x)
+    parts = [p for name, p in model.named_parameters() if "elp_" in name]
+    logits = model(x).logits
+    batched = torch.autograd.grad(logits, parts, torch.eye(4)[:, None], is_grads_batched=True, retain_graph=True)
+    for row in range(4):
+        one = torch.autograd.grad(logits[0, row], parts, retain_graph=True)
+        for together, alone in zip(batched, one, strict=True):
+            torch.testing.assert_close(together[row], alone)
+    vectorised = torch.autograd.functional.jacobian(lambda x: model(x).logits[0], x, vectorize=True)
+    torch.testing.assert_close(vectorised, rows)
+    direction = torch.randn_like(x)
+    _, forward = torch.func.jvp(lambda x: model(x).logits[0], (x,), (direction,))
+    torch.testing.assert_close(forward, rows.flatten(1) @ direction[0], rtol=1e-3, atol=1e-5)
+
+
+def test_global_hooks_see_every_module_of_an_adapter():
+    model, seen = adapted(build("hubert"), adapters="ELP", e_dim=4), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    model(waveforms()[0])
+    handle.remove()
+    parts = ("down", "activation", "dropout", "up", "norm")
+    unseen = {name for name, module in model.named_modules() if ".elp_" in name and module not in seen}
+    assert not {name for name in unseen if name.endswith(parts)}
+
+
 # Averages, heads, batch norms, windows ------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not FAMILIES["audio-spectrogram-transformer"].available, reason="new in Transformers 5.9")
 def test_a_head_with_several_labels_at_a_time_is_saved_as_one(tmp_path):
-    model = get_peft_model(build("wav2vec2", "ForSequenceClassification"), ELPConfig(**ELP))
-    # Transformers writes its guess from float labels there, in the models that guess.
-    model.get_base_model().config.problem_type = "multi_label_classification"
+    family = FAMILIES["audio-spectrogram-transformer"]
+    model = family.adapted()
+    model(
+        **family.inputs, labels=torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    )  # Transformers guesses from floats.
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(build("wav2vec2", "ForSequenceClassification"), tmp_path)
+    again = PeftModel.from_pretrained(family.model(), tmp_path)
     assert again.get_base_model().config.problem_type == "multi_label_classification"
 
 
@@ -213,31 +276,46 @@ def test_the_guess_of_one_adapter_does_not_reach_another(tmp_path):
     assert model.get_base_model().config.problem_type == "multi_label_classification"
 
 
-class WithNorm(transformers.WavLMForSequenceClassification):
-    def __init__(self, config):
-        super().__init__(config)
-        self.postnet = nn.BatchNorm1d(24)
+def speech_to_speech():
+    """A SpeechT5 whose batch norms are behind its decoder."""
+    torch.manual_seed(0)
+    sizes = {f"speech_decoder_{part}net_units": 8 for part in ("pre", "post")}
+    config = SpeechT5Config(**SPEECH_T5 | sizes, num_mel_bins=8, speaker_embedding_dim=6)
+    return with_norms_moved(SpeechT5ForSpeechToSpeech(config)).eval()
 
-    def forward(self, speech):
-        x = self.postnet(self.wavlm(speech).last_hidden_state.mean(1))
-        return self.classifier(self.projector(x))
+
+def spoken(model):
+    torch.manual_seed(1)
+    speech = {"decoder_input_values": torch.randn(2, 10, 8), "speaker_embeddings": torch.randn(2, 6)}
+    return model(**wave(), **speech).spectrogram
 
 
 @pytest.mark.parametrize("door", ["PEFT", "Transformers"])
-def test_batch_norms_outside_the_encoder_do_not_move_either(door):
-    config = ELPConfig(**ELP, modules_to_save=["classifier"])
-    base = WithNorm(build("wavlm", "ForSequenceClassification").config)
+def test_batch_norms_outside_the_encoder_do_not_move_either(door, tmp_path):
+    base = speech_to_speech()
+    norms = [module for module in base.modules() if isinstance(module, nn.BatchNorm1d)]
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # SpeechT5's prenet drops at random in evaluation as well
+    before, config = spoken(base), ELPConfig(**ELP)
+    model = get_peft_model(base, config) if door == "PEFT" else base
+    if door == "Transformers":
+        model.add_adapter(config)
+    shaken(model.train())
+    spoken(model).square().mean().backward()
+    assert norms
+    assert not any(norm.training for norm in norms)
+    trained = spoken(model.eval())
+    assert not torch.allclose(trained, before, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(spoken(PeftModel.from_pretrained(speech_to_speech(), tmp_path)), trained)
+    spoken(model.train())
     if door == "PEFT":
-        model = get_peft_model(base, config).train()
+        base = model.unload()
     else:
-        base.add_adapter(config)
-        model = base.train()
-    before = base.postnet.running_mean.clone()
-    model(torch.randn(2, 2000)).sum().backward()
-    assert torch.equal(base.postnet.running_mean, before)
-    assert not base.postnet.training
-    if door == "PEFT":
-        assert model.unload().postnet.training
+        model.delete_adapter("default")
+    assert all(norm.training for norm in norms)
+    assert torch.equal(spoken(base.eval()), before)
 
 
 def whisper():
@@ -249,6 +327,7 @@ def whisper():
 
 
 @pytest.mark.filterwarnings("ignore:modules_to_save=.*trains and saves:UserWarning")
+@pytest.mark.filterwarnings("ignore:The head averages over the padding:UserWarning")
 def test_a_shorter_window_takes_nothing_from_the_base(tmp_path):
     base = whisper().eval()
     positions = base.encoder.embed_positions.weight.detach().clone()
@@ -258,6 +337,10 @@ def test_a_shorter_window_takes_nothing_from_the_base(tmp_path):
     states = model.state_dict()
     (name,) = (name for name in states if name.endswith("embed_positions.weight"))
     assert torch.equal(states[name], positions)
+    base.save_pretrained(tmp_path)
+    (saved,) = (x for name, x in load_file(tmp_path / "model.safetensors").items() if "embed_positions" in name)
+    assert torch.equal(saved, positions)
+    assert WhisperConfig.from_pretrained(tmp_path).max_source_positions == 150
     model.load_state_dict({**states, name: positions + 1})
     model.unload()
     assert torch.equal(base.encoder.embed_positions.weight, positions + 1)
@@ -320,7 +403,7 @@ def test_a_base_on_disk_is_refused_with_a_sentence(tmp_path):
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="it loads no head of an adapter")
-@pytest.mark.parametrize("change", ["another tensor", "not finite"])
+@pytest.mark.parametrize("change", ["another tensor", "not finite", "too large"])
 def test_what_transformers_loads_besides_an_adapter_is_an_error_at_the_first_call(change, tmp_path):
     build("wavlm", "ForSequenceClassification").save_pretrained(tmp_path / "base")
     shaken(get_peft_model(build("wavlm", "ForSequenceClassification"), ELPConfig(**ELP))).save_pretrained(tmp_path)
@@ -329,10 +412,11 @@ def test_what_transformers_loads_besides_an_adapter_is_an_error_at_the_first_cal
     if change == "another tensor":
         tensors["base_model.model.wavlm.encoder.layer_norm.bias"] = torch.ones(24)
     else:
-        tensors[next(name for name in tensors if "elp_e" in name)].view(-1)[0] = torch.nan
+        value = torch.nan if change == "not finite" else 3e38
+        tensors[next(name for name in tensors if "elp_e" in name)].view(-1)[0] = value
     save_file(tensors, file, metadata={"format": "pt"})
     model = type(build("wavlm", "ForSequenceClassification")).from_pretrained(tmp_path / "base")
     model.load_adapter(str(tmp_path))
-    message = "overwritten" if change == "another tensor" else "not finite"
+    message = "overwritten" if change == "another tensor" else "not finite or too large"
     with pytest.raises(RuntimeError, match=rf"1 tensors .*{message}.*Load the base model again"):
         model(waveforms()[0])

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from backbones import AUTO, ELP, HEADS, adapted, answer, build, result, shaken, waveforms
+from families import OF_WHISPER
 from on_disk import save_tokenizer, save_whisper
 from packaging.version import Version
 from peft import AutoPeftModel, PeftModel, get_peft_model
@@ -17,13 +19,16 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
+    WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperForAudioClassification,
     WhisperTokenizer,
     pipeline,
 )
 from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_elp import ELPConfig
+from peft_elp.speech.inference import SpeechAdapter
 
 pytestmark = [
     # PEFT says so of every second adapter that comes without a PeftModel.
@@ -330,3 +335,23 @@ def test_a_speech_recognition_pipeline_generates_with_the_adapter(tmp_path):
     ]
     assert texts[0]
     assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+@needs_loading
+def test_a_pipeline_does_not_cut_a_recording_to_the_window_of_the_adapter(tmp_path):
+    config = WhisperConfig(**OF_WHISPER, num_mel_bins=8, num_labels=3)
+    WhisperForAudioClassification(config).save_pretrained(tmp_path / "base")
+    WhisperFeatureExtractor(feature_size=8).save_pretrained(tmp_path / "base")
+    base = WhisperForAudioClassification.from_pretrained(tmp_path / "base")
+    model = shaken(get_peft_model(base, ELPConfig(adapters="L", chunk_length=2))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    own = SpeechAdapter.from_pretrained(tmp_path / "adapter")
+    own.feature_extractor.save_pretrained(tmp_path / "adapter")  # as the recipes do
+    folder, sound = str(tmp_path / "adapter"), np.float32(np.resize(audio(), 16000))
+    classify = partial(pipeline, "audio-classification", model=folder, device="cpu")
+    with pytest.raises(ValueError, match=r"window of 2 s.*length 200, got 3000.*chunk_length=2.*feature_extractor="):
+        classify()(sound)
+    assert classify(feature_extractor=folder)(sound) == own.classify(sound, 16000)
+    own.feature_extractor.return_attention_mask = False
+    with pytest.warns(UserWarning, match="averages over the padding"):
+        classify(feature_extractor=own.feature_extractor)(sound)

@@ -10,6 +10,7 @@ from transformers import WhisperConfig, WhisperForAudioClassification, WhisperFo
 from peft_elp import ELPConfig, MultiTaskModel, find_encoder, shorten_window
 from peft_elp.backbones import has_fixed_window
 
+pytestmark = pytest.mark.filterwarnings("ignore:The head averages over the padding:UserWarning")
 SIZES = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8}
 SIZES |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_source_positions": 150}
 SIZES |= {"classifier_proj_size": 8}
@@ -67,7 +68,9 @@ def test_a_shorter_window_goes_with_its_adapter(tmp_path):
     for name, seconds in {"short": 1, "whole": 3, "middle": 2}.items():
         model.set_adapter(name)
         assert model(features(seconds)).logits.shape == (2, 3)
-        with pytest.raises(ValueError, match="mel input features to be of length"):
+        with pytest.raises(
+            ValueError, match=r"mel input features to be of length|chunk_length=[12].*feature_extractor="
+        ):
             model(features(4))
     model.set_adapter("short")
     with model.disable_adapter():

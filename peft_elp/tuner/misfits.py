@@ -67,7 +67,7 @@ def find_misfits(expected: Mapping[str, Tensor], given: Mapping[str, SavedTensor
         "not finite or too large": [
             name
             for name, own, saved in both
-            if saved.dtype in FLOATS and own.is_floating_point() and not saved.largest <= _limit(own.dtype)
+            if saved.dtype in FLOATS and own.is_floating_point() and not is_usable(saved, own.dtype)
         ],
     }
     return "; ".join(f"{len(names)} {what} ({shortened(names, shown=4)})" for what, names in found.items() if names)
@@ -90,9 +90,9 @@ def refuse_misfits(
         )
 
 
-def _limit(dtype: torch.dtype) -> float:
-    """Return the largest value that a tensor may have: its square, as in a norm, is finite in float32."""
-    return min(torch.finfo(dtype).max, 1e18)
+def is_usable(saved: SavedTensor, dtype: torch.dtype) -> bool:
+    """Whether all values are finite in a floating-point dtype, and their squares, as in a norm, in float32."""
+    return saved.largest <= min(torch.finfo(dtype).max, 1e18)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

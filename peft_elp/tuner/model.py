@@ -348,7 +348,6 @@ class ELPModel(BaseTuner):
             self._check_merge_allowed()
         self.model = unwrap(self.model)
         self._switched = None
-        set_frozen_norms(self.model, self.training)
         vars(self.model).pop("peft_config", None)
         return self.model
 

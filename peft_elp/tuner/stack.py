@@ -86,6 +86,8 @@ class ELPStack(ELPLayer):
         self.own_frames.discard(adapter_name)
         self.task_head.settings.pop(adapter_name, None)
         self.follow_adapters()
+        if not self.elp_settings:
+            self._release_norms()
 
     def hold_frozen_norms(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of a model without a PeftModel, whose `train` switches all batch norms."""
@@ -102,7 +104,10 @@ class ELPStack(ELPLayer):
         for index, layer in enumerate(self.encoder_layers):
             if isinstance(layer, TappedLayer):
                 self.encoder_layers[index] = layer.base_layer
-        set_frozen_norms(self.base_layer, self.training)
+        self._release_norms()
+
+    def _release_norms(self) -> None:
+        set_frozen_norms(self.task_head.model or self.base_layer, self.training)
 
     def follow_adapters(self) -> None:
         """Let the head, LayerDrop, the window and the layout of hidden states follow the active adapters."""
@@ -158,6 +163,7 @@ class ELPStack(ELPLayer):
         route = None if self.disable_adapters else current_route.get()
         if route is not None and self.windows:
             self._check_window(route)
+        self.window.check(args[0] if args else kwargs.get("input_features"))
         shared = None if self.disable_adapters else readers_of_pass()
         if shared is not None:
             shared.enter("encoder")
@@ -211,7 +217,7 @@ class ELPStack(ELPLayer):
             return output
         mask = mask_of(args, kwargs)
         if mask is None:
-            if self.training and not self.said and not torch.compiler.is_compiling():
+            if not self.said and not torch.compiler.is_compiling():
                 self.said = True
                 warnings.warn(
                     "The head averages over the padding of the window, because the batch has no attention_mask. Let "

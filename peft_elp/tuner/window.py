@@ -149,7 +149,7 @@ class FirstPositions(nn.Embedding):
 
 def _with_all_positions(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     assert isinstance(module, FirstPositions)
-    state_dict[f"{prefix}weight"] = module.whole[0].weight.detach()
+    state_dict[f"{prefix}weight"] = module.whole[0].weight.detach().to(module.weight)
 
 
 def _load_all_positions(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -177,6 +177,18 @@ class Window:
             # The encoder gets a configuration of its own: the model's still describes the whole window.
             self.config = self.stack.config
             self.place(FirstPositions.of(self.positions, round(chunk_length / FRAME_S)), copy(self.config))
+
+    def check(self, features: Any) -> None:
+        """Refuse audio features of another length than the shorter window of the active adapter."""
+        if self.config is None or not isinstance(features, torch.Tensor):
+            return
+        frames = self.positions.num_embeddings
+        if features.shape[-1] != 2 * frames:
+            raise ValueError(
+                f"The active adapter reads a window of {frames * FRAME_S:g} s, so features of length {2 * frames}, "
+                f"got {features.shape[-1]}. Load the feature extractor with chunk_length={frames * FRAME_S:g}, and "
+                "pass it to a pipeline as feature_extractor=..."
+            )
 
     def restore(self) -> None:
         """Give the encoder its whole window back."""

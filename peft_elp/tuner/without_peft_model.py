@@ -12,9 +12,11 @@ from torch import nn
 
 from peft_elp.config import ELPConfig
 from peft_elp.parameters import belongs_to
+from peft_elp.saved.weights import SavedTensor
 from peft_elp.wording import shortened
 
 from .head_modules import was_loaded
+from .misfits import is_usable
 from .paths import canonical
 from .stack import ELPStack
 from .wrapper import Wrapper
@@ -97,9 +99,13 @@ class LoadingCheck:
                 "PeftModel.from_pretrained(base_model, folder)."
             )
         own = {name: p for name, p in parameters.items() if name in self.own}
-        broken = [name for name, p in own.items() if p.numel() and not p.is_meta and not p.isfinite().all()]
+        broken = [name for name, p in own.items() if not is_usable(SavedTensor.of(p), p.dtype)]
         if broken or self.foreign:
-            what = "hold values that are not finite" if broken else "are not the adapter's and were overwritten"
+            what = (
+                "hold values that are not finite or too large"
+                if broken
+                else "are not the adapter's and were overwritten"
+            )
             raise RuntimeError(
                 f"{len(broken or self.foreign)} tensors {what} when an adapter was loaded: "
                 f"{shortened(map(canonical, sorted(broken or self.foreign)), shown=2)}. Load the base model again. "
