@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "tutorial" / "first-adapter.ipynb"
-FEW = {"PRETRAINING_STEPS": 2, "STEPS": 2, "NUM_VOICES": 2, "NUM_WORDS": 6}
+FEW = {"PRETRAINING_STEPS": 2, "EPOCHS": 1, "SEARCH_TRIALS": 1, "NUM_VOICES": 2, "NUM_WORDS": 6}
 
 
 @pytest.fixture(scope="module")
