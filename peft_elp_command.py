@@ -154,21 +154,20 @@ def info(adapter: Adapter, subfolder: Subfolder = None, revision: Revision = Non
         {"data": one.dataset_name, "split": one.dataset_split, "metric": one.metric_type, "value": one.metric_value}
         for one in read_results(saved.folder)
     ]
-    get = saved.config.get
-    facts = {"base": saved.base, "model": saved.model_class, "task": saved.task, "adapters": get("adapters")}
-    window_s, threshold, licence = get("chunk_length"), get("verification_threshold"), card.get("license")
-    training = card.get("training") if isinstance(card.get("training"), dict) else None
+    facts = {"base": saved.base, "model": saved.model_class, "task": saved.task}
+    facts |= {"adapters": saved.config.get("adapters"), "license": card.get("license")}
+    facts |= {name: saved.config.get(name) for name in ("chunk_length", "verification_threshold", "peft_version")}
+    facts["training"] = training = card.get("training") if isinstance(card.get("training"), dict) else None
     if as_json:
         parts = {"parameters": saved.counts, "labels": saved.labels, "layer_weights": saved.layer_weights}
-        parts |= {"chunk_length": window_s, "license": licence, "training": training}
-        parts |= {"peft_version": get("peft_version"), "verification_threshold": threshold}
         say(_in_json({**facts, **parts, "results": results}))
         return
-    words = {name: value or "unknown" for name, value in facts.items()}
+    words = {name: facts[name] or "unknown" for name in ("base", "model", "task", "adapters")}
     words["labels"] = shortened(saved.labels, SHOWN) or (saved.num_labels and f"{saved.num_labels:,}, without names")
-    words |= {"window": window_s and f"{window_s} s", "threshold": threshold, "licence": licence}
+    words["window"] = facts["chunk_length"] and f"{facts['chunk_length']} s"
+    words |= {"threshold": facts["verification_threshold"], "licence": facts["license"]}
     words["training"] = training and ", ".join(f"{name} {value}" for name, value in training.items())
-    words |= {"PEFT": get("peft_version"), "computes in": "float32 on a CPU, else the dtype of the base (--dtype)"}
+    words |= {"PEFT": facts["peft_version"], "computes in": "float32 on a CPU, else the dtype of the base (--dtype)"}
     for name, value in words.items():
         if value is not None:
             say(f"{name:12}{_shown(str(value))}")

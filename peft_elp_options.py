@@ -116,6 +116,19 @@ class DataArguments:
 
 
 @dataclass
+class TextArguments(DataArguments):
+    """The recordings and their texts."""
+
+    text_column_name: str | None = option(None, "Column with the text. Default: text, transcription or sentence.")
+    chunk_length_in_seconds: float | None = option(
+        None,
+        "Recognise longer test recordings in overlapping pieces. Default: --max_duration_in_seconds refuses them.",
+    )
+    on_long_audio: str = option("error", "Stop at a longer recording, or leave it out.", choices=("error", "skip"))
+    validation_split_name: str | None = option(None, "Split that --eval_strategy evaluates on during training.")
+
+
+@dataclass
 class TrainingOptions:
     """The training: the first of Transformers' TrainingArguments, with defaults for small data sets."""
 

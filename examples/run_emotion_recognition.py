@@ -152,11 +152,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         right, answered = read_column(test, column), [emotions[best] for best in logits.argmax(-1)]
         all_right += right
         all_answered += answered
-        table = [(audio["path"], *row) for audio, *row in zip(test["audio"], right, answered, strict=True)]
-        recipes.write_rows(trainer, "predictions.csv", ["file", column, "predicted"], table)
-        metrics = {f"eval_{name}": value for name, value in accuracies(right, answered).items()}
+        files = [audio["path"] for audio in test["audio"]]
+        recipes.write_table(trainer, "predictions.csv", {"file": files, column: right, "predicted": answered})
         protocol = f"{len(right)} utterances of {fold}. As shares of 1; unweighted is the mean recall. {leaks}".strip()
-        by_fold[fold] = recipes.save_results(trainer, metrics, model_args, data_args, "er", protocol)
+        measured = accuracies(right, answered)
+        by_fold[fold] = recipes.save_results(trainer, measured, model_args, data_args, "er", protocol)
 
     summary: dict[str, Any] = {"eval_folds": ", ".join(by_fold)} | ({"eval_protocol": leaks} if leaks else {})
     for name in ("eval_unweighted_accuracy", "eval_weighted_accuracy"):
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"{summary['eval_folds']}. This adapter was trained on all {len(dataset)} utterances, and is not measured "
             f"itself. As shares of 1; unweighted is the mean recall. {leaks}"
         ).strip()
-        figures = {name: value for name, value in summary.items() if "accuracy" in name}
+        figures = {name.removeprefix("eval_"): value for name, value in summary.items() if "accuracy" in name}
         recipes.save_results(trainer, figures, model_args, data_args, "er", protocol)
     plot_confusion(all_right, all_answered).savefig(Path(args.output_dir, "confusion.png"))
     for name in ("all_results.json", "eval_results.json"):

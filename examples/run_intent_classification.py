@@ -141,11 +141,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # Measure and save
     answered = answers_to(trainer.predict(test.remove_columns("labels")).predictions)
-    scores = accuracies(test_answers, answered, columns)
-    header = ["file", *columns, *(f"predicted_{column}" for column in columns)]
-    rows = [(row["path"], *x, *y) for row, x, y in zip(test["audio"], test_answers, answered, strict=True)]
-    recipes.write_rows(trainer, "predictions.csv", header, rows)
-    metrics = {f"eval_{name}": score for name, score in scores.items()}
+    table: dict[str, Any] = {"file": [audio["path"] for audio in test["audio"]]}
+    table |= dict(zip(columns, zip(*test_answers, strict=True), strict=True))
+    table |= zip((f"predicted_{column}" for column in columns), zip(*answered, strict=True), strict=True)
+    recipes.write_table(trainer, "predictions.csv", table)
+    metrics = accuracies(test_answers, answered, columns)
     protocol = f"Intent: {', '.join(columns)}; {len(names)} classes. As shares of 1."
     return recipes.save_results(trainer, metrics, model_args, data_args, "ic", protocol)
 

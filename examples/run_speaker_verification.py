@@ -72,7 +72,7 @@ from datasets import Dataset
 from transformers import AutoModelForAudioClassification, AutoModelForAudioXVector
 
 from peft_elp import recipes
-from peft_elp.speech.data import check_disjoint, find_column, label_names, read_column
+from peft_elp.speech.data import Trial, check_disjoint, find_column, label_names, read_column
 from peft_elp.speech.metrics import cosine_scores, equal_error_rate, min_dcf, s_norm_scores
 from peft_elp.speech.plots import plot_det
 
@@ -134,17 +134,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     embeddings: dict[Hashable, Any] = dict(zip(names, embed(recordings), strict=True))
     truth, pairs = [trial.label for trial in trials], [(trial.file_a, trial.file_b) for trial in trials]
     scores = {"": cosine_scores(embeddings, pairs)}
-    metrics: dict[str, Any] = {"eval_trials": len(trials)}
+    metrics: dict[str, Any] = {"trials": len(trials)}
     if data_args.s_norm_cohort == "train":
         scores["_s_norm"] = s_norm_scores(embeddings, pairs, embed(train), top_k)
-        metrics["eval_s_norm_cohort"] = f"{len(train)} training utterances, top {top_k or len(train)}"
+        metrics["s_norm_cohort"] = f"{len(train)} training utterances, top {top_k or len(train)}"
     for kind, values in scores.items():
-        metrics |= {f"eval_eer{kind}": equal_error_rate(truth, values), f"eval_min_dcf{kind}": min_dcf(truth, values)}
+        metrics |= {f"eer{kind}": equal_error_rate(truth, values), f"min_dcf{kind}": min_dcf(truth, values)}
 
     # Save
-    header = ["label", "file_a", "file_b", *(f"score{kind}" for kind in scores)]
-    rows = ([*trial, *(values[row] for values in scores.values())] for row, trial in enumerate(trials))
-    recipes.write_rows(trainer, "scores.csv", header, rows)
+    table = dict(zip(Trial._fields, zip(*trials, strict=True), strict=True))
+    recipes.write_table(trainer, "scores.csv", table | {f"score{kind}": values for kind, values in scores.items()})
     systems = {"s-norm" if kind else "cosine": (truth, values) for kind, values in scores.items()}
     plot_det(systems).savefig(Path(args.output_dir, "det.png"))
     protocol = (

@@ -11,26 +11,19 @@ the test text, by jiwer. Text is in lower case, unless `--do_lower_case False` k
 
 from dataclasses import dataclass
 
-from peft_elp_options import DataArguments, check_command_line, option
+from peft_elp_options import TextArguments, check_command_line, option
 
 
 @dataclass
-class RecognitionArguments(DataArguments):
-    """The recordings, their texts, and the decoder."""
+class RecognitionArguments(TextArguments):
+    """The recordings and their texts."""
 
-    text_column_name: str | None = option(None, "Column with the text. Default: text, transcription or sentence.")
     do_lower_case: bool = option(True, "Put all text into lower case.")
     chars_to_ignore: str = option('.,?!;:"', "Characters that are removed from all text.")
     tokenizer_name_or_path: str | None = option(None, "A vocabulary. Default: the characters of the training text.")
     on_long_text: str = option(
         "error", "Stop at a text that is too long for its frames, or leave it out.", choices=("error", "skip")
     )
-    chunk_length_in_seconds: float | None = option(
-        None,
-        "Recognise longer test recordings in overlapping pieces. Default: --max_duration_in_seconds refuses them.",
-    )
-    on_long_audio: str = option("error", "Stop at a longer recording, or leave it out.", choices=("error", "skip"))
-    validation_split_name: str | None = option(None, "Split that --eval_strategy evaluates on during training.")
 
 
 if __name__ == "__main__":
@@ -125,15 +118,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         found = recipes.transcribe_long(trainer.model, feature_extractor, tokenizer, test, chunk_s)
     files = [audio["path"] for audio in test["audio"]]
-    columns = ["file", "text", "predicted"]
-    recipes.write_rows(trainer, "predictions.csv", columns, zip(files, test_texts, found, strict=True))
-    metrics = {f"eval_{name}": rate for name, rate in error_rates(test_texts, found).items()}
+    recipes.write_table(trainer, "predictions.csv", {"file": files, "text": test_texts, "predicted": found})
     case = "lower-cased, " if data_args.do_lower_case else ""
     protocol = (
         f"CTC over characters, greedy decoding. Text is {case}without {data_args.chars_to_ignore} and scored by "
         "jiwer, as shares of 1."
     )
-    return recipes.save_results(trainer, metrics, model_args, data_args, "asr", protocol)
+    return recipes.save_results(trainer, error_rates(test_texts, found), model_args, data_args, "asr", protocol)
 
 
 if __name__ == "__main__":

@@ -12,23 +12,16 @@ utterance, not normalised.
 
 from dataclasses import dataclass
 
-from peft_elp_options import DataArguments, check_command_line, option
+from peft_elp_options import TextArguments, check_command_line, option
 
 
 @dataclass
-class RecognitionArguments(DataArguments):
+class RecognitionArguments(TextArguments):
     """The recordings, their texts, and the language."""
 
-    text_column_name: str | None = option(None, "Column with the text. Default: text, transcription or sentence.")
     language: str | None = option(None, "Language of the text, such as 'de', for a multilingual Whisper.")
     task: str = option("transcribe", "What a multilingual Whisper writes.", choices=("transcribe", "translate"))
-    chunk_length_in_seconds: float | None = option(
-        None,
-        "Recognise longer test recordings in overlapping pieces. Default: --max_duration_in_seconds refuses them.",
-    )
     measure_before: bool = option(True, "Also measure the test split before the training.")
-    on_long_audio: str = option("error", "Stop at a longer recording, or leave it out.", choices=("error", "skip"))
-    validation_split_name: str | None = option(None, "Split that --eval_strategy evaluates on during training.")
 
 
 if __name__ == "__main__":
@@ -56,12 +49,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     feature_extractor = recipes.load_feature_extractor(model_args, data_args)
     tokenizer = AutoTokenizer.from_pretrained(name)
 
+    def texts_in(dataset: Dataset) -> list[str]:
+        return read_column(dataset, find_column(dataset, "text", data_args.text_column_name))
+
     # Data
     bounds = {} if chunk_s is None else {"max_duration_in_seconds": None}
     most, most_test = data_args.max_train_samples, data_args.max_eval_samples
     train = recipes.read_split(data_args, data_args.train_split_name, config, seed, most)
     test = recipes.read_split(data_args, data_args.eval_split_name, config, seed, most_test, **bounds)
-    test_texts = read_column(test, find_column(test, "text", data_args.text_column_name))
+    test_texts = texts_in(test)
     print(f"{len(train)} utterances in training, {len(test)} in test")
 
     # Model
@@ -69,14 +65,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     recipes.set_language(model, tokenizer, data_args.language, data_args.task)
 
     def labelled(dataset: Dataset) -> Dataset:
-        texts = read_column(dataset, find_column(dataset, "text", data_args.text_column_name))
-        return recipes.training_columns(dataset, recipes.make_labels(model, tokenizer, texts))
+        return recipes.training_columns(dataset, recipes.make_labels(model, tokenizer, texts_in(dataset)))
 
     validation, validation_texts = None, []
     if (split := data_args.validation_split_name) is not None:
         rows = recipes.read_split(data_args, split, config, seed, most_test)
-        column = find_column(rows, "text", data_args.text_column_name)
-        validation, validation_texts = labelled(rows), read_column(rows, column)
+        validation, validation_texts = labelled(rows), texts_in(rows)
 
     # Metric
     normalize = recipes.make_normalizer(tokenizer, "en" if data_args.task == "translate" else data_args.language)
@@ -104,17 +98,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if data_args.measure_before:
         with recipes.without_adapter(trainer.model):
             rates = error_rates(test_texts, transcribe())
-        metrics |= {f"eval_{name}_before": rate for name, rate in rates.items()}
+        metrics |= {f"{name}_before": rate for name, rate in rates.items()}
         print({name: round(rate, 4) for name, rate in metrics.items()})
     trainer.train_and_save()
 
     # Measure and save
     found = transcribe()
     files = [audio["path"] for audio in test["audio"]]
-    columns = ["file", "text", "predicted"]
-    recipes.write_rows(trainer, "predictions.csv", columns, zip(files, test_texts, found, strict=True))
+    recipes.write_table(trainer, "predictions.csv", {"file": files, "text": test_texts, "predicted": found})
     tokenizer.save_pretrained(args.output_dir)
-    metrics |= {f"eval_{name}": rate for name, rate in error_rates(test_texts, found).items()}
+    metrics |= error_rates(test_texts, found)
     protocol = f"Text of {len(test)} utterances after Whisper's normaliser, scored by jiwer, as shares of 1."
     return recipes.save_results(trainer, metrics, model_args, data_args, "asr", protocol)
 

@@ -234,26 +234,18 @@ def test_the_wrong_task_is_named_with_the_right_one(base, tmp_path, files, loade
     refuses(r"cannot classify: it was trained with the head of WavLMForCTC.*transcribe", writer.classify, files[0])
     refuses(r"cannot transcribe.*WavLMForSequenceClassification.*classify and verify", namer.transcribe, [])
     refuses(r"cannot classify.*WavLMForXVector, which can verify", comparer.classify, files[0])
-    for head, task, message in (
-        ("Model", "classify", r"WavLMModel\. For that head, use its model directly"),
-        ("ForCTC", "transcribe", r"has no tokenizer.*tokenizer\.save_pretrained\(folder\)"),
-    ):
+    for head, message in (("Model", r"WavLMModel\. For that head, use its"), ("ForCTC", "has no tokenizer.*Save the")):
         adapted(base, head).save_pretrained(tmp_path / head)
-        refuses(message, getattr(load(tmp_path / head), task), files[0])
+        refuses(message, load(tmp_path / head).transcribe, files[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*it is silent")
 def test_a_bad_recording_is_named_with_what_is_wrong(tmp_path, files, loaded):
-    (tmp_path / "empty.wav").touch()
     (tmp_path / "text.wav").write_text("no sound")
-    (tmp_path / "cut.wav").write_bytes(Path(files[0]).read_bytes()[:-100])
     short, silent = record(tmp_path / "short.wav", 20, seed=0), tmp_path / "silent.wav"
     soundfile.write(silent, np.zeros(4000), 16000)
     for file, message in {
-        "nowhere.wav": "nowhere.wav: there is no such file",
-        tmp_path / "empty.wav": "empty.wav: the file is empty",
-        tmp_path / "text.wav": "text.wav: ",
-        tmp_path / "cut.wav": "cut.wav: it is cut off",
+        tmp_path / "text.wav": "text.wav: soundfile cannot read it",
         short: r"short.wav: it is too short to judge, 0\.001 s; at least 0\.003 s are needed\.",
         silent: r"silent.wav: it is silent, all samples are 0\.",
         "x" * 5000 + ".wav": "there is no such file",
@@ -321,7 +313,7 @@ def test_a_recording_longer_than_the_window_is_refused_where_its_rest_would_be_c
     )
     save_whisper(tmp_path)  # windows of one second
     whisper = transformers.WhisperForAudioClassification.from_pretrained(tmp_path, dtype=torch.float32)
-    cases = [(whisper, transformers.AutoFeatureExtractor.from_pretrained(tmp_path), 1)]
+    cases = [(whisper, transformers.WhisperFeatureExtractor(8, chunk_length=1, return_attention_mask=True), 1)]
     if FAMILIES["audio-spectrogram-transformer"].available:
         cases.append((ast, transformers.ASTFeatureExtractor(num_mel_bins=16, max_length=64), 0.64))
     for model, extractor, window_s in cases:
@@ -445,13 +437,6 @@ def test_what_an_adapter_does_not_bring_the_base_must_have(base, tmp_path, files
     assert len(load(tmp_path / "adapter", base=tmp_path / "whole").classify(files[0])) == 4
 
 
-def test_weights_that_only_training_needs_may_be_missing(own_base, tmp_path, files):
-    expected = load(tmp_path / "adapter").classify(files[0])
-    change_weights(own_base, without("masked_spec"))
-    change_config(own_base, mask_time_prob=0.05)
-    assert load(tmp_path / "adapter").classify(files[0]) == expected
-
-
 @pytest.mark.parametrize("head", ["ForCTC", "ForSequenceClassification", "ForXVector"])
 def test_a_cpu_computes_in_float32_unless_told_otherwise(tmp_path, folders, files, head):
     dtype = torch.bfloat16
@@ -480,6 +465,8 @@ def test_answers_that_are_not_numbers_are_errors(folders, files):
 
 def test_a_base_is_looked_for_beside_the_adapter_and_can_be_named(own_base, tmp_path, files, monkeypatch):
     expected = load(tmp_path / "adapter").classify(files[0])
+    change_weights(own_base, without("masked_spec"))  # Only training needs them.
+    change_config(own_base, mask_time_prob=0.05)
     monkeypatch.chdir("/")
     for name in ("base", "./base", "../somewhere/base", "/nowhere/base"):
         change_config(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path=name)

@@ -5,6 +5,7 @@ A script reads as data, model, metric, train, save. Copy one and change it; what
 """
 
 from peft_elp_options import DataArguments as DataArguments
+from peft_elp_options import TextArguments as TextArguments
 from peft_elp_options import check_command_line as check_command_line
 from peft_elp_options import option as option
 from peft_elp_options import refuse_unused as refuse_unused
@@ -32,7 +33,7 @@ from .methods import trained_parameters as trained_parameters
 from .methods import without_adapter as without_adapter
 from .rates import learning_rates as learning_rates
 from .saving import save_results as save_results
-from .saving import write_rows as write_rows
+from .saving import write_table as write_table
 from .seq2seq import Seq2SeqRecipeTrainer as Seq2SeqRecipeTrainer
 from .seq2seq import Seq2SeqRecipeTrainingArguments as Seq2SeqRecipeTrainingArguments
 from .seq2seq import make_labels as make_labels

@@ -1,7 +1,7 @@
 """What a recipe leaves behind: adapter, metrics, tables, figures and a card."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from .methods import count_trained, has_elp
 CARD_METRICS = ("wer", "cer", "eer", "min_dcf", "unweighted_accuracy", "weighted_accuracy", "accuracy")
 
 
-def write_rows(trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a `.csv` file with a header into the output folder of a trainer, once for all processes."""
+def write_table(trainer: Trainer, name: str, columns: Mapping[str, Iterable[Any]]) -> None:
+    """Write columns of values as a `.csv` file into the output folder of a trainer, once for all processes."""
     if trainer.is_world_process_zero():
+        rows = [columns, *zip(*columns.values(), strict=True)]
         with Path(trainer.args.output_dir or ".", name).open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([spreadsheet_cell(cell) for cell in row] for row in (columns, *rows))
+            csv.writer(file).writerows([spreadsheet_cell(cell) for cell in row] for row in rows)
 
 
 def save_results(
@@ -33,7 +34,7 @@ def save_results(
 
     Args:
         trainer: The trainer, after training.
-        metrics: The metrics, whose names begin with `eval_`.
+        metrics: The metrics; they are saved and returned with `eval_` before their names.
         model_args: The model arguments.
         data_args: The data arguments.
         task: "asr", "asv", "er" or "ic".
@@ -43,6 +44,8 @@ def save_results(
         The metrics, with method, seed, steps and numbers of trained parameters.
     """
     folder, model, args = Path(trainer.args.output_dir or "."), trainer.model, trainer.args
+    values = {name: round(metrics[name], 4) for name in CARD_METRICS if name in metrics}
+    metrics = {f"eval_{name}": value for name, value in metrics.items()}
     metrics |= {"method": model_args.method, "seed": args.seed, **count_trained(model)}
     metrics["train_steps"] = trainer.state.global_step
     trainer.log({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
@@ -57,7 +60,6 @@ def save_results(
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         kind = "automatic-speech-recognition" if task == "asr" else "audio-classification"
         about = {"dataset_type": name, "dataset_name": name, "dataset_split": data_args.eval_split_name}
-        values = {name: round(metrics[f"eval_{name}"], 4) for name in CARD_METRICS if f"eval_{name}" in metrics}
         results = [EvalResult(kind, **about, metric_type=name, metric_value=value) for name, value in values.items()]
         describe(
             model,

@@ -72,11 +72,6 @@ def read_dataset(
     Raises:
         FileNotFoundError: There is no such file or folder.
         ValueError: There is no such split or column, or a row of a table is broken.
-
-    Examples:
-        >>> calls = read_dataset("calls", "train")  # doctest: +SKIP
-        >>> calls.column_names  # doctest: +SKIP
-        ['audio', 'label']
     """
     place = Path(name).expanduser()
     if not place.exists():
@@ -139,10 +134,6 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: A row has more or fewer fields than the header, or is not a JSON object.
-
-    Examples:
-        >>> read_table("calls/train.csv")[0]  # doctest: +SKIP
-        {'file_name': 'a.wav', 'label': 'yes'}
     """
     path, rows = Path(path), []
     with path.open(encoding="utf-8-sig", newline="") as file:

@@ -50,10 +50,6 @@ class Verification:
     Args:
         score: The cosine of the angle between their embeddings, in [-1, 1].
         threshold: The score from which they count as one voice, None if there is no threshold.
-
-    Examples:
-        >>> Verification(score=0.7, threshold=0.3).same
-        True
     """
 
     score: float
@@ -97,6 +93,10 @@ class SpeechAdapter:
         >>> emotions = SpeechAdapter.from_pretrained("me/emotions")  # doctest: +SKIP
         >>> emotions.classify("call.wav", top_k=1)  # doctest: +SKIP
         [{'label': 'happy', 'score': 0.93}]
+        >>> SpeechAdapter.from_pretrained("me/english").transcribe(["a.wav", "b.wav"])  # doctest: +SKIP
+        ['one two', 'three']
+        >>> SpeechAdapter.from_pretrained("me/voices").verify("a.wav", "b.wav", threshold=0.3).same  # doctest: +SKIP
+        True
     """
 
     def __init__(
@@ -272,10 +272,6 @@ class SpeechAdapter:
 
         Raises:
             ValueError: No tokenizer is beside the adapter, or as for the class.
-
-        Examples:
-            >>> SpeechAdapter.from_pretrained("english").transcribe(["a.wav", "b.wav"])  # doctest: +SKIP
-            ['one two', 'three']
         """
         self._check("transcribe")
         if self.tokenizer is None:
@@ -296,10 +292,6 @@ class SpeechAdapter:
         """Return the labels of each recording with their scores, the likeliest first, as `transformers.pipeline` does.
 
         With `top_k`, only so many labels.
-
-        Examples:
-            >>> SpeechAdapter.from_pretrained("emotions").classify("a.wav", top_k=1)  # doctest: +SKIP
-            [{'label': 'happy', 'score': 0.93}]
         """
         self._check("classify")
         if top_k is not None and top_k < 1:
@@ -309,12 +301,7 @@ class SpeechAdapter:
     def embed(
         self, recordings: Recording | Sequence[Recording], sampling_rate: int | None = None, batch_size: int = 1
     ) -> Any:
-        """Return the embedding of each voice, float32 `(width,)`; see `speaker_embeddings`.
-
-        Examples:
-            >>> SpeechAdapter.from_pretrained("voices").embed("a.wav").shape  # doctest: +SKIP
-            (512,)
-        """
+        """Return the embedding of each voice, float32 `(width,)`; see `speaker_embeddings`."""
         self._check("verify")
         return self._answer(recordings, sampling_rate, batch_size, self._embed, _mean)
 
@@ -325,10 +312,6 @@ class SpeechAdapter:
 
         This is for adapters that were trained to tell speakers apart. One that tells emotions apart compares emotions.
         They count as one voice from the score `threshold`, by default the adapter's `verification_threshold`.
-
-        Examples:
-            >>> SpeechAdapter.from_pretrained("voices").verify("a.wav", "b.wav", threshold=0.3).same  # doctest: +SKIP
-            True
         """
         embeddings: dict[Any, Any] = dict(enumerate(self.embed([first, second], sampling_rate)))
         if any(one is None for one in embeddings.values()):
