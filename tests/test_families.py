@@ -37,7 +37,7 @@ CANNOT_MIX = {
 }
 # What follows their encoder needs more of it than features, or than its features without the inputs.
 NOT_CACHED = {"moonshine", "nemotron3_5_transcribe", "nemotron3_diarization-chunks", "qwen3_asr"}
-NOT_CACHED |= {"seamless_m4t", "seamless_m4t_v2"}
+NOT_CACHED |= {"omniasr-generation", "omniasr-model", "seamless_m4t", "seamless_m4t_v2"}
 CALL_TWICE = {"nemotron3_5_transcribe", "nemotron3_diarization-chunks"}  # their encoder, within one call
 # Their convolutions let padding in, with or without adapters: pseudo features of different number move each other.
 SENSITIVE = {"data2vec-audio", "seamless_m4t_v2", "wav2vec2-conformer", "wav2vec2-conformer-frames"}
