@@ -81,7 +81,7 @@ MODELS = {
         partial(build, "wavlm", "ForSequenceClassification"), _speech, ("projector", "classifier"), **_WAVE
     ),
     "hubert-bare": Model(partial(build, "hubert", "Model"), _speech, (), **_WAVE),
-    "whisper-generation": Model(FAMILIES["whisper"].model, _spectrogram, (), **_WHISPER),
+    "whisper-generation": Model(lambda: FAMILIES["whisper"].plain().eval(), _spectrogram, (), **_WHISPER),
 }
 
 
