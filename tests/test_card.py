@@ -14,7 +14,14 @@ from backbones import ELP, build, shaken
 from huggingface_hub import ModelCard
 from on_disk import EER, LABELS, adapted, save_base, save_tokenizer, save_whisper
 from peft import get_peft_model
-from transformers import WavLMForCTC, WhisperFeatureExtractor, WhisperForAudioClassification, pipeline
+from transformers import (
+    AutoTokenizer,
+    WavLMForCTC,
+    WhisperFeatureExtractor,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
+    pipeline,
+)
 
 import peft_elp
 from peft_elp import ELPConfig, count_parameters, describe
@@ -102,6 +109,19 @@ def test_the_code_of_the_card_and_a_pipeline_run_on_a_float16_base_with_a_window
     noise = np.random.default_rng(0).normal(scale=0.1, size=8000).astype(np.float32)
     scores = {one["label"]: one["score"] for one in name(noise)}
     assert scores == {one["label"]: pytest.approx(one["score"], abs=0.02) for one in adapter.classify(noise, 16000)}
+
+
+def test_the_code_of_the_card_of_a_model_that_generates_text_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whisper = WhisperForConditionalGeneration.from_pretrained(save_whisper(tmp_path / "base"), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    tokenizer.save_pretrained("mine")  # before the adapter, whose card looks for it
+    model = shaken(get_peft_model(whisper, ELPConfig(**ELP))).eval()
+    model.save_pretrained("mine")
+    names = {}
+    exec(code("mine"), names)
+    tokens = model.generate(**names["inputs"])
+    assert capsys.readouterr().out == tokenizer.batch_decode(tokens)[0] + "\n"
 
 
 @pytest.mark.parametrize("url", [None, "https://example.org/peft_elp"])

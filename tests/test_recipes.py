@@ -18,6 +18,7 @@ import torch
 import transformers
 from backbones import build
 from datasets import Dataset
+from families import FAMILIES
 from hub import TOKEN, client, serving
 from on_disk import record, save_base, save_whisper
 from safetensors.torch import load_file
@@ -161,15 +162,15 @@ def test_each_method_trains_what_it_says_in_each_task_and_nothing_else(method, m
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 OF_WHISPER = {"d_model": 16, "encoder_ffn_dim": 32, "encoder_layers": 2, "encoder_attention_heads": 2}
-FAMILIES = {"Whisper": ("ForAudioClassification", OF_WHISPER, ("fc1", "fc2"))}
-FAMILIES["Wav2Vec2"] = ("ForSequenceClassification", SMALL, ("feed_forward",))
-FAMILIES["Wav2Vec2Bert"] = ("ForSequenceClassification", SMALL, ("ffn1", "ffn2"))
+PLACES = {"Whisper": ("ForAudioClassification", OF_WHISPER, ("fc1", "fc2"))}
+PLACES["Wav2Vec2"] = ("ForSequenceClassification", SMALL, ("feed_forward",))
+PLACES["Wav2Vec2Bert"] = ("ForSequenceClassification", SMALL, ("ffn1", "ffn2"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLACES)
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_the_same_places_in_every_family(method, family):
-    head, sizes, feed_forward = FAMILIES[family]
+    head, sizes, feed_forward = PLACES[family]
     config = getattr(transformers, f"{family}Config")(**sizes, layerdrop=0.0, classifier_proj_size=12)
     model = getattr(transformers, family + head)(config)
     expected = {"head": set(), "elp": {"elp_e", "elp_l", "elp_p", "elp_norm"}}
@@ -807,33 +808,28 @@ def test_labels_begin_after_the_start_token_and_end_with_the_end_token(whisper):
         recipes.set_language(model, tokenizer, None, "transcribe")
 
 
-def encoder_with_decoder(family):
-    """A tiny random model of a family whose decoder writes letters, and its feature extractor."""
-    of_wave = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "d_model": 16, "vocab_size": 15}
-    for part in ("encoder", "decoder"):
-        sizes |= {f"{part}_num_hidden_layers": 2, f"{part}_num_attention_heads": 2}  # Moonshine
-        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
-    tokens = {"pad_token_id": 12, "eos_token_id": 12, "bos_token_id": 14, "decoder_start_token_id": 14}
-    if family == "Moonshine":
-        return transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes, **tokens)), of_wave
-    if family == "Speech2Text":
-        config = transformers.Speech2TextConfig(**sizes, **tokens, input_feat_per_channel=80, conv_channels=16)
-        extractor = transformers.Speech2TextFeatureExtractor(feature_size=80, num_mel_bins=80)
-        return transformers.Speech2TextForConditionalGeneration(config), extractor
-    encoder = build("wav2vec2", "Model", mask_time_length=2)
-    decoder = transformers.BartForCausalLM(transformers.BartConfig(**sizes, is_decoder=True, add_cross_attention=True))
-    model = transformers.SpeechEncoderDecoderModel(encoder=encoder, decoder=decoder)
-    model.config.update(tokens)
-    model.generation_config.update(**tokens)
-    return model, of_wave
+OF_WAVE = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+WITH_DECODER = {"moonshine": OF_WAVE, "speech_to_text": transformers.Speech2TextFeatureExtractor(8, num_mel_bins=8)}
 
 
-@pytest.mark.parametrize("family", ["Moonshine", "Speech2Text", "SpeechEncoderDecoder"])
+@pytest.mark.parametrize("family", [*WITH_DECODER, "any encoder and decoder"])
 def test_other_families_with_a_decoder_are_trained_alike(family, trained, whisper, tmp_path):
-    model, extractor = encoder_with_decoder(family)
+    tokens = {"pad_token_id": 12, "eos_token_id": 12, "bos_token_id": 14, "decoder_start_token_id": 14}
+    if family in WITH_DECODER:
+        cls = getattr(transformers, FAMILIES[family].model_class)
+        model = cls(cls.config_class(**FAMILIES[family].sizes | tokens | {"vocab_size": 15}))
+    else:
+        sizes = {"vocab_size": 15, "d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2}
+        bart = transformers.BartConfig(**sizes, decoder_ffn_dim=24, is_decoder=True, add_cross_attention=True)
+        both = {
+            "encoder": build("wav2vec2", "Model", mask_time_length=2),
+            "decoder": transformers.BartForCausalLM(bart),
+        }
+        model = transformers.SpeechEncoderDecoderModel(**both)
+        model.config.update(tokens)
+        model.generation_config.update(**tokens)
     model.generation_config.update(max_new_tokens=8)
-    for part in (model, extractor, transformers.AutoTokenizer.from_pretrained(whisper)):
+    for part in (model, WITH_DECODER.get(family, OF_WAVE), transformers.AutoTokenizer.from_pretrained(whisper)):
         part.save_pretrained(tmp_path)
     metrics, folder = trained(generation, *ELP, "--model_name_or_path", tmp_path)
     assert metrics["trained_parameters_encoder"] > 0
