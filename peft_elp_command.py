@@ -162,7 +162,7 @@ def info(adapter: Adapter, subfolder: Subfolder = None, revision: Revision = Non
         parts = {"parameters": saved.counts, "labels": saved.labels, "layer_weights": saved.layer_weights}
         say(_in_json({**facts, **parts, "results": results}))
         return
-    words = {name: facts[name] or "unknown" for name in ("base", "model", "task", "adapters")}
+    words: dict[str, Any] = {name: facts[name] or "unknown" for name in ("base", "model", "task", "adapters")}
     words["labels"] = shortened(saved.labels, SHOWN) or (saved.num_labels and f"{saved.num_labels:,}, without names")
     words["window"] = facts["chunk_length"] and f"{facts['chunk_length']} s"
     words |= {"threshold": facts["verification_threshold"], "licence": facts["license"]}
