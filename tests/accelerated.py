@@ -22,7 +22,6 @@ from transformers import Trainer, TrainingArguments
 
 from peft_elp import ELPConfig
 
-SETS = ("E", "L", "P", "EL", "EP", "LP", "ELP")
 STEPS, BATCH = 3, 8  # of all processes together
 
 
@@ -35,9 +34,16 @@ def examples():
     ]
 
 
-def adapted(adapters="ELP", family="wavlm", **options):
+def adapted(adapters="ELP", family="wavlm", reentrant=None, **options):
     model = build(family, "ForSequenceClassification", **options)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     return shaken(get_peft_model(model, ELPConfig(adapters=adapters, **ELP))).train()
+
+
+RUNS = {f"set {letters}": {"adapters": letters} for letters in ("E", "L", "P", "EL", "EP", "LP", "ELP")}
+RUNS |= {f"checkpointing {on}": {"adapters": "EL", "family": "wav2vec2", "reentrant": on} for on in (False, True)}
+RUNS |= {f"layerdrop {one}": {"adapters": one, "family": "wav2vec2", "layerdrop": 0.5} for one in ("E", "EP")}
 
 
 def optimizer_of(model):
@@ -65,16 +71,6 @@ def trained(accelerator, model):
     return steps(accelerator, wrapped, optimizer), get_peft_model_state_dict(model)
 
 
-def checkpointed(accelerator, use_reentrant):
-    model = adapted("EL", "wav2vec2")
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    return trained(accelerator, model)
-
-
-def with_layerdrop(accelerator, adapters):
-    return trained(accelerator, adapted(adapters, "wav2vec2", layerdrop=0.5))
-
-
 def sharded(accelerator, family, layer, folder):
     """As `trained`, through FSDP2 on the units that Accelerate picks, and through a file."""
     model = adapted("ELP", family)
@@ -96,19 +92,9 @@ def sharded(accelerator, family, layer, folder):
 
 def trainer(folder, processes=1):
     """Transformers' Trainer on the same data, with a checkpoint in the middle; the losses that it logs."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH // processes,
-        optim="sgd",
-        learning_rate=0.1,
-        logging_steps=1,
-        save_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-    )
+    options = {"max_steps": STEPS, "optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "save_steps": 2}
+    options |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "ddp_find_unused_parameters": False}
+    arguments = TrainingArguments(str(folder), per_device_train_batch_size=BATCH // processes, **options)
     model = adapted("ELP", "wav2vec2")
     # The loss is a mean over the batch. Trainer takes it for a share of all batches, and multiplies it by `processes`.
     model.get_base_model().accepts_loss_kwargs = False
@@ -130,12 +116,8 @@ def main(folder):
         except Exception:
             found[name] = traceback.format_exc()
 
-    for adapters in SETS:
-        check(f"set {adapters}", lambda adapters: trained(accelerator, adapted(adapters)), adapters)
-    for use_reentrant in (False, True):
-        check(f"checkpointing {use_reentrant}", checkpointed, accelerator, use_reentrant)
-    for adapters in ("E", "EP"):
-        check(f"layerdrop {adapters}", with_layerdrop, accelerator, adapters)
+    for name, options in RUNS.items():
+        check(name, lambda options: trained(accelerator, adapted(**options)), options)
     for family, layer in (("wavlm", "WavLMEncoderLayer"), ("wav2vec2", "Wav2Vec2EncoderLayer")):
         check(f"sharded {family}", sharded, accelerator, family, layer, folder / f"sharded-{family}")
     check("trainer", trainer, folder / "trainer", accelerator.num_processes)

@@ -73,10 +73,8 @@ def assert_same_tensors(found, expected):
         torch.testing.assert_close(found[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# What one process has to train, by the name of what two processes did.
-ALONE = {f"set {letters}": (letters,) for letters in accelerated.SETS}
-ALONE |= {f"checkpointing {reentrant}": ("EL", "wav2vec2") for reentrant in (False, True)}
-ALONE |= {f"layerdrop {letters}": (letters, "wav2vec2") for letters in ("E", "EP")}
+# What one process trains, without checkpointing and LayerDrop, by the name of what two processes did.
+ALONE = {name: (run["adapters"], run.get("family", "wavlm")) for name, run in accelerated.RUNS.items()}
 if not torch.__version__.startswith("2.6"):  # which shards on no CPU
     ALONE |= {f"sharded {family}": ("ELP", family) for family in ("wavlm", "wav2vec2")}
 
