@@ -167,7 +167,7 @@ def with_shares(*shares, **options):
 
 @pytest.mark.parametrize(
     ("choice", "kept"),
-    [({"keep": 1}, [0]), ({"keep": 2}, [0, 2]), ({"keep": [1, 0]}, [0, 1]), ({"min_share": 0.25}, [0, 2])],
+    [({"keep": 1}, [0]), ({"keep": 2}, [0, 2]), ({"keep": [1, 0]}, [0, 1])],
 )
 def test_a_pruned_adapter_sums_the_kept_taps_in_proportion(choice, kept, tmp_path):
     shares = (0.5, 0.2, 0.3)
@@ -204,9 +204,6 @@ def test_what_lies_above_the_last_kept_tap_goes_with_it():
     [
         ({"keep": [0, 3]}, r"Layers \[3\] have no tap. The tapped layers and their shares are 0: 0.500, 1: 0.200"),
         ({"keep": 0}, "No tap would be kept"),
-        ({"min_share": 0.9}, "No tap would be kept"),
-        ({}, "Pass either keep or min_share"),
-        ({"keep": 1, "min_share": 0.1}, "Pass either keep or min_share"),
         ({"keep": 1, "adapter_name": "nobody"}, "nobody"),
         ({"keep": 1, "new_name": "default"}, "There is already an adapter 'default'"),
     ],

@@ -75,21 +75,6 @@ def test_a_bare_model_has_no_head_and_its_decoder_or_language_model_stays_frozen
     assert all(".elp_" in name for name in trained(model))
 
 
-@pytest.mark.parametrize(
-    ("make", "head"),
-    [
-        (lambda: t.WhisperModel(t.WhisperConfig(**WHISPER)), ["decoder"]),
-        (lambda: audio_language_model(), ["language_model", "lm_head"]),
-        (lambda: t.WhisperForAudioClassification(t.WhisperConfig(**WHISPER, classifier_proj_size=512)), None),
-    ],
-    ids=["decoder", "language model", "wide projector"],
-)
-def test_a_head_of_more_than_a_third_of_the_model_is_remarked(make, head):
-    with pytest.warns(UserWarning, match=r"trains and saves [\d,]+ of the [\d,]+ parameters of \w+ .\d+%. beside"):
-        model = get_peft_model(make(), ELPConfig(modules_to_save=head, **ELP))
-    assert any("modules_to_save" in name for name in trained(model))
-
-
 @pytest.mark.skipif(not FAMILIES["qwen3_asr"].available, reason="new in Transformers 5.13")
 def test_the_head_on_an_audio_language_model_is_trained_without_the_language_model():
     audio = OF_WHISPER | {"num_mel_bins": 8, "output_dim": 16, "downsample_hidden_size": 4}

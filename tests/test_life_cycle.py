@@ -90,8 +90,12 @@ def with_convolutions_and_feed_forward():
     ],
 )
 def test_new_modules_of_the_backbone_behind_the_encoder_are_named_when_they_stay_frozen(make, message):
+    base = make()
+    for name, parameter in base.named_parameters():
+        if not name.split(".")[1].startswith(("adapter", "intermediate_ffn")):
+            parameter._is_hf_initialized = True  # as Transformers marks what it has loaded
     with pytest.warns(UserWarning, match=message):
-        model = get_peft_model(make(), ELPConfig(**ELP))
+        model = get_peft_model(base, ELPConfig(**ELP))
     assert model.peft_config["default"].l_output == "residual"
 
 
@@ -120,6 +124,8 @@ def test_no_layer_is_skipped_while_an_adapter_is_active(letters):
     model.config.layerdrop = 0.8
     model.delete_adapter("default")
     assert model.config.layerdrop == 0.8
+    model = get_peft_model(build("wav2vec2", layerdrop=0.9), ELPConfig(**ELP | {"adapters": letters}))
+    assert model.unload().config.layerdrop == 0.9
 
 
 @pytest.mark.parametrize("skipped", [0, 1])

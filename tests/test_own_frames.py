@@ -15,7 +15,6 @@ from peft_elp.speech.inference import SpeechAdapter
 
 pytestmark = [
     pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="the head may pass on no mask"),
-    pytest.mark.filterwarnings("ignore:modules_to_save=.*trains and saves:UserWarning"),
 ]
 OWN = (60, 100, 24)  # steps of features, two for each frame
 

@@ -326,7 +326,6 @@ def whisper():
     )
 
 
-@pytest.mark.filterwarnings("ignore:modules_to_save=.*trains and saves:UserWarning")
 @pytest.mark.filterwarnings("ignore:The head averages over the padding:UserWarning")
 def test_a_shorter_window_takes_nothing_from_the_base(tmp_path):
     base = whisper().eval()

@@ -20,23 +20,13 @@ from .wrapper import Wrapper
 
 @dataclass
 class Encoder:
-    """The speech encoder of one model: where it is and what it consists of.
+    """The speech encoder of one model: where it is and what it consists of, without ELP's wrappers."""
 
-    Args:
-        backbone: The encoder as a whole: the nearest Transformers model around the stack, or the stack itself.
-        backbone_path: Its path in the model.
-        stack: The encoder stack, without ELP's wrapper.
-        stack_path: Its path in the model.
-        family: Its row in the table of backbones.
-        layers: The encoder layers, without ELP's wrappers.
-        hidden_size: Width of the hidden states.
-    """
-
-    backbone: nn.Module
-    backbone_path: str
+    backbone: nn.Module  # the encoder as a whole: the nearest Transformers model around the stack, or the stack itself
+    backbone_path: str  # in the model
     stack: nn.Module
     stack_path: str
-    family: Backbone
+    family: Backbone  # its row in the table of backbones
     layers: list[nn.Module]
     hidden_size: int
 

@@ -16,10 +16,6 @@ from peft_elp.wording import brief, shortened
 from .find import Encoder
 from .paths import canonical, join, original
 
-# Settings of a backbone that add modules behind its encoder layers.
-ADDED_BEHIND = ("add_adapter", "use_intermediate_ffn_before_adapter")
-LARGE_HEAD = 1 / 3  # of a model's parameters; an x-vector head holds 6 % of wav2vec 2.0 base
-
 
 def find_head(model: nn.Module, backbone_path: str, warn: bool = False) -> list[str]:
     """Return the paths of the modules outside the speech encoder.
@@ -58,10 +54,10 @@ def _callable_modules(path: str, module: nn.Module) -> list[str]:
     return [path] if any(True for _ in module.parameters()) else []
 
 
-def choose_head(model: nn.Module, encoder: Encoder, wanted: list[str] | None, warn: bool) -> list[str]:
+def choose_head(model: nn.Module, encoder: Encoder, wanted: list[str] | None) -> list[str]:
     """Return the paths of the modules that an adapter trains and saves whole: those that `modules_to_save` names.
 
-    None: the head, or what joins the encoder to a pre-trained decoder. With `warn`, a large head is named.
+    None: the head, or what joins the encoder to a pre-trained decoder.
     """
     if wanted is not None:
         chosen = _resolve(model, wanted, encoder.stack_path, find_head(model, encoder.backbone_path))
@@ -70,8 +66,6 @@ def choose_head(model: nn.Module, encoder: Encoder, wanted: list[str] | None, wa
     else:
         chosen = find_head(model, encoder.backbone_path, warn=True)
     _refuse_quantised(model, chosen)
-    if warn:
-        _warn_of_large_head(model, chosen)
     return chosen
 
 
@@ -116,43 +110,19 @@ def _refuse_quantised(model: nn.Module, head: list[str]) -> None:
                 )
 
 
-def _warn_of_large_head(model: nn.Module, head: list[str]) -> None:
-    """Warn if the adapter trains so much of the model that a pre-trained decoder may be a part of it."""
-    trained = sum(p.numel() for path in head for p in original(model.get_submodule(path)).parameters())
-    whole = sum(p.numel() for name, p in model.named_parameters() if ".modules_to_save." not in name)
-    if trained > whole * LARGE_HEAD:
-        warnings.warn(
-            f"modules_to_save=[{shortened(head)}] trains and saves {trained:,} of the {whole:,} parameters of "
-            f"{type(model).__name__} ({trained / whole:.0%}) beside the adapter. If a pre-trained decoder or language "
-            "model is among them, name the layers of the task alone.",
-            stacklevel=2,
-        )
-
-
 def was_loaded(parameter: nn.Parameter) -> bool:
     """Whether Transformers has loaded a parameter. It marks those, and a deep copy has no marks."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def warn_of_new_and_frozen(model: nn.Module, encoder: Encoder, trained: list[str], chosen: bool) -> None:
-    """Warn about modules that are newly initialised and yet stay frozen; `chosen`: the user named the `trained`."""
+def warn_of_new_and_frozen(model: nn.Module, trained: list[str]) -> None:
+    """Warn about modules that Transformers has newly initialised and that stay frozen."""
     marked = {id(parameter) for parameter in model.parameters() if was_loaded(parameter)}
-    if marked:
-        frozen = _largest_without(lambda parameter: id(parameter) in marked, "", model, {*trained})
-        problem = "newly initialised and stay frozen"
-    else:  # Nothing was loaded, or nothing tells. What the settings add behind the layers is often new.
-        settings = getattr(encoder.backbone, "config", None)
-        if chosen or not any(getattr(settings, name, False) for name in ADDED_BEHIND):
-            return
-        names = [name for name, _ in encoder.backbone.named_children()]
-        stack_name = encoder.stack_path.rpartition(".")[2]
-        behind = [join(encoder.backbone_path, name) for name in names[names.index(stack_name) + 1 :]]
-        frozen = [path for path in behind if path not in trained]
-        problem = "behind the encoder layers and stay frozen. They may not be pre-trained"
+    frozen = _largest_without(lambda parameter: id(parameter) in marked, "", model, {*trained}) if marked else []
     if frozen:
         warnings.warn(
-            f"{shortened(map(repr, frozen))} of {type(model).__name__} are {problem}. Train them too: "
-            f"modules_to_save={[*trained, *frozen]}.",
+            f"{shortened(map(repr, frozen))} of {type(model).__name__} are newly initialised and stay frozen. Train "
+            f"them too: modules_to_save={[*trained, *frozen]}.",
             stacklevel=2,
         )
 

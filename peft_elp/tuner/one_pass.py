@@ -35,21 +35,14 @@ class Task:
 
     def leaves_layers_alone(self) -> bool:
         """Whether the adapter reads the encoder layers and changes nothing that they compute."""
-        changing = [getattr(module, name) for module in self.stack.modules() for name in _changing(module)]
-        reads_only = self.adapter in self.stack.elp_l and not any(self.adapter in adapters for adapters in changing)
-        return reads_only and not self.trains_backbone()
+        inside = [layer for layer in self.stack.modules() if isinstance(layer, (ELPSublayer, ELPNorm))]
+        changes = self.adapter in self.stack.elp_p or any(self.adapter in layer.adapter_names() for layer in inside)
+        return self.adapter in self.stack.elp_l and not changes and not self.trains_backbone()
 
     def trains_backbone(self) -> bool:
         """Whether the adapter has its own copy of a module of the backbone, such as the feature projection."""
         copies = [module for module in self.backbone.modules() if isinstance(module, ModulesToSaveWrapper)]
         return any(self.adapter in module.modules_to_save for module in copies)
-
-
-def _changing(module: nn.Module) -> tuple[str, ...]:
-    """Return the containers of a tuner layer whose adapters change what the encoder layers compute."""
-    if isinstance(module, ELPStack):
-        return ("elp_p",)
-    return module.adapter_layer_names if isinstance(module, (ELPSublayer, ELPNorm)) else ()
 
 
 def run_tasks(tasks: Mapping[str, Task]) -> dict[str, Any]:

@@ -75,13 +75,13 @@ def make_plan(model: nn.Module, config: ELPConfig) -> Plan:
         check_window(model, encoder, config.chunk_length)
     _choose_layers(model, encoder, config)
     _choose_pooling(model, encoder, config)
-    config.modules_to_save = choose_head(model, encoder, chosen.modules_to_save, warn=not config.inference_mode)
+    config.modules_to_save = choose_head(model, encoder, chosen.modules_to_save)
     if config.modules_to_save or config.head_config:
         config.head_config = head_config(model, chosen.head_config)
         if chosen.head_config:
             head = find_head(model, encoder.backbone_path)
             refuse_left_out(model, head, config.modules_to_save, chosen.head_config)
-    warn_of_new_and_frozen(model, encoder, config.modules_to_save, chosen.modules_to_save is not None)
+    warn_of_new_and_frozen(model, config.modules_to_save)
     new_input = _resolve_l_output(model, encoder, config) if "L" in config.adapters else None
     if "L" in config.adapters:
         _leave_out_what_nothing_reads(config, chosen=chosen.e_layers)

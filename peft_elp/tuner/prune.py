@@ -22,8 +22,7 @@ def prune_taps(
     adapter_name: str,
     new_name: str,
     *,
-    keep: int | Sequence[int] | None = None,
-    min_share: float | None = None,
+    keep: int | Sequence[int],
 ) -> list[int]:
     """Add an adapter that equals a trained one without the taps that weigh least.
 
@@ -37,7 +36,6 @@ def prune_taps(
         adapter_name: The trained adapter, which has an L-adapter.
         new_name: Name of the new adapter.
         keep: How many taps to keep, those that weigh most; or the 0-based numbers of the layers whose taps are kept.
-        min_share: Keep the taps with at least this share of the sum. Give either this or `keep`.
 
     Returns:
         The layers whose taps were kept.
@@ -65,22 +63,18 @@ def prune_taps(
         raise ValueError(f"Adapter {adapter_name!r} has no L-adapter, so it has no taps.")
     adapter: Any = stack.elp_l[adapter_name]
     shares = dict(zip(stack.tapped_layers[adapter_name], adapter.shares().tolist(), strict=True))
-    kept = _kept(shares, keep, min_share)
+    kept = _kept(shares, keep)
     config: Any = model.peft_config[adapter_name]
     model.add_adapter(new_name, _shorter(config, kept, adapter.residual))
     _copy(model, adapter_name, new_name, [list(shares).index(layer) for layer in kept])
     return kept
 
 
-def _kept(shares: dict[int, float], keep: int | Sequence[int] | None, min_share: float | None) -> list[int]:
-    if (keep is None) == (min_share is None):
-        raise ValueError("Pass either keep or min_share.")
-    if min_share is not None:
-        kept = [layer for layer, share in shares.items() if share >= min_share]
-    elif isinstance(keep, int):
+def _kept(shares: dict[int, float], keep: int | Sequence[int]) -> list[int]:
+    if isinstance(keep, int):
         kept = sorted(sorted(shares, key=lambda layer: -shares[layer])[: max(keep, 0)])
     else:
-        kept = sorted(set(keep or ()))
+        kept = sorted(set(keep))
     without = [layer for layer in kept if layer not in shares]
     if without or not kept:
         what = f"Layers {without} have no tap" if without else "No tap would be kept"
