@@ -33,18 +33,11 @@ FRAMES_PER_S = 50  # in every encoder of the table
 
 @dataclass
 class Features:
-    """The hidden states of all layers for all recordings, each frame normalised without parameters.
+    """The hidden states of all layers for all recordings, each frame normalised without parameters."""
 
-    Args:
-        pooled: Their means over a recording's own frames, `(layers, recordings, hidden)`.
-        frames: For each recording, by its number, the frames that the means are of,
-            `(layers, frames, hidden)`, not normalised yet.
-        own: How many of its frames are its own; the rest is padding.
-    """
-
-    pooled: Tensor
-    frames: Any
-    own: list[int]
+    pooled: Tensor  # means over a recording's own frames, (layers, recordings, hidden)
+    frames: Any  # of each recording, by its number, (layers, frames, hidden), not normalised yet
+    own: list[int]  # how many of these are its own; the rest is padding
 
     def of(self, recording: int) -> Tensor:
         """Return the normalised frames of a recording, `(layers, frames, hidden)`."""

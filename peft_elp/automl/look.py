@@ -41,20 +41,15 @@ IMBALANCE = 10  # the commonest class against the rarest
 class Recordings:
     """The recordings that a training uses.
 
-    Args:
-        rows: The recordings with the columns `audio` and `duration_s`.
-        table: A row for each: `label` (its class or text), `speaker` (None where it is not known), `split` ("train",
-            "validation" or "test"), `duration_s`, `rate_hz`, `file` and `digest`, the hash of its samples.
-        task: "classify", "verify" or "transcribe".
-        columns: Which column was taken for what.
-        warnings: What speaks against the data, each with what to do.
+    `table` has a row for each: `label` (its class or text), `speaker` (None where it is not known), `split` ("train",
+    "validation" or "test"), `duration_s`, `rate_hz`, `file` and `digest`, the hash of its samples.
     """
 
-    rows: Dataset
+    rows: Dataset  # with the columns `audio` and `duration_s`
     table: Any  # a data frame, whose types pyright cannot follow
-    task: str
-    columns: dict[str, str]
-    warnings: list[str] = field(default_factory=list)
+    task: str  # "classify", "verify" or "transcribe"
+    columns: dict[str, str]  # which one was taken for what
+    warnings: list[str] = field(default_factory=list)  # what speaks against the data, each with what to do
 
     @cached_property
     def labels(self) -> list[str]:

@@ -27,25 +27,15 @@ MARGIN, SCALE = 0.2, 30.0  # of AM-Softmax
 
 @dataclass(frozen=True)
 class Setting:
-    """What the search chooses.
+    """What the search chooses."""
 
-    Args:
-        layers: The layers that are read, 0-based.
-        l_dim: Width of the taps; 0 has no matrices.
-        rate: Learning rate; that of the layer weights is 30 times as high.
-        steps: Steps of the whole schedule, which falls linearly to 0.
-        dropout: Dropout of the mean over frames, and in the taps.
-        weight_decay: Weight decay of the matrices.
-        smoothing: Label smoothing.
-    """
-
-    layers: tuple[int, ...]
-    l_dim: int = 0
-    rate: float = 3e-3
-    steps: int = 300
-    dropout: float = 0.2
-    weight_decay: float = 0.01
-    smoothing: float = 0.0
+    layers: tuple[int, ...]  # that are read, 0-based
+    l_dim: int = 0  # width of the taps; 0 has no matrices
+    rate: float = 3e-3  # that of the layer weights is 30 times as high
+    steps: int = 300  # of the whole schedule, which falls linearly to 0
+    dropout: float = 0.2  # of the mean over frames; half of it in the taps
+    weight_decay: float = 0.01  # of the matrices
+    smoothing: float = 0.0  # of labels
 
     def size(self, hidden: int) -> int:
         """Return the number of trained parameters in the encoder."""
@@ -63,22 +53,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Problem:
-    """What every candidate is trained for.
-
-    Args:
-        features: The features of all recordings.
-        labels: The number of the class of each recording.
-        classes: How many classes there are.
-        verify: Whether voices are compared instead of classes named: AM-Softmax, and embeddings for answers.
-        width: Width of the projector.
-        seed: Seed of all random numbers.
-    """
+    """What every candidate is trained for."""
 
     features: Features
-    labels: Tensor
+    labels: Tensor  # the number of the class of each recording
     classes: int
-    verify: bool = False
-    width: int = 256
+    verify: bool = False  # compare voices instead of naming classes: AM-Softmax, and embeddings for answers
+    width: int = 256  # of the projector
     seed: int = 0
 
 

@@ -196,17 +196,16 @@ def most_wrong(right: NDArray[Any], probability: NDArray[Any], names: Sequence[s
     ]
 
 
-def verdict(
-    measured: Mapping[str, Any], metric: str, clips: int, where: str, other: str = "the head alone", same: bool = False
-) -> str:
-    """Say in one sentence what the adapter is worth: against chance, and against other answers, maybe the same."""
-    value, chance, gain = measured["metrics"][metric], measured["chance"][metric], measured["gain"]
+def verdict(facts: Mapping[str, Any]) -> str:
+    """Say in one sentence what an adapter is worth: against chance, and against other answers."""
+    metric, result, other = facts["metric"], facts["result"], facts["beside"]
+    value, chance, gain = result["metrics"][metric], result["chance"][metric], result["gain"]
     beats = value["high"] < chance if metric in LOWER else value["low"] > chance
     text = (
         f"{'Better' if beats else 'Not clearly better'} than {CHANCE.get(metric, 'chance')} ({percent(chance)}): "
-        f"{METRIC_NAMES[metric]} {percent(value)} on {clips} {where} recordings"
+        f"{METRIC_NAMES[metric]} {percent(value)} on {facts['clips']} {facts['measured_on']} recordings"
     )
-    if same:
+    if facts.get("is_head"):
         return f"{text}; {other} was chosen, since more layers gave no clear gain."
     points = f"{100 * gain['value']:+.1f} points, 95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
     found = "better than" if gain["low"] > 0 else "worse than" if gain["high"] < 0 else "not clearly different from"

@@ -36,25 +36,15 @@ SINGLE = 24  # encoders with more layers are tried at every second one
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting and how it did.
-
-    Args:
-        setting: The setting.
-        stop: After which check of the schedule its answers were best, 1 to `CHECKS`.
-        scores: The score of each part that was held out, at that check.
-        curve: The mean score at each check.
-        seconds: How long its trainings took.
-        number: The number of its trial.
-        complete: Whether all folds were trained.
-    """
+    """A setting and how it did."""
 
     setting: Setting
-    stop: int
-    scores: list[float]
-    curve: list[float]
-    seconds: float
-    number: int
-    complete: bool = True
+    stop: int  # after which check of the schedule its answers were best, 1 to `CHECKS`
+    scores: list[float]  # of each part that was held out, at that check
+    curve: list[float]  # the mean score at each check
+    seconds: float  # that its trainings took
+    number: int  # of its trial
+    complete: bool = True  # whether all folds were trained
 
     @property
     def score(self) -> float:
@@ -64,25 +54,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, and by which measure.
-
-    Args:
-        problem: The problem.
-        folds: The folds.
-        layers: The number of layers of the encoder.
-        hidden: Its width.
-        metric: A key of `metrics_of`; voices are compared by 1 minus the equal error rate.
-        seconds: Wall-clock time.
-        trials: How many candidates at most; None: as many as the time allows.
-    """
+    """What is searched, and by which measure."""
 
     problem: Problem
     folds: list[Fold]
-    layers: int
-    hidden: int
-    metric: str = "unweighted_accuracy"
-    seconds: float = 600.0
-    trials: int | None = None
+    layers: int  # of the encoder
+    hidden: int  # its width
+    metric: str = "unweighted_accuracy"  # a key of `metrics_of`; voices: 1 minus the equal error rate
+    seconds: float = 600.0  # of wall-clock time
+    trials: int | None = None  # at most; None: as many as the time allows
 
     def always(self) -> Iterator[dict[str, Any]]:
         """Yield the parameters of the candidates that come first: the head alone, sums of layers, single layers."""

@@ -17,15 +17,10 @@ LEAST_SPEAKERS = 4
 
 @dataclass(frozen=True)
 class Fold:
-    """One training of a candidate.
+    """One training of a candidate."""
 
-    Args:
-        train: The recordings to train on.
-        parts: The recordings to be answered, in parts that are measured one by one.
-    """
-
-    train: list[int]
-    parts: list[list[int]]
+    train: list[int]  # the recordings to train on
+    parts: list[list[int]]  # those to be answered, in parts that are measured one by one
 
     @property
     def held_out(self) -> list[int]:

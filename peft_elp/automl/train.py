@@ -191,7 +191,9 @@ def train(recordings: str | Path, base: str, output: str | Path, **options: Any)
     found.show(training.say)
     model, parts, facts = (transcribe if found.task == "transcribe" else _search)(training, found)
     facts |= {"base": base, "seed": training.seed, "minutes": training.minutes, "jobs": training.jobs}
-    facts |= {"warnings": found.warnings, "seconds": time.monotonic() - start}
+    facts |= {"warnings": found.warnings, "seconds": time.monotonic() - start, "task": found.task}
+    facts["measured_on"] = "test" if found.where("test") else "held-out"
+    facts["verdict"] = measured.verdict(facts)
     facts["data"] = {
         "overview": found.overview().reset_index().to_dict("records"),
         "columns": found.columns,
@@ -275,11 +277,12 @@ def _finish(
         place(reader.folded(), model)
     cool(model, temperature)
     model.peft_config["default"].verification_threshold = threshold
-    facts = _measure(search, found, test or held_out, answers / temperature, beside, chosen is head and not live)
+    facts = _measure(search, found, test or held_out, answers / temperature, beside)
     shares = zip(chosen.setting.layers, reader.shares.tolist(), strict=True)
     best = sorted((one for one in candidates if one.complete), key=lambda one: -one.score)
     return model, facts | {
         "notes": notes,
+        "is_head": chosen is head and not live,
         "chosen": search.row(chosen),
         "head": search.row(head),
         "tried": len(candidates),
@@ -300,11 +303,10 @@ def _out_of_fold(search: Search, folds: Sequence[Fold], one: Candidate) -> Tenso
 
 
 def _measure(
-    search: Search, found: Recordings, rows: Sequence[int], answers: Tensor, beside: Tensor, is_head: bool
+    search: Search, found: Recordings, rows: Sequence[int], answers: Tensor, beside: Tensor
 ) -> dict[str, Any]:
     """Measure answers for some recordings, and those of the head alone."""
-    problem, where = search.problem, "test" if found.where("test") else "held-out"
-    metric = "eer" if problem.verify else search.metric
+    problem, metric = search.problem, "eer" if search.problem.verify else search.metric
     if problem.verify:
         result = measured.verification([found.labels[i] for i in rows], answers, beside, problem.seed)
     else:
@@ -313,15 +315,7 @@ def _measure(
         result = measured.classification(right, answers, beside, found.names, groups, metric, problem.seed)
         for one in result["wrong"]:
             one["file"] = found.table["file"][rows[one["row"]]]
-    return {
-        "verdict": measured.verdict(result, metric, len(rows), where, same=is_head),
-        "task": found.task,
-        "metric": metric,
-        "measured_on": where,
-        "clips": len(rows),
-        "beside": "the head alone, on the last layer",
-        "result": result,
-    }
+    return {"metric": metric, "clips": len(rows), "beside": "the head alone on the last layer", "result": result}
 
 
 def _save(training: Training, model: Any, parts: Sequence[Any], result: measured.Report) -> None:

@@ -25,7 +25,7 @@ from .features import check_base
 from .live import fit, until_best
 from .look import Recordings
 from .measures import of_texts, text_errors
-from .report import WRONG, compare, verdict
+from .report import WRONG, compare
 
 BATCH_SIZE = 8
 HELD_OUT = 0.15  # of the recordings, where there is no validation split
@@ -134,11 +134,19 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
                 before, _ = answers(rows, trainer.predict(asked))
     fit(trainer, 60 * training.minutes)
     after, written = answers(rows, trainer.predict(asked))
-    facts = _measure(found, rows, before, after, training.seed, task.before)
-    for one in facts["result"]["wrong"]:
-        one |= {"right": right[rows[one["row"]]], "answer": written[one["row"]]}
+    speakers = [found.speakers[row] for row in rows] if found.speakers else None
+    result = compare(of_texts, after, before, "wer", speakers, training.seed) | {"chance": {"wer": 1.0, "cer": 1.0}}
+    worst = [i for i in np.argsort(-after[:, 0] / after[:, 1], kind="stable").tolist() if after[i, 0]]
+    result["wrong"] = [
+        {"row": i, "file": found.table["file"][rows[i]], "right": right[rows[i]], "answer": written[i]}
+        for i in worst[:WRONG]
+    ]
     history = trainer.state.log_history
-    facts |= {
+    facts = {
+        "metric": "wer",
+        "clips": len(rows),
+        "beside": task.before,
+        "result": result,
         "notes": [*_degenerate(written)],
         "held_out": how,
         "curve": [one["eval_wer"] for one in history if "eval_wer" in one],
@@ -147,23 +155,6 @@ def transcribe(training: Any, found: Recordings) -> tuple[Any, list[Any], dict[s
         "parameters": recipes.count_trained(trainer.model),
     }
     return trainer.model.eval(), [extractor, task.tokenizer], facts
-
-
-def _measure(found: Recordings, rows: Sequence[int], before: Any, after: Any, seed: int, what: str) -> dict[str, Any]:
-    speakers = [found.speakers[row] for row in rows] if found.speakers else None
-    result = compare(of_texts, after, before, "wer", speakers, seed) | {"chance": {"wer": 1.0, "cer": 1.0}}
-    worst = np.argsort(-after[:, 0] / after[:, 1], kind="stable")[:WRONG]
-    result["wrong"] = [{"row": row, "file": found.table["file"][rows[row]]} for row in worst.tolist() if after[row, 0]]
-    where = "test" if found.where("test") else "held-out"
-    return {
-        "verdict": verdict(result, "wer", len(rows), where, what),
-        "task": "transcribe",
-        "metric": "wer",
-        "measured_on": where,
-        "clips": len(rows),
-        "result": result,
-        "beside": what,
-    }
 
 
 def _split(found: Recordings, seed: int) -> tuple[list[int], list[int], str]:
