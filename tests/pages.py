@@ -9,19 +9,18 @@ tiny and random. The folder of a page holds what the pages say that a reader has
 """
 
 import csv
-import functools
 import io
 import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -31,7 +30,7 @@ import yaml
 from backbones import ELP, build
 from datasets import Dataset
 from hub import TOKEN
-from on_disk import adapted, record, save_base, save_tokenizer
+from on_disk import adapted, record, save_base, save_tokenizer, save_whisper
 from peft import PeftModel, get_peft_model
 from sybil import Document, Example, Region
 from sybil.evaluators.python import PythonEvaluator
@@ -42,8 +41,6 @@ from transformers import (
     AutoModelForAudioClassification,
     Trainer,
     TrainingArguments,
-    WhisperConfig,
-    WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     set_seed,
 )
@@ -57,7 +54,7 @@ PAGES = sorted(
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
     if "```" in path.read_text(encoding="utf-8")
 )
-BASE = "microsoft/wavlm-base-plus"
+BASE, WHISPER = "microsoft/wavlm-base-plus", "openai/whisper-tiny.en"
 SHELLS = ("bash", "sh")
 DATA = {"json": json.loads, "yaml": yaml.safe_load}
 NOT_RUN = ("text",)  # output and formulas
@@ -125,13 +122,10 @@ def run(page: str, folder: str, base: str = BASE) -> dict[str, int]:
     Returns:
         How many blocks were "run" and "skipped", and how many marks of skipping there are.
     """
-    os.environ |= {
-        "HF_TOKEN": TOKEN,
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # as after `hf auth login`, on a machine without a GPU
+    os.environ |= {"HF_TOKEN": TOKEN, "CUDA_VISIBLE_DEVICES": ""}  # as after `hf auth login`, without a GPU
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     os.environ["PYTHONPATH"] = str(ROOT)
-    torch.compile = functools.partial(torch.compile, backend="eager")  # it traces; generating code takes a minute
+    torch.compile = partial(torch.compile, backend="eager")  # it traces; generating code takes a minute
     set_seed(0)
     os.chdir(folder)
     changed = Path(folder, "page.md")
@@ -165,23 +159,11 @@ def headings(page: str) -> list[str]:
 def bases() -> dict[str, dict[str, bytes]]:
     """The files of the tiny random bases on the Hub, by their names there."""
     found = {}
-    for name, save in ((BASE, save_base), ("openai/whisper-tiny.en", save_whisper)):
+    for name, save in ((BASE, save_base), (WHISPER, partial(save_whisper, window_s=30))):
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder))
             found[name] = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
     return found
-
-
-def tiny_whisper() -> WhisperForConditionalGeneration:
-    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    tokens = {"vocab_size": 8, "pad_token_id": 0, "decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
-    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **tokens, suppress_tokens=[]))
-
-
-def save_whisper(folder: Path) -> None:
-    tiny_whisper().save_pretrained(folder)
-    WhisperFeatureExtractor().save_pretrained(folder)
 
 
 def provide(folder: str) -> None:
@@ -219,11 +201,6 @@ def provide(folder: str) -> None:
             writer.writerows(rows)
         for row in range(8):
             record(place / "my-folder" / split / f"{row}.wav", 4_000, 10 * number + row)
-
-
-def copy(folder: Path, to: Path) -> Path:
-    """A folder for one page, with what `provide` put into the first."""
-    return Path(shutil.copytree(folder, to, symlinks=True))
 
 
 # The errors of the page on errors: for each heading, code that causes it. -------------------------------------------
@@ -265,8 +242,8 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "Can't find 'adapter_config.json'": lambda: PeftModel.from_pretrained(build(), "no-such-folder"),
     "should be the same": lambda: adapted_noise(4_000, dtype=torch.half),
     "KeyError: 'audio'": train_without_the_column,
-    "the mel input features to be of length 3000": lambda: tiny_whisper()(
-        torch.randn(1, 80, 100), labels=torch.tensor([[3, 4]])
+    "the mel input features to be of length 3000": lambda: WhisperForConditionalGeneration.from_pretrained(WHISPER)(
+        torch.randn(1, 8, 100).half(), labels=torch.tensor([[3, 4]])
     ),
     "You set `ignore_mismatched_sizes` to `False`": load_with_other_labels,
     "is too short for": lambda: adapted_noise(20),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,23 +39,29 @@ def there(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def belongings(there, tmp_path_factory):
+def provided(there, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     there(pages.provide, str(folder))
     return folder
 
 
+@pytest.fixture
+def folder(provided, tmp_path):
+    """A folder for one page, with what the pages say that a reader has."""
+    return shutil.copytree(provided, str(tmp_path / "page"), symlinks=True)
+
+
 @pytest.mark.parametrize("page", pages.PAGES)
-def test_the_blocks_of_a_page_run_in_order(page, there, belongings, tmp_path):
-    counts = there(pages.run, page, str(pages.copy(belongings, tmp_path / "page")))
+def test_the_blocks_of_a_page_run_in_order(page, there, folder):
+    counts = there(pages.run, page, folder)
     assert counts.get("skipped", 0) == len(pages.reasons(page)), "a block that is not run needs a reason"
 
 
 @pytest.mark.parametrize("page", ["tutorial/first-adapter", *(f"how-to/{name}" for name in WITH_WHISPER)])
-def test_a_page_runs_with_whisper_by_changing_one_line(page, there, belongings, tmp_path):
+def test_a_page_runs_with_whisper_by_changing_one_line(page, there, folder):
     page = f"docs/{page}.md"
     assert (ROOT / page).read_text(encoding="utf-8").count(f'"{pages.BASE}"') <= 1
-    there(pages.run, page, str(pages.copy(belongings, tmp_path / "page")), "openai/whisper-tiny.en")
+    there(pages.run, page, folder, pages.WHISPER)
 
 
 @pytest.mark.parametrize("page", pages.PAGES)
@@ -66,9 +73,9 @@ def test_code_on_a_page_fits_its_width(page):
 
 
 @pytest.mark.parametrize("heading", pages.ERRORS)
-def test_an_error_of_the_page_on_errors_occurs(heading, there, belongings, tmp_path):
+def test_an_error_of_the_page_on_errors_occurs(heading, there, folder):
     assert heading in pages.headings("docs/troubleshooting.md")
-    assert heading in there(pages.message, heading, str(pages.copy(belongings, tmp_path / "page")))
+    assert heading in there(pages.message, heading, folder)
 
 
 def load(name: str) -> ModuleType:
