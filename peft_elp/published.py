@@ -118,7 +118,6 @@ def published_factors(setting: str, task: str) -> tuple[float, ...]:
 
 
 def _known(what: str, name: Any, names: Iterable[str]) -> str:
-    """Return the name if it is one of the known ones."""
     if name not in (names := list(names)):
         raise ValueError(f"Unknown {what} {name!r}; choose one of {', '.join(map(repr, names))}.")
     return name

@@ -153,7 +153,6 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read the fields of an adapter's configuration, and check them."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         inside = shortened(sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")))

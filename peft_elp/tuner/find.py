@@ -125,7 +125,6 @@ def _described(model: nn.Module, modules: dict[str, nn.Module], stack_path: str)
 
 
 def _backbone(model: nn.Module, stack_path: str) -> tuple[nn.Module, str]:
-    """Return the nearest Transformers model around the stack, and its path."""
     backbone, backbone_path = model, ""
     here, path = model, ""
     for step in stack_path.split(".") if stack_path else ():

@@ -60,7 +60,6 @@ class Head(KeepsTrained, ModulesToSaveWrapper):
         return self._mixed(route, copies, *args, **kwargs)
 
     def _mixed(self, route: Route, copies: dict[str, Any], x: Tensor, *others: Any, **kwargs: Any) -> Tensor:
-        """Return the output for a batch whose utterances use different adapters."""
         outputs: list[tuple[Tensor, Tensor]] = []
         for name in dict.fromkeys(route.names):
             indices = route.indices(name, x, axes=2)

@@ -105,7 +105,6 @@ def initialised(model: nn.Module, path: str, planned: nn.Module) -> nn.Module:
 
 
 def _config_without_adapters(model: PreTrainedModel) -> Any:
-    """Return a copy of the model's configuration as it is without adapters."""
     config = deepcopy(model.config)
     for head in (vars(module).get("task_head") for module in model.modules()):
         if isinstance(head, TaskHead):
@@ -235,5 +234,4 @@ class TaskHead:
 
 
 def _without_problem_type(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings without `problem_type`, which every adapter has, if only as None."""
     return {name: value for name, value in settings.items() if name != "problem_type"}

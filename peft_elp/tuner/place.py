@@ -40,7 +40,6 @@ def place_adapter(model: nn.Module, plan: Plan, adapter_name: str, active_adapte
 
 
 def _wrap(model: nn.Module, path: str, wrapper: Any, active_adapters: list[str]) -> Any:
-    """Return the tuner layer around a module. It is made if it is not there yet."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     module = getattr(parent, name)
@@ -51,7 +50,6 @@ def _wrap(model: nn.Module, path: str, wrapper: Any, active_adapters: list[str])
 
 
 def _wrap_stack(model: nn.Module, encoder: Encoder, active_adapters: list[str]) -> ELPStack:
-    """Return the tuner layer around the encoder stack. It is made if it is not there yet."""
     parent_path, _, name = encoder.stack_path.rpartition(".")
     parent = model.get_submodule(parent_path)
     module = getattr(parent, name) if name else model
@@ -114,7 +112,6 @@ def unwrap(model: nn.Module, only_unused: bool = False) -> nn.Module:
 
 
 def _is_used(module: nn.Module) -> bool:
-    """Whether a wrapper, or one inside it, holds an adapter."""
     if isinstance(module, ModulesToSaveWrapper):
         return bool(module.modules_to_save)
     # A wrapper of a layer is needed by its stack, which looks at all of its own.

@@ -133,7 +133,6 @@ def _check_family(encoder: Encoder, config: ELPConfig) -> None:
 
 
 def _choose_layers(model: nn.Module, encoder: Encoder, config: ELPConfig) -> None:
-    """Resolve which layers get E-adapters and which are tapped."""
     depth, name = len(encoder.layers), type(model).__name__
     # The paper's 256 and 512 of 768.
     config.e_dim = _share(encoder.hidden_size, 1 / 3) if config.e_dim is None else config.e_dim
@@ -159,12 +158,10 @@ def _choose_layers(model: nn.Module, encoder: Encoder, config: ELPConfig) -> Non
 
 
 def _share(width: int, share: float) -> int:
-    """Return a share of a width as a multiple of 8, at least 8."""
     return max(8, round(width * share / 8) * 8)
 
 
 def _choose_pooling(model: nn.Module, encoder: Encoder, config: ELPConfig) -> None:
-    """Resolve whether the mean of the head is one over a recording's own frames."""
     possible = averages_over_padding(model, encoder)
     if config.pool_own_frames and not possible:
         raise ValueError(
@@ -260,7 +257,6 @@ def _excluded(
 
 
 def _sites_of_stack(encoder: Encoder, config: ELPConfig) -> Iterator[Site]:
-    """Return the L- and the P-adapter, and the settings."""
     settings = Settings(config)
     yield Site(encoder.stack_path, ELPStack, SETTINGS, settings, lambda: settings)
     if "L" in config.adapters:

@@ -84,7 +84,6 @@ def _kept(shares: dict[int, float], keep: int | Sequence[int]) -> list[int]:
 
 
 def _shorter(config: ELPConfig, kept: list[int], residual: bool) -> ELPConfig:
-    """Return the configuration of the new adapter."""
     if residual or config.e_layers is None:  # What lies above the last tap is left out anyway.
         return replace(config, l_layers=kept)
     return replace(config, l_layers=kept, e_layers=[layer for layer in config.e_layers if layer <= kept[-1]])

@@ -274,7 +274,6 @@ class ELPStack(ELPLayer):
         return last if are_watched(inside, kwargs, getattr(self.base_layer, "config", None)) else last_read
 
     def _readers(self, route: Route | None) -> tuple[TapReader, ...]:
-        """Return the readers of the L-adapters at work."""
         if route is not None:
             return tuple(
                 self._reader(name, partial(route.indices, name)) for name in route.adapters if name in self.elp_l
@@ -358,7 +357,6 @@ class ELPStack(ELPLayer):
         return layer.base_layer if isinstance(layer, Wrapper) else layer
 
     def _is_checkpointing(self) -> bool:
-        """Whether gradient checkpointing is on: a training step keeps only the inputs of the layers."""
         layer = self._first_layer
         return layer.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
 
