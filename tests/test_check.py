@@ -20,7 +20,7 @@ class Ear:
     """Stands for an adapter: it names the class whose frequency is the strongest."""
 
     sampling_rate = RATE_HZ
-    tokenizer = None
+    task = "classify"
     saved = SimpleNamespace(config={}, model_class="Ear", folder="ear", base="ear")
     model = SimpleNamespace(
         get_base_model=lambda: SimpleNamespace(config=SimpleNamespace(id2label={0: "yes", 1: "no"}))

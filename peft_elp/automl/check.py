@@ -133,7 +133,7 @@ def check(
         ValueError: The recordings have classes that an adapter does not know, an adapter cannot do the task, or a
             limit does not fit its metric.
     """
-    task = task or task_of(adapter)
+    task = task or adapter.task
     metric = METRIC_OF[task]
     lower = metric in LOWER
     if (at_least if lower else at_most) is not None:
@@ -176,14 +176,6 @@ def check(
         **measured.details(clean, names),
     }
     return Checked(metric, facts, at_least, at_most)
-
-
-def task_of(adapter: SpeechAdapter) -> str:
-    """Return what an adapter is for."""
-    if adapter.tokenizer is not None:
-        return "transcribe"
-    compares = adapter.saved.config.get("verification_threshold") is not None
-    return "verify" if compares or "XVector" in str(adapter.saved.model_class) else "classify"
 
 
 def conditions_of(rate_hz: int, noise: str | Path | None = None) -> dict[str, Distort]:

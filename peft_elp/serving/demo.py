@@ -14,6 +14,7 @@ from typing import Any
 
 from peft_elp.saved.card import wheel_name
 from peft_elp.saved.folder import is_hub_id
+from peft_elp.speech.inference import SpeechAdapter
 from peft_elp.speech.plots import layer_weights
 
 from .engine import Engine, Request, compare
@@ -119,13 +120,9 @@ def write_space(folder: str | Path, adapters: Mapping[str, str], title: str = "S
         Path(folder, name).write_text(text, encoding="utf-8")
 
 
-def _task(name: str, adapter: Any) -> Callable[[Any, Engine, str], None]:
-    if adapter.tokenizer is not None:
-        return _transcribing
-    if adapter.saved.config.get("verification_threshold") is not None or "XVector" in str(adapter.saved.model_class):
-        return _verifying
-    if adapter.saved.num_labels:
-        return _classifying
+def _task(name: str, adapter: SpeechAdapter) -> Callable[[Any, Engine, str], None]:
+    if adapter.task != "classify" or adapter.saved.num_labels:
+        return {"transcribe": _transcribing, "verify": _verifying, "classify": _classifying}[adapter.task]
     raise ValueError(
         f"Adapter {name!r} has the head of {adapter.saved.model_class} and no tokenizer, which no page can show. It "
         "has to recognise speech, name labels or compare voices."

@@ -215,6 +215,14 @@ class SpeechAdapter:
         """The rate in Hz that the base reads."""
         return self.feature_extractor.sampling_rate
 
+    @property
+    def task(self) -> str:
+        """What the adapter is for: "transcribe", "verify" or else "classify"."""
+        if self.tokenizer is not None:
+            return "transcribe"
+        compares = self.saved.config.get("verification_threshold") is not None
+        return "verify" if compares or "XVector" in str(self.saved.model_class) else "classify"
+
     def read(self, recording: Recording, sampling_rate: int | None = None) -> np.ndarray:
         """Return the waveform of a recording at `self.sampling_rate`: float32 `(samples,)`.
 
