@@ -168,6 +168,7 @@ def check(
             conditions[name] = {"error": first_line(error)}
     facts = {
         "task": task,
+        "adapter": str(adapter.saved.folder),
         "base": str(adapter.saved.base),
         "recordings": len(right),
         "unit": conditions[CLEAN]["unit"],
