@@ -406,6 +406,22 @@ def test_a_folder_that_cannot_be_trained_on_is_refused(tmp_path, make, message):
         look(tmp_path / "folder", progress=False)
 
 
+def test_a_test_split_with_one_voice_is_refused(tmp_path):
+    for name, count in {"train": 4, "test": 1}.items():
+        for number in range(count):
+            for clip in range(3):
+                tone(tmp_path / name / f"{name} {number}" / f"{clip}.wav", 300 + 100 * number, clip)
+    with pytest.raises(ValueError, match="a test split with two speakers.* Got 3 recordings of test 0"):
+        look(tmp_path, task="verify", progress=False)
+
+
+def test_a_bootstrap_passes_over_draws_of_one_speaker(monkeypatch):
+    monkeypatch.setattr(report, "LEAST_SPEAKERS", 2)
+    voices = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
+    measured = report.verification(["a", "a", "b", "b"], voices, voices.flip(0), seed=0)["metrics"]["eer"]
+    assert measured == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         look(tmp_path / "nowhere", progress=False)

@@ -290,7 +290,13 @@ def refuse(found: Recordings) -> None:
             f"{len(single)} of {len(counts)} classes have a single recording to train on: {shortened(single)}. "
             f"A class needs two, and {FEW} or more to be learned. Add recordings, or leave these classes out."
         )
-    unknown = sorted({found.labels[i] for i in found.where("test")} - set(counts))
+    test = Counter(found.labels[i] for i in found.where("test"))
+    if test and found.task == "verify" and (len(test) < 2 or max(test.values()) < 2):
+        raise ValueError(
+            "Comparing voices needs a test split with two speakers, and two recordings of one of them. Got "
+            f"{test.total()} recordings of {shortened(test)}."
+        )
+    unknown = sorted(set(test) - set(counts))
     if unknown and found.task == "classify":
         raise ValueError(
             f"{len(unknown)} classes are in the test split alone: {shortened(unknown)}. Add recordings of them to "

@@ -50,10 +50,15 @@ def of_classes(right: Any, classes: int) -> Measure:
 
 
 def of_voices(speakers: Any) -> Measure:
-    """Return the measure of the cosines of all pairs of recordings, `(recordings, recordings)`."""
+    """Return the measure of the cosines of all pairs of recordings, `(recordings, recordings)`.
+
+    It is NaN where all pairs are of one speaker, or none is.
+    """
 
     def measure(cosines: NDArray[Any], rows: NDArray[Any]) -> dict[str, float]:
         trials = trials_of(speakers, cosines, rows)
+        if len(set(trials[0])) < 2:  # A draw may hold one speaker alone.
+            return {"eer": float("nan"), "min_dcf": float("nan")}
         return {"eer": equal_error_rate(*trials), "min_dcf": min_dcf(*trials)}
 
     return measure
