@@ -411,7 +411,7 @@ def test_a_test_split_with_one_voice_is_refused(tmp_path):
         for number in range(count):
             for clip in range(3):
                 tone(tmp_path / name / f"{name} {number}" / f"{clip}.wav", 300 + 100 * number, clip)
-    with pytest.raises(ValueError, match="a test split with two speakers.* Got 3 recordings of test 0"):
+    with pytest.raises(ValueError, match=r"a test split with two speakers.* Got 3 recordings of test 0"):
         look(tmp_path, task="verify", progress=False)
 
 
