@@ -226,8 +226,8 @@ class Grid:
         rows = self.computed("inputs", lambda: [collate([row]) for row in self.data.rows])
         if setting.get("adapters") == "L":
             cache = FeatureCache(model, self.args.output_dir / "features", torch.float32)
-            cached = self.computed("layers", lambda: list(cache.read(rows, join, progress=False)))
-            cache.read(rows[:1], join, progress=False)  # tells the cache which features these are
+            held = cache.read(rows, join, progress=False)
+            cached = self.computed("layers", lambda: [held[i] for i in range(len(held))])
             return cached, cache.collate
         if setting.get("method") == "head":
             # A linear layer and the mean over frames come first, so that the mean of the frames is enough.
