@@ -186,6 +186,7 @@ def check_command_line(data_arguments: type, about: str | None) -> None:
         _check_names([word for word in others if word.startswith("--")], classes)
         for name in (model_args.model_name_or_path, data_args.dataset_name):
             _check_place(name)
+        _check_split(Path(data_args.dataset_name).expanduser(), data_args.train_split_name)
     except ValueError as error:
         parser.error(str(error))
 
@@ -226,3 +227,11 @@ def _check_place(name: str) -> None:
     if "/" in name and place.parent.is_dir():
         inside = ", ".join(sorted(one.name for one in place.parent.iterdir())[:10])
         print(f"There is no folder {name}, so the Hub is asked. {place.parent} holds {inside}.")  # noqa: T201
+
+
+def _check_split(folder: Path, split: str | None) -> None:
+    """Refuse a folder in which nothing can be the split."""
+    places = [f"{one}{end}" for one in (split or "").split("+") for end in ("", ".*")]
+    if folder.is_dir() and split and not any(any(folder.glob(one)) for one in (*places, "metadata.*", "**/*.parquet")):
+        inside = ", ".join(sorted(one.name for one in folder.iterdir())[:10]) or "nothing"
+        raise ValueError(f"{folder} has no split {split}; it holds {inside}. Name one with --train_split_name.")

@@ -218,6 +218,7 @@ for script, *words in {}:
 
 def test_the_training_scripts_answer_help_and_name_mistakes_before_they_import_pytorch(tmp_path):
     scripts = sorted(map(str, (Path(__file__).parent.parent / "examples").glob("run_*.py")))
+    (tmp_path / "train.csv").touch()
     needed = ["--model_name_or_path", "me/encoder", "--dataset_name", "me/voices"]
     mistakes = {
         "the following arguments are required: --model_name_or_path": [],
@@ -225,6 +226,13 @@ def test_the_training_scripts_answer_help_and_name_mistakes_before_they_import_p
         "invalid choice: 'sing'": [*needed, "--method", "sing"],
         "--lora_r is used only with --method lora": [*needed, "--lora_r", "4", "--bf16", "True", "--adapters", "L"],
         "./nowhere does not exist": [*needed, "--dataset_name", "./nowhere"],
+        "has no split test; it holds train.csv.": [
+            *needed,
+            "--dataset_name",
+            str(tmp_path),
+            "--train_split_name",
+            "test",
+        ],
         "/no/encoder does not exist": [*needed, "--model_name_or_path", "/no/encoder"],
     }
     cases = [[script, "--help"] for script in scripts] + [[scripts[0], *words] for words in mistakes.values()]
