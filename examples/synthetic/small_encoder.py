@@ -57,39 +57,6 @@ class ProgressWithLoss(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.2f}")
 
 
-def train_model(
-    model: Any,
-    feature_extractor: Any,
-    clips: Any,
-    output_dir: str | Path,
-    learning_rate: float,
-    steps: int,
-    batch_size: int,
-    seed: int,
-) -> Trainer:
-    """Train everything in the model that is not frozen, with a progress bar.
-
-    A clip has `audio` and `labels`: one label, or one for each frame.
-    """
-    settings = RecipeTrainingArguments(
-        output_dir=str(output_dir),
-        learning_rate=learning_rate,
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=32,
-        weight_decay=0.01,
-        seed=seed,
-        logging_steps=10,
-        disable_tqdm=False,
-        save_strategy="no",
-    )
-    trainer = Trainer(model, settings, Collator(feature_extractor), clips, compute_loss_func=cross_entropy)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressWithLoss)
-    trainer.train()
-    return trainer
-
-
 def cross_entropy(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, -2), labels.flatten())
 
@@ -102,8 +69,8 @@ def pretrain(
     num_voices: int | None = None,
     words_per_clip: int = 1,
     pre_norm: bool = True,
-) -> tuple[Any, Any]:
-    """Train a small wav2vec 2.0 to name the phoneme in each frame; save and return it with its feature extractor.
+) -> None:
+    """Train a small wav2vec 2.0 to name the phoneme in each frame; save it with its feature extractor.
 
     Args:
         output_dir: Folder for both.
@@ -138,7 +105,7 @@ def pretrain(
     set_seed(seed)
     model = Wav2Vec2ForAudioFrameClassification(config)
     feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
-    clips = [
+    clips: Any = [
         {"audio": one.waveform, "labels": phoneme_labels(one, phonemes, num_frames(model, len(one.waveform)))}
         for one in spoken
     ]
@@ -146,11 +113,16 @@ def pretrain(
     print(f"A small wav2vec 2.0: {config.num_hidden_layers} layers, {size:,} parameters, random so far. Before it is")
     print(f"frozen, it learns to name the phonemes in {len(words)} other words ({len(spoken)} synthesised clips).")
     start = time.perf_counter()
-    train_model(model, feature_extractor, clips, output_dir, learning_rate=1e-3, steps=steps, batch_size=32, seed=seed)
+    options: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.01, "max_steps": steps, "seed": seed}
+    options |= {"per_device_train_batch_size": 32, "logging_steps": 10, "disable_tqdm": False, "save_strategy": "no"}
+    settings = RecipeTrainingArguments(output_dir=str(output_dir), **options)
+    trainer = Trainer(model, settings, Collator(feature_extractor), clips, compute_loss_func=cross_entropy)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressWithLoss)
+    trainer.train()
     print(f"Pre-trained for {time.perf_counter() - start:.0f} s.")
     model.wav2vec2.save_pretrained(output_dir)
     feature_extractor.save_pretrained(output_dir)
-    return model.wav2vec2, feature_extractor
 
 
 def phoneme_labels(speech: Speech, phonemes: list[str], num_frames: int) -> np.ndarray:
