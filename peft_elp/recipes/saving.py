@@ -69,7 +69,7 @@ def save_results(
             metrics=results,
             protocol=f"{protocol} Trained for {metrics['train_steps']} steps of {batch_size} utterances.",
             seed=args.seed,
-            training={"epochs": args.num_train_epochs, **{f"rate of {part}": x for part, x in trainer.rates.items()}},
+            training={"epochs": trainer.state.epoch, **{f"rate of {part}": x for part, x in trainer.rates.items()}},
         )
     trainer.save_model()
     trainer.save_state()
