@@ -43,7 +43,7 @@ def test_every_method_is_measured(family, tmp_path, capsys):
     [
         ["--gradient_checkpointing"],
         ["--autocast"],
-        ["--dtype", "bfloat16", "--padded"],
+        ["--dtype", "bfloat16"],
         ["--e_dim", "4", "--l_dim", "6", "--p_length", "2"],
         ["--size", "overhead", "--family", "wav2vec2"],
     ],

@@ -120,18 +120,14 @@ def model_of(args: argparse.Namespace, name: str) -> Any:
 
 
 def inputs_of(args: argparse.Namespace) -> dict[str, Tensor]:
-    """Return a batch of noise; with `--padded`, its recordings are between half as long and as long as asked."""
+    """Return a batch of noise."""
     torch.manual_seed(1)
     if args.family == "whisper":
         features = torch.randn(args.batch_size, 80, 2 * round(50 * args.seconds))
         whole = torch.ones(args.batch_size, features.shape[-1], dtype=torch.long)
         return {"input_features": features, "attention_mask": whole, "labels": torch.zeros(args.batch_size).long()}
     samples = int(16_000 * args.seconds)
-    batch = {"input_values": torch.randn(args.batch_size, samples), "labels": torch.arange(args.batch_size) % 4}
-    if args.padded:
-        lengths = torch.linspace(samples // 2, samples, args.batch_size).long()
-        batch["attention_mask"] = (torch.arange(samples) < lengths[:, None]).long()
-    return batch
+    return {"input_values": torch.randn(args.batch_size, samples), "labels": torch.arange(args.batch_size) % 4}
 
 
 class Held:
@@ -163,11 +159,6 @@ class Method:
     def __init__(self, name: str, args: argparse.Namespace, folder: str) -> None:
         self.args, self.model, self.rows = args, model_of(args, name), None
         self.inputs = {key: value.to(args.device) for key, value in inputs_of(args).items()}
-        self.call: Any = self.model
-        if args.compile:
-            with torch.no_grad():
-                self.model(**self.inputs)  # In its first call, Transformers installs hooks, which cannot be compiled.
-            self.call = torch.compile(self.model)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
         if name == CACHED_L:
@@ -187,7 +178,7 @@ class Method:
         bfloat16 = self.args.autocast or self.args.dtype == "bfloat16"
         context = torch.autocast(self.args.device.split(":")[0], torch.bfloat16) if bfloat16 else nullcontext()
         with context:
-            return self.call(**self.batch()).loss
+            return self.model(**self.batch()).loss
 
     def batch(self) -> dict[str, Any]:
         """Return the inputs. In training they may come from the cache, whose files are read each time."""
@@ -228,12 +219,10 @@ def measure_methods(args: argparse.Namespace) -> None:
     if args.family == "wavlm" and Q_AND_V in names:
         names.remove(Q_AND_V)
         print(f"Left out: {Q_AND_V}. WavLM's attention reads its weights without calling their modules.")
-    if args.compile:  # All methods share the code of the encoder, and each needs a graph of its own.
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     with tempfile.TemporaryDirectory() as folder:
         methods = [Method(name, args, folder) for name in names]
         costs = [method.cost for method in methods]
-        for method in methods:  # To warm up, and to compile.
+        for method in methods:  # To warm up.
             method.step()
             method.infer()
         for _ in range(args.repeats):
@@ -362,9 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     option("--l_dim", type=int, help="Width of the taps of L-adapters.")
     option("--p_length", type=int, help="Number of pseudo features, where the method does not say it.")
     option("--dropout", type=float, default=0.1, help="Of the encoder.")
-    option("--padded", action="store_true", help="Recordings of different lengths.")
     option("--gradient_checkpointing", action="store_true")
-    option("--compile", action="store_true")
     option("--device", default="cpu")
     option("--output", type=Path, help="JSON file for the results.")
     adapters.add_argument("--adapters", type=int, default=50, help="Adapters of the default size to load.")
