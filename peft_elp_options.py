@@ -13,9 +13,6 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import transformers
-from transformers import HfArgumentParser
-
 METHODS = ("elp", "lora", "full", "head")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 NEEDED = "%(prog)s --model_name_or_path ENCODER --dataset_name DATA [options]; --help lists them"
@@ -178,6 +175,8 @@ def check_command_line(data_arguments: type, about: str | None) -> None:
         sys.exit()
     if "--help-all" in words or (len(words) == 1 and words[0].endswith(".json")):
         return
+    from transformers import HfArgumentParser  # Only old versions import PyTorch with it.
+
     parser = HfArgumentParser(classes, usage=NEEDED, add_help=False, allow_abbrev=False)
     try:
         _, model_args, data_args, others = parser.parse_args_into_dataclasses(
@@ -207,6 +206,8 @@ def _help(options: Any) -> str:
 
 def _check_names(words: Collection[str], classes: Sequence[Any]) -> None:
     """Refuse what is not an option of ELPConfig or TrainingArguments either, by their source: importing takes long."""
+    import transformers
+
     files = [Path(__file__).parent / "peft_elp/config.py", *Path(transformers.__file__).parent.glob("training_args*")]
     known = {name for file in files for name in re.findall(r"^    (\w+):", file.read_text("utf-8"), re.MULTILINE)}
     known |= {one.name for options in classes for one in fields(options)}
