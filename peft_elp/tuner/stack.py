@@ -26,7 +26,7 @@ from peft_elp.parameters import SETTINGS
 from .head_config import TaskHead
 from .layers import ELPLayer, TappedLayer
 from .layout import lay_out_time_first, transposing_parts
-from .patches import LayerDrop, Patches
+from .patches import Patches
 from .window import Window, common_window, window_text
 from .wrapper import Wrapper
 
@@ -56,7 +56,7 @@ class ELPStack(ELPLayer):
         self.elp_p = nn.ModuleDict()
         self.elp_settings = nn.ModuleDict()
         self.task_head = TaskHead()
-        self.layer_drop = LayerDrop(base_layer, family.layerdrop)
+        self.layer_drop = Patches()
         self.depth = len(self.encoder_layers)
 
     @property
@@ -96,7 +96,7 @@ class ELPStack(ELPLayer):
 
     def release(self) -> None:
         """Undo what the stack has changed around itself, before `base_layer` takes its place again."""
-        self.layer_drop.restore()
+        self.layer_drop.undo()
         self.window.restore()
         self.task_head.follow([], enabled=False)
         self.layout.undo()
@@ -117,9 +117,12 @@ class ELPStack(ELPLayer):
         if active:
             # In a skipped layer a tap has nothing to read, and an E-adapter gets no gradient, which
             # DistributedDataParallel waits for.
-            self.layer_drop.turn_off()
+            path, _, name = (self.family.layerdrop or "").rpartition(".")
+            holder: Any = self._attribute(path) or self.base_layer
+            if name and getattr(holder, name):
+                self.layer_drop.set_attribute(holder, name, 0.0)
         else:
-            self.layer_drop.restore()
+            self.layer_drop.undo()
         # PyTorch rounds differently in another layout, and disabled adapters must leave no trace.
         if not active:
             self.layout.undo()
