@@ -49,7 +49,7 @@ class ModelArguments(MethodArguments, ELPArguments):
 class RecipeTrainingArguments(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Transformers' own training arguments, with defaults for small data sets."""
 
-    # Not options: a recipe always trains, reads recordings in its collator, and measures every row.
+    # Not options: a recipe always trains, reads recordings in its collator, and measures all of them.
     do_train: bool = field(default=True, init=False)
     remove_unused_columns: bool = field(default=False, init=False)
     dataloader_drop_last: bool = field(default=False, init=False)

@@ -62,7 +62,7 @@ def num_frames(model: Any, num_samples: int) -> int:
 def keep_alignable(
     dataset: Dataset, labels: Sequence[Sequence[int]], model: Any, rate_hz: int, on_long_text: str = "error"
 ) -> list[int]:
-    """Return the rows whose text CTC can align with the frames of the recording.
+    """Return the numbers of the recordings with whose frames CTC can align their text.
 
     CTC needs one frame for each character, and one for a blank between two equal ones.
 
@@ -78,15 +78,15 @@ def keep_alignable(
     """
     too_long = {}
     columns = zip(dataset["audio"], dataset["duration_s"], labels, strict=True)
-    for row, (audio, duration_s, label) in enumerate(columns):
+    for number, (audio, duration_s, label) in enumerate(columns):
         there = num_frames(model, round(duration_s * rate_hz))
         needed = len(label) + sum(first == second for first, second in pairwise(label))
         if there < needed:
-            too_long[row] = f"{audio['path']}: {needed} frames needed, {there} there"
+            too_long[number] = f"{audio['path']}: {needed} frames needed, {there} there"
     if too_long:
         shown = "".join(f"\n  {line}" for line in [*too_long.values()][:5])
         message = f"{len(too_long)} of {len(labels)} texts are too long for the frames of their recordings.{shown}"
         if on_long_text == "error":
             raise ValueError(f"{message}\nCorrect them, or leave them out with --on_long_text skip.")
         warnings.warn(f"{message}\nThey are left out.", stacklevel=2)
-    return [row for row in range(len(labels)) if row not in too_long]
+    return [number for number in range(len(labels)) if number not in too_long]

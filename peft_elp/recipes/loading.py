@@ -129,10 +129,10 @@ def read_split(
 
     Args:
         data_args: The data arguments, which name the data set.
-        split: Name of the split. None takes all rows of one table.
+        split: Name of the split. None takes all of one table.
         config: Configuration of the encoder, which may need recordings of a minimal length.
         seed: Seed for `max_samples`.
-        max_samples: Keep this many rows, drawn at random.
+        max_samples: Keep this many recordings, drawn at random.
         bounds: `min_duration_in_seconds` and `max_duration_in_seconds`, where they differ from `data_args`.
 
     Raises:
@@ -156,7 +156,7 @@ def read_split(
 
 
 def limit_rows(dataset: Dataset, max_samples: int | None, seed: int) -> Dataset:
-    """Draw at most `max_samples` rows at random with `seed`; None keeps all rows."""
+    """Draw at most `max_samples` recordings at random with `seed`; None keeps all of them."""
     if max_samples is None or max_samples >= len(dataset):
         return dataset
     return dataset.shuffle(seed=seed).select(range(max_samples))

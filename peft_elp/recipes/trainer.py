@@ -112,7 +112,7 @@ class RecipeTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        # Trainer would group the rows of evaluation by length, as it does in training.
+        # Trainer would group the recordings of evaluation by length, as it does in training.
         dataset, args = self.eval_dataset if eval_dataset is None else eval_dataset, self.args
         options = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         loader = DataLoader(dataset, args.eval_batch_size, collate_fn=self.eval_collator, **options)  # pyright: ignore

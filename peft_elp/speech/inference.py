@@ -353,8 +353,8 @@ class SpeechAdapter:
             cut = [self._pieces(one, sampling_rate) for one in recordings[start : start + batch_size]]
             waveforms = [piece for pieces in cut for piece in pieces]
             found: dict[int, Any] = {}
-            for rows in self._batches(waveforms, batch_size):
-                found.update(zip(rows, answer([waveforms[row] for row in rows]), strict=True))
+            for numbers in self._batches(waveforms, batch_size):
+                found.update(zip(numbers, answer([waveforms[number] for number in numbers]), strict=True))
             remaining = iter(range(len(waveforms)))
             answers += [join([found[next(remaining)] for _ in pieces]) if pieces else None for pieces in cut]
         return answers
@@ -362,11 +362,11 @@ class SpeechAdapter:
     def _batches(self, waveforms: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
         """Return the numbers of the waveforms that share a pass, so that none changes the answer for another."""
         shared: dict[Any, list[int]] = {}
-        for row, waveform in enumerate(waveforms):
+        for number, waveform in enumerate(waveforms):
             length = None if self._pads else len(waveform)
-            shared.setdefault(("long", row) if self._is_long(waveform) else length, []).append(row)
-        for rows in shared.values():
-            yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+            shared.setdefault(("long", number) if self._is_long(waveform) else length, []).append(number)
+        for numbers in shared.values():
+            yield from (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))
 
     def _is_long(self, waveform: np.ndarray) -> bool:
         return len(waveform) > self._limits_s[1] * self.sampling_rate
@@ -393,8 +393,8 @@ class SpeechAdapter:
     def _write(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         # By the timestamps that it writes, Whisper moves its window through a long recording.
         options = {"return_timestamps": True} if self._is_long(waveforms[0]) else {}
-        rows = [{"raw": waveform, "sampling_rate": self.sampling_rate} for waveform in waveforms]
-        return [answer["text"].strip() for answer in self._pipeline(rows, batch_size=len(rows), **options)]
+        entries = [{"raw": waveform, "sampling_rate": self.sampling_rate} for waveform in waveforms]
+        return [answer["text"].strip() for answer in self._pipeline(entries, batch_size=len(entries), **options)]
 
     def _decode(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         inputs = self._inputs(waveforms)
@@ -403,7 +403,7 @@ class SpeechAdapter:
         if "attention_mask" not in inputs or not hasattr(self._base, "_get_feature_vector_attention_mask"):
             return self.tokenizer.batch_decode(tokens)
         mask = self._base._get_feature_vector_attention_mask(tokens.shape[1], inputs["attention_mask"])
-        return [self.tokenizer.decode(row[valid.bool()]) for row, valid in zip(tokens, mask, strict=True)]
+        return [self.tokenizer.decode(one[own.bool()]) for one, own in zip(tokens, mask, strict=True)]
 
     def _scores(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         with torch.inference_mode():
