@@ -50,13 +50,12 @@ class ELPStack(ELPLayer):
         self.windows: dict[str, int] = {}  # Seconds by adapter name, if an adapter has a shorter window.
         self.patches = Patches()
         self.loading_checks: list[Any] = []  # Of adapters that Transformers loads.
-        self.layout = Patches()
+        self.while_active = Patches()  # LayerDrop and layout, unless adapters are disabled.
         self.window = Window(base_layer, family.window)
         self.elp_l = nn.ModuleDict()
         self.elp_p = nn.ModuleDict()
         self.elp_settings = nn.ModuleDict()
         self.task_head = TaskHead()
-        self.layer_drop = Patches()
         self.depth = len(self.encoder_layers)
 
     @property
@@ -96,10 +95,9 @@ class ELPStack(ELPLayer):
 
     def release(self) -> None:
         """Undo what the stack has changed around itself, before `base_layer` takes its place again."""
-        self.layer_drop.undo()
         self.window.restore()
         self.task_head.follow([], enabled=False)
-        self.layout.undo()
+        self.while_active.undo()
         self.patches.undo()
         for index, layer in enumerate(self.encoder_layers):
             if isinstance(layer, TappedLayer):
@@ -114,20 +112,17 @@ class ELPStack(ELPLayer):
         self.task_head.follow(self.active_adapters, not self.disable_adapters)
         active = [] if self.disable_adapters else self.active_adapters
         self.window.follow(self.windows.get(name) for name in active)
-        if active:
-            # In a skipped layer a tap has nothing to read, and an E-adapter gets no gradient, which
-            # DistributedDataParallel waits for.
-            path, _, name = (self.family.layerdrop or "").rpartition(".")
-            holder: Any = self._attribute(path) or self.base_layer
-            if name and getattr(holder, name):
-                self.layer_drop.set_attribute(holder, name, 0.0)
-        else:
-            self.layer_drop.undo()
-        # PyTorch rounds differently in another layout, and disabled adapters must leave no trace.
-        if not active:
-            self.layout.undo()
-        elif not self.layout.handles:
-            self.layout.handles = [
+        if not active:  # PyTorch rounds differently in another layout, and disabled adapters must leave no trace.
+            self.while_active.undo()
+            return
+        # In a skipped layer a tap has nothing to read, and an E-adapter gets no gradient, which
+        # DistributedDataParallel waits for.
+        path, _, name = (self.family.layerdrop or "").rpartition(".")
+        holder: Any = self._attribute(path) or self.base_layer
+        if name and getattr(holder, name):
+            self.while_active.set_attribute(holder, name, 0.0)
+        if not self.while_active.handles:
+            self.while_active.handles = [
                 part.register_forward_pre_hook(lay_out_time_first, with_kwargs=True)
                 for part in transposing_parts(self.encoder_layers, self.family)
             ]
