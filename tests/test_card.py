@@ -88,7 +88,6 @@ def test_the_code_of_the_card_runs_and_gives_what_the_trained_model_gives(
     assert not any(tag.startswith("base_model:") for tag in data["tags"])
 
 
-@pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
 def test_the_code_of_the_card_and_a_pipeline_run_on_a_float16_base_with_a_window(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     whisper = WhisperForAudioClassification.from_pretrained(

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import spoken_commands
 
 # The heads of tiny models are not small beside their encoders.
-pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
 
 
 def test_spoken_commands_trains_two_tasks_and_answers_both_from_one_pass(tmp_path, capsys):

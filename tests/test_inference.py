@@ -301,7 +301,6 @@ def test_long_recordings_are_cropped_split_or_skipped(files, folders, loaded, he
         refuses("no two voices to compare", skipping.verify, *files[:2])
 
 
-@pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
 def test_a_recording_longer_than_the_window_is_refused_where_its_rest_would_be_cut_off(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     ast = transformers.ASTForAudioClassification(

@@ -16,7 +16,6 @@ import common
 import measure_cost
 
 # The heads of tiny models are not small beside their encoders.
-pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
 SHORT = ["methods", "--size", "tiny", "--seconds", "0.2", "--repeats", "2"]
 
 

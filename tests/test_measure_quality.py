@@ -29,7 +29,6 @@ DOCS = Path(__file__).parent.parent / "docs" / "reference"
 SPEAKERS = {"train": "abc", "validation": "d", "test": "ef"}
 
 # The heads of tiny models are not small beside their encoders.
-pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
 
 
 def write(path, rows):

@@ -46,7 +46,6 @@ from peft_elp.speech.inference import SpeechAdapter
 from peft_elp.speech.metrics import equal_error_rate, min_dcf
 
 # The heads of tiny models are not small beside their encoders.
-pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save=.* trains and saves:UserWarning")
 ROOT = Path(__file__).parent.parent
 RATE_HZ = 16_000
 TASKS = [recognition, verification, emotion, intent]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -126,9 +125,7 @@ class Base:
         model, self.model = self.model or self._load(), None
         own = {"adapters": "L", "l_output": "head", "train_layer_norms": False}
         settings = own | {"chunk_length": self.arguments.chunk_length} | settings
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "modules_to_save=.* trains and saves", UserWarning)
-            adapted: Any = get_peft_model(model, ELPConfig(**settings))
+        adapted: Any = get_peft_model(model, ELPConfig(**settings))
         return adapted.eval()
 
     def read(self, rows: Dataset, folder: Path, progress: bool) -> Features:
