@@ -164,6 +164,7 @@ def class_mean(wrong: np.ndarray, classes: np.ndarray, weight: np.ndarray | None
 
 # Methods -------------------------------------------------------------------------------------------------------------
 
+BESIDE = "L beside the last layer"
 FROZEN = {"adapters": "L", "train_layer_norms": False}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 # Settings that a method chooses from: options of `recipes.ModelArguments`, and the rate of what is trained besides
@@ -173,6 +174,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     HEAD: [{"method": "head", "rate": rate} for rate in (1e-3, 3e-3, 1e-2)],
     SUM: [{**FROZEN, "l_dim": 0, "rate": rate} for rate in (1e-3, 3e-3, 1e-2)],
     L_ONLY: [{**FROZEN, "l_dim": size, "rate": rate} for size in (64, 256) for rate in (1e-3, 3e-3)],
+    BESIDE: [{**FROZEN, "l_dim": 256, "l_output": "residual", "rate": rate} for rate in (1e-3, 3e-3)],
     "E+L": [{"adapters": "EL", "e_dim": 64, "l_dim": 256, "rate": rate} for rate in (1e-3, 3e-3)],
     LORA: [
         {"method": "lora", "lora_r": 36, "lora_alpha": 72, "rate": 1e-3},
@@ -371,7 +373,8 @@ def search(grid: Grid, seed: int) -> list[dict[str, Any]]:
 # Results -------------------------------------------------------------------------------------------------------------
 
 REPLICATES = 5000
-COMPARED = [(one, other) for one in (SUM, L_ONLY, "E+L", SEARCH) for other in (HEAD, LORA, FULL)] + [(L_ONLY, SUM)]
+READERS = (SUM, L_ONLY, BESIDE, "E+L", SEARCH)
+COMPARED = [(one, other) for one in READERS for other in (HEAD, LORA, FULL)] + [(L_ONLY, SUM)]
 
 
 def choose(results: Sequence[Result]) -> list[list[Result]]:
