@@ -10,7 +10,7 @@ import pytest
 import torch
 from backbones import ELP, FAMILIES, build, has
 from peft import get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments, WavLMConfig, WavLMModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_elp import (
     ELPConfig,
@@ -155,20 +155,6 @@ def test_the_default_optimizer_steps_as_the_adam_of_the_publications():
 
 
 # The published settings ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("setting", "total"),
-    [("e+l", 9_127_436), ("conventional", 9_535_488), ("e-only", 4_786_176), ("l-only", 4_737_036 + 36_864)],
-)
-def test_a_preset_trains_as_many_parameters_as_were_published(setting, total):
-    # The published 4.74 M of L alone leave out its layer norms, which have a published learning rate.
-    config = WavLMConfig(layerdrop=0.0)  # base size
-    with torch.device("meta"):
-        model = get_peft_model(WavLMModel(config), ELPConfig.preset(setting))
-    # A bare encoder has no head that could take 512 features: the published counts leave the way out of L aside.
-    outside = 512 * 768 + 768 if "L" in model.peft_config["default"].adapters else 0
-    assert sum(count_parameters(model).values()) - outside == total
 
 
 def test_a_preset_is_a_configuration_whose_fields_can_be_overridden():
