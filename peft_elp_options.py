@@ -137,6 +137,9 @@ class TrainingOptions:
     max_steps: int = option(-1, "Number of steps, instead of epochs, if it is above 0.")
     per_device_train_batch_size: int = option(8, "Recordings in a batch, on each device.")
     warmup_steps: float = option(0.1, "Steps over which the rates rise; a value below 1 is a share of all steps.")
+    early_stopping_patience: int | None = option(
+        None, "Stop when so many evaluations in a row are not better. Needs --load_best_model_at_end."
+    )
     logging_steps: float = option(50, "Steps between two lines of the log.")
     report_to: str = option("none", "Where logs go, such as 'tensorboard'.")
     seed: int = option(42, "Seed of everything random.")

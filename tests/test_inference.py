@@ -266,7 +266,9 @@ def test_a_recording_over_the_limit_is_refused_before_memory_is_gone(files, fold
     adapter = load_copy(load(folders["ForCTC"], max_duration_s=0.2))
     adapter.transcribe(files[1])
     monkeypatch.setattr("soundfile.SoundFile.read", pytest.fail)
-    message = r"0\.wav: it is too long, 0\.25 s; at most 0\.2 s .* on_long_audio can be skip, crop, split\."
+    message = (
+        r"0\.wav: it is too long, 0\.25 s; at most 0\.2 s .* on_long_audio \(--on-long-audio\) can be skip, crop,"
+    )
     refuses(message, adapter.transcribe, files[0])
 
 

@@ -288,6 +288,14 @@ def test_the_best_checkpoint_is_that_of_the_least_error(encoder, data):
     assert greater("cer", "--greater_is_better", "True") is True
 
 
+def test_a_training_that_gets_no_better_stops_early(trained, data, tmp_path):
+    words = [*ELP, "--validation_split_name", "validation", "--eval_strategy", "steps", "--eval_steps", 1]
+    words += ["--save_strategy", "steps", "--save_steps", 1, "--load_best_model_at_end", "True", "--max_steps", 9]
+    words += ["--early_stopping_patience", 2, "--learning_rate", 1e-9, "--metric_for_best_model", "accuracy"]
+    _, folder = trained(intent, *words, dataset=validated(data, tmp_path))
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
+
+
 @pytest.mark.parametrize("module", [recognition, intent, generation])
 def test_a_validation_split_chooses_the_checkpoint(module, trained, whisper, data, tmp_path):
     words = [*ELP, "--validation_split_name", "validation", "--eval_strategy", "steps", "--eval_steps", 1]
@@ -576,6 +584,7 @@ def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
         (recognition, "--method lora --e_dim 8", "--e_dim is used only with --method elp"),
         (recognition, "--max_duration_in_seconds 0.11", "9 of 16 recordings are longer than 0.11 s, .*--on_long"),
         (recognition, "--method head --chunk_length_in_seconds 0.005", "must be long enough to overlap, got 0.005"),
+        (recognition, "--early_stopping_patience 3", "is used only with --load_best_model_at_end"),
         (verification, "--loss softmax --margin 0.1", "--margin is used only with --loss"),
         (verification, "--s_norm_top_k 5", "--s_norm_top_k is used only with --s_norm_cohort"),
         (verification, "--s_norm_cohort train --s_norm_top_k 17", "must be from 2 to the 16 training utterances"),

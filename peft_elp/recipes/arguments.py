@@ -59,6 +59,8 @@ class RecipeTrainingArguments(TrainingOptions, TrainingArguments):  # pyright: i
         if self.greater_is_better is None and metric in LOWER_IS_BETTER:
             self.greater_is_better = False  # Transformers assumes it for losses only.
         super().__post_init__()
+        if not self.load_best_model_at_end:
+            refuse_unused(self, ["early_stopping_patience"], "--load_best_model_at_end", "it is not given")
         self.label_names = ["labels"]
         self.length_column_name = "duration_s"  # what --train_sampling_strategy group_by_length reads
         self.dataloader_pin_memory &= torch.cuda.is_available()

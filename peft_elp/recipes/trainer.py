@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 
 from peft_elp import FeatureCache, check_gradients
 from peft_elp.feature_cache import CACHED
@@ -171,5 +171,7 @@ def make_trainer(
         options["train_dataset"], whole = cache.read(options["train_dataset"], collate), collate
         collate = lambda examples: cache.collate(examples) if CACHED in examples[0] else whole(examples)  # noqa: E731
     options |= {"data_collator": collate, "processing_class": feature_extractor, "rates": rates}
+    if args.early_stopping_patience is not None:
+        options["callbacks"] = [EarlyStoppingCallback(args.early_stopping_patience)]
     factors = schedule_factors(adapted, task) if model_args.published_schedule else None
     return trainer_cls(adapted, args, factors=factors, **options)

@@ -245,7 +245,8 @@ class SpeechAdapter:
             if not waveform.any():
                 raise AudioError("it is silent, all samples are 0", "empty")
         except AudioError as error:
-            advice = f" on_long_audio can be {', '.join(ON_LONG_AUDIO[1:])}." if error.reason == "too long" else ""
+            ways = f" on_long_audio (--on-long-audio) can be {', '.join(ON_LONG_AUDIO[1:])}."
+            advice = ways if error.reason == "too long" else ""
             raise AudioError(f"{name_of(entry)}: {error}.{advice}", error.reason) from error
         return waveform
 
