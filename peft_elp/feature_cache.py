@@ -85,8 +85,7 @@ class FeatureCache:
         self._encoder, self._stack = adapted_encoder(self.model)
         self._refuse()
         self.layers: list[int] = self._stack.tapped_layers[self.adapter_name]
-        self._folder = Path(self.folder)
-        self._stack.cacheable.add(self.adapter_name)
+        self._folder = self._find_folder()
         # PeftModel takes these arguments out before it calls the model.
         self.model.special_peft_forward_args = {*self.model.special_peft_forward_args, CACHED}
 
@@ -133,7 +132,7 @@ class FeatureCache:
             ValueError: A row is different when it is read twice, features overflow in `dtype`, or the model answers
                 differently with saved features.
         """
-        self._folder = Path(self.folder, self._fingerprint())
+        self._folder = self._find_folder()
         self._files = {}
         for file in sorted(self._folder.glob("*.safetensors")):
             with safe_open(file, "pt") as saved:
@@ -227,6 +226,12 @@ class FeatureCache:
             )
         return features
 
+    def _find_folder(self) -> Path:
+        """Return the folder for features of the encoder as it is now, which the model takes from now on."""
+        name = self._fingerprint()
+        self._stack.cacheable.setdefault(self.adapter_name, set()).add(f"encoder {name}")
+        return Path(self.folder, name)
+
     def _fingerprint(self) -> str:
         """Return a name for the frozen encoder as it is now, its settings and the layers that are read."""
         backbone: Any = self._encoder.backbone
@@ -268,6 +273,8 @@ class FeatureCache:
                 str(layer): pad_sequence([x[tap] for x in features], batch_first=True)
                 for tap, layer in enumerate(self.layers)
             }
+            # One number for each recording, since batches are split along the first axis.
+            | {f"encoder {self._folder.name}": torch.zeros(len(rows))}
         }
         for name in rows[0].keys() - {CACHED, ENCODER}:
             values = [row[name] for row in rows]

@@ -134,6 +134,17 @@ def test_features_are_those_of_the_encoder_as_it_is_now(cached):
         cache.collate([before[0]])
 
 
+def test_features_of_another_model_of_the_same_shape_are_refused(cached, tmp_path):
+    _, cache, rows, together = cached
+    batch = cache.collate([cache.read(rows, together, progress=False)[0]])
+    other, same = (adapted(build("wavlm", "ForSequenceClassification", seed=seed)) for seed in (9, 0))
+    for model in (other, same):
+        FeatureCache(model, tmp_path)
+    with pytest.raises(ValueError, match=r"cached features are of another encoder.*FeatureCache of this model"):
+        other(**batch)
+    assert same(**batch).logits.isfinite().all()
+
+
 def test_masking_that_is_switched_on_later_is_refused(cached):
     model, cache, rows, together = cached
     row = cache.read(rows, together, progress=False)[0]

@@ -28,6 +28,7 @@ class SharedPass:
     features: Any = None  # the output of the convolutions over the waveform, once they have run
     # Hidden states of tapped layers by the layer's number, from an earlier call. The layers do not run then.
     cached: Mapping[int, Tensor] | None = None
+    encoder: str | None = None  # the name of the encoder that computed them
     ends: dict[str, Tensor] = field(default_factory=dict)  # by task: what replaces the encoder's output
     output: Any = None  # of the stack, if sums of taps replace it; the stack is not called again then
     # By layer, for a stack that goes on after its layers: it is called again without them.
@@ -58,13 +59,14 @@ class SharedPass:
 
 
 # The argument of a model that holds cached features: for each tapped layer, under its number as a string, the hidden
-# states that the taps read, `(batch, frames, hidden)`.
+# states that the taps read, `(batch, frames, hidden)`; and, as the name of a tensor, the encoder that computed them.
 CACHED = "cached_features"
 
 
 def cached_pass(features: Mapping[str, Tensor]) -> SharedPass:
     """Return a pass in which neither the convolutions nor the layers run."""
-    return SharedPass(cached={int(layer): x for layer, x in features.items()})
+    layers = {int(name): x for name, x in features.items() if name.isdecimal()}
+    return SharedPass(cached=layers, encoder=next((name for name in features if not name.isdecimal()), None))
 
 
 current_pass: CallVariable[SharedPass] = CallVariable("peft_elp_shared_pass")

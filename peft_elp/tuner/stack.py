@@ -45,7 +45,8 @@ class ELPStack(ELPLayer):
         super().__init__(base_layer, active_adapters)
         self.family = family
         self.tapped_layers = {}  # By adapter name.
-        self.cacheable: set[str] = set()  # Adapters whose taps may read cached features.
+        # For each adapter whose taps may read cached features, the names of the encoders that computed them.
+        self.cacheable: dict[str, set[str]] = {}
         self.own_frames: set[str] = set()  # Adapters whose head averages over a recording's own frames.
         self.windows: dict[str, int] = {}  # Seconds by adapter name, if an adapter has a shorter window.
         self.patches = Patches()
@@ -80,7 +81,7 @@ class ELPStack(ELPLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.tapped_layers.pop(adapter_name, None)
-        self.cacheable.discard(adapter_name)
+        self.cacheable.pop(adapter_name, None)
         self.windows.pop(adapter_name, None)
         self.own_frames.discard(adapter_name)
         self.task_head.settings.pop(adapter_name, None)
@@ -157,7 +158,7 @@ class ELPStack(ELPLayer):
         current = current_pass.get()
         if current is not None and current.cached is not None:
             current.enter("encoder")
-            return self._over_own_frames(self._from_cache(current.cached), None, args, kwargs)
+            return self._over_own_frames(self._from_cache(current.cached, current.encoder), None, args, kwargs)
         route = None if self.disable_adapters else current_route.get()
         if route is not None and self.windows:
             self._check_window(route)
@@ -238,11 +239,11 @@ class ELPStack(ELPLayer):
             return self.active_adapters
         return route.names if route.whole is None else (route.whole,)
 
-    def _from_cache(self, cached: Mapping[int, Tensor]) -> BaseModelOutput:
+    def _from_cache(self, cached: Mapping[int, Tensor], encoder: str | None) -> BaseModelOutput:
         """Return the output of the stack from what the taps read in an earlier call."""
         readers = self._readers(None)
         last = self.depth - 1
-        if self.disable_adapters or not {*self.active_adapters} <= self.cacheable:
+        if self.disable_adapters or not {*self.active_adapters} <= self.cacheable.keys():
             raise ValueError(
                 f"The call has cached features, and the active adapters {self.active_adapters} have no FeatureCache. "
                 "Activate the adapter that the features were cached for, or cache them for this one."
@@ -251,6 +252,11 @@ class ELPStack(ELPLayer):
             raise ValueError(
                 f"The cached features are of the layers {sorted(cached)}, and adapter {self.active_adapters[0]!r} "
                 f"reads {sorted(readers[0].of_layer)}. Cache them again for this adapter."
+            )
+        if not all(encoder in self.cacheable[name] for name in self.active_adapters):
+            raise ValueError(
+                "The cached features are of another encoder, another window or other layers. Read the data set with a "
+                "FeatureCache of this model."
             )
         for layer in readers[0].of_layer:
             readers[0].read(layer, cached[layer], copy=False)
