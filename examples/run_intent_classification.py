@@ -129,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         parts = zip(outputs.logits.split(sizes, dim=-1), labels.unbind(-1), strict=True)
-        total = sum(torch.nn.functional.cross_entropy(part, label, reduction="sum") for part, label in parts)
+        cross_entropy = torch.nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing_factor)
+        total = sum(cross_entropy(*part) for part in parts)
         return total / (num_items_in_batch or (labels >= 0).sum().clamp(min=1))
 
     # Train

@@ -288,6 +288,17 @@ def test_the_best_checkpoint_is_that_of_the_least_error(encoder, data):
     assert greater("cer", "--greater_is_better", "True") is True
 
 
+@pytest.mark.parametrize("module", [intent, emotion, verification])
+def test_labels_are_smoothed_in_every_loss_of_classes(module, trained, tmp_path):
+    losses = {}
+    for factor in (0, 0.5):
+        words = [*ELP, "--label_smoothing_factor", factor, "--logging_steps", 1]
+        _, folder = trained(module, *words, folder=tmp_path / str(factor))
+        state = next(iter(sorted(folder.rglob("trainer_state.json"))))
+        losses[factor] = json.loads(state.read_text())["log_history"][0]["loss"]
+    assert losses[0] != pytest.approx(losses[0.5], rel=1e-7)
+
+
 def test_a_training_that_gets_no_better_stops_early(trained, data, tmp_path):
     words = [*ELP, "--validation_split_name", "validation", "--eval_strategy", "steps", "--eval_steps", 1]
     words += ["--save_strategy", "steps", "--save_steps", 1, "--load_best_model_at_end", "True", "--max_steps", 9]
@@ -584,6 +595,7 @@ def test_folds_of_shuffled_utterances_warn_that_speakers_leak(trained):
         (recognition, "--method lora --e_dim 8", "--e_dim is used only with --method elp"),
         (recognition, "--max_duration_in_seconds 0.11", "9 of 16 recordings are longer than 0.11 s, .*--on_long"),
         (recognition, "--method head --chunk_length_in_seconds 0.005", "must be long enough to overlap, got 0.005"),
+        (recognition, "--label_smoothing_factor 0.1", "smooths classes, and is not used for recognition"),
         (recognition, "--early_stopping_patience 3", "is used only with --load_best_model_at_end"),
         (verification, "--loss softmax --margin 0.1", "--margin is used only with --loss"),
         (verification, "--s_norm_top_k 5", "--s_norm_top_k is used only with --s_norm_cohort"),

@@ -22,7 +22,7 @@ Row = dict[str, Any]  # the columns of a recording, its path under "file" and it
 
 HEAD, WEIGHTED, FULL = "head only", "weighted sum of layers + head", "full fine-tuning"
 LORA, Q_AND_V = "LoRA, as many parameters as E+L", "LoRA, r=8 on q and v"
-L_ONLY, CONVENTIONAL = "L without layer norms", "conventional adapters"
+L_ONLY, BESIDE, CONVENTIONAL = "L without layer norms", "L beside the last layer", "conventional adapters"
 SUM, SOME_LORA, SEARCH = "normalised sum of layers", "LoRA", "peft-elp train"
 
 # Options of `recipes.ModelArguments`. LORA gets its rank from `equal_rank`, and WEIGHTED a setting of the encoder.

@@ -8,8 +8,7 @@
 continued. `collect` chooses a setting for each method on validation, and makes intervals and p-values of its answers
 on test. `report_quality.py` makes tables and a figure of them. docs/reference/measured.md has them, with the protocol.
 
-The encoder has a fixed window, as Whisper's. The recordings are folders in `audiofolder` layout, with a table
-`metadata.csv` in each split.
+The encoder has a fixed window, as Whisper's. Recordings are in `audiofolder` layout, with a table in each split.
 """
 
 import argparse
@@ -28,7 +27,7 @@ import common
 import numpy as np
 import soundfile
 import torch
-from common import FULL, HEAD, L_ONLY, SEARCH, SUM, Row
+from common import BESIDE, FULL, HEAD, L_ONLY, SEARCH, SUM, Row
 from common import SOME_LORA as LORA
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
@@ -164,7 +163,6 @@ def class_mean(wrong: np.ndarray, classes: np.ndarray, weight: np.ndarray | None
 
 # Methods -------------------------------------------------------------------------------------------------------------
 
-BESIDE = "L beside the last layer"
 FROZEN = {"adapters": "L", "train_layer_norms": False}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 # Settings that a method chooses from: options of `recipes.ModelArguments`, and the rate of what is trained besides
@@ -373,8 +371,8 @@ def search(grid: Grid, seed: int) -> list[dict[str, Any]]:
 # Results -------------------------------------------------------------------------------------------------------------
 
 REPLICATES = 5000
-READERS = (SUM, L_ONLY, BESIDE, "E+L", SEARCH)
-COMPARED = [(one, other) for one in READERS for other in (HEAD, LORA, FULL)] + [(L_ONLY, SUM)]
+COMPARED = [(one, other) for one in (SUM, L_ONLY, BESIDE, "E+L", SEARCH) for other in (HEAD, LORA, FULL)]
+COMPARED += [(L_ONLY, SUM)]
 
 
 def choose(results: Sequence[Result]) -> list[list[Result]]:

@@ -52,9 +52,7 @@ def error_table(measured: Measured) -> str:
 def comparison_table(measured: Measured) -> str:
     """Return differences of test errors with their intervals and corrected p-values, where these are below 0.5."""
     rows = []
-    for row in measured["compared"]:
-        if row["p"] >= 0.5:
-            continue
+    for row in (one for one in measured["compared"] if one["p"] < 0.5):
         low, high = row["interval"]
         told = [f"{row['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{row['p']:.3f}"]
         rows.append([row["task"], row["method"], row["minus"], *told])

@@ -155,6 +155,8 @@ def make_trainer(
     Raises:
         ValueError: The settings do not fit the model or each other.
     """
+    if task == "asr" and args.label_smoothing_factor:
+        raise ValueError("--label_smoothing_factor smooths classes, and is not used for recognition. Remove it.")
     adapted = adapt(model, model_args)
     rates = learning_rates(adapted, model_args, args, task)
     print(f"Trained: {count_trained(adapted)}, at rates {rates}")  # noqa: T201

@@ -68,7 +68,8 @@ class SpeakerTrainer(RecipeTrainer):
             scores = self.scale * (cosines - self.margin * one_hot(labels, cosines.shape[-1]))
         else:
             scores = linear(features, weight, bias)
-        loss = cross_entropy(scores, labels, reduction="sum") / (num_items_in_batch or len(labels))
+        options: Any = {"reduction": "sum", "label_smoothing": self.args.label_smoothing_factor}
+        loss = cross_entropy(scores, labels, **options) / (num_items_in_batch or len(labels))
         return (loss, {"loss": loss, "embeddings": embeddings}) if return_outputs else loss
 
     def answer(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
