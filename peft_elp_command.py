@@ -456,7 +456,9 @@ def _engine(
     """Return the arguments of an engine."""
     from peft_elp.saved.folder import find_adapter
 
-    sources = {name: find_adapter(source, subfolder, revision) for name, source in adapters.items()}
+    sources: dict[str, Any] = dict(adapters)
+    if subfolder or revision:  # Without them the engine finds an adapter, on its own machine where Ray has several.
+        sources = {name: find_adapter(source, subfolder, revision) for name, source in adapters.items()}
     return {"adapters": sources, **_options_of_loading(**loading)}
 
 

@@ -226,7 +226,8 @@ def _check_place(name: str) -> None:
     place = Path(name).expanduser()
     if place.exists():
         return
-    if place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or place.suffix in (".csv", ".jsonl"):
+    is_path = place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path or place.suffix in (".csv", ".tsv", ".jsonl"):
         raise ValueError(f"{name} does not exist. Pass a folder, a table, or the name of one on the Hub.")
     if "/" in name and place.parent.is_dir():
         inside = ", ".join(sorted(one.name for one in place.parent.iterdir())[:10])

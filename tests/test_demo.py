@@ -43,6 +43,12 @@ def answers(page):
     return {function.api_name: function.fn for function in page.fns.values()}
 
 
+def test_a_page_needs_all_adapters_in_memory(folders):
+    pytest.importorskip("gradio")
+    with pytest.raises(ValueError, match=f"limit must be at least {len(folders)} for a page .* got 1"):
+        demo.make_page(Engine(folders, limit=1, device="cpu"))
+
+
 def test_the_page_gives_the_answers_of_the_adapters(files, engine, loaded):
     pytest.importorskip("gradio")
     found = answers(demo.make_page(engine))

@@ -39,8 +39,8 @@ class Checked:
     Args:
         metric: What decides: "unweighted_accuracy", "eer" or "wer".
         facts: All numbers; `facts["conditions"]` has those of each condition.
-        at_least: The least value that is good enough, if there is one.
-        at_most: The largest one.
+        at_least: The smallest value that is good enough. None: no limit.
+        at_most: The largest value that is good enough. None: no limit.
 
     Examples:
         >>> good = {"metrics": {"wer": {"value": 0.1}}}
@@ -60,7 +60,7 @@ class Checked:
 
     @property
     def good(self) -> bool:
-        """Whether it is within the limits."""
+        """Whether the metric is within the limits."""
         enough = self.at_least is None or self.value >= self.at_least
         return enough and (self.at_most is None or self.value <= self.at_most)
 

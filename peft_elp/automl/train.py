@@ -85,8 +85,8 @@ class Training:
         dtype: The dtype of the encoder.
         chunk_length: The window of an encoder such as Whisper's, in whole seconds. None: that of the longest
             recording.
-        on_long_audio: What to do with recordings that are longer than the window: "error", "skip", or "crop" to their
-            beginning, which holds the whole text of none.
+        on_long_audio: What to do with recordings that are longer than the window: "error", "skip", or "crop", which
+            reads only their beginning and is refused for texts.
         skip_bad: Whether recordings that cannot be read are left out.
         overwrite: Whether `output` may be replaced.
         progress: Print what is done, with progress bars.

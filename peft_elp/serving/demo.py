@@ -64,13 +64,15 @@ def make_page(engine: Engine) -> Any:
 
     Raises:
         ImportError: gradio is not installed.
-        ValueError: The page cannot show the head of an adapter.
+        ValueError: The page cannot show the head of an adapter, or `engine` does not keep all adapters in memory.
 
     Examples:
         >>> page = make_page(Engine({"emotions": "me/emotions"}))  # doctest: +SKIP
         >>> page.launch(max_file_size=MAX_UPLOAD)  # doctest: +SKIP
     """
     gradio = import_gradio()
+    if len(engine._loaded) < (count := len(engine.adapters)):
+        raise ValueError(f"limit must be at least {count} for a page with {count} adapters, got {engine.limit}.")
     tasks = {name: _task(name, engine._loaded[name].speech) for name in engine.adapters}
     # What is recorded stays here: nothing is reported, and uploaded voices are deleted after an hour.
     with gradio.Blocks(title="peft_elp", analytics_enabled=False, delete_cache=(600, 3600)) as page:
