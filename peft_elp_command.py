@@ -456,6 +456,8 @@ def _engine(
     """Return the arguments of an engine."""
     from peft_elp.saved.folder import find_adapter
 
+    if (subfolder or revision) and not adapters:
+        raise typer.BadParameter("--subfolder and --revision are of adapters that are named, and none is")
     sources: dict[str, Any] = dict(adapters)
     if subfolder or revision:  # Without them the engine finds an adapter, on its own machine where Ray has several.
         sources = {name: find_adapter(source, subfolder, revision) for name, source in adapters.items()}

@@ -175,6 +175,7 @@ def test_an_error_is_one_line_and_no_traceback(run, folders, files, arguments, m
         "classify folder",
         "classify folder a.wav --batch-size 0",
         "classify folder a.wav --output answers.xls",
+        "serve --adapters-folder folder --revision main",
     ],
 )
 def test_wrong_arguments_leave_with_2_and_say_how_it_is_used(run, arguments):
