@@ -283,7 +283,7 @@ def test_onnx_runtime_gives_the_same_for_any_length_and_batch_size(family, head,
 # Own frames ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="the head may pass on no mask")
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="older heads drop the mask")
 @pytest.mark.parametrize("how", ["compiled", "exported", "onnx"])
 @pytest.mark.parametrize("letters", ["L", "ELP"])
 def test_a_mean_over_own_frames_stays_one(letters, how, tmp_path):

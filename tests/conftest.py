@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports that read it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# What reads the environment is imported after it is set.
 from backbones import AUTO, ELP, answer, build, shaken  # noqa: E402
 from families import FAMILIES  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402

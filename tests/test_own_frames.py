@@ -14,7 +14,7 @@ from peft_elp import ELPConfig, FeatureCache, count_parameters, pool_own_frames
 from peft_elp.speech.inference import SpeechAdapter
 
 pytestmark = [
-    pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="the head may pass on no mask"),
+    pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="older heads drop the mask"),
 ]
 OWN = (60, 100, 24)  # steps of features, two for each frame
 

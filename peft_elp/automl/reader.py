@@ -31,7 +31,7 @@ class Setting:
 
     layers: tuple[int, ...]  # that are read, 0-based
     l_dim: int = 0  # width of the taps; 0 has no matrices
-    rate: float = 3e-3  # that of the layer weights is 30 times as high
+    rate: float = 3e-3  # learning rate; the layer weights have 30 times as much
     steps: int = 300  # of the whole schedule, which falls linearly to 0
     dropout: float = 0.2  # of the mean over frames; half of it in the taps
     weight_decay: float = 0.01  # of the matrices

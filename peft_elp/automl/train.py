@@ -20,6 +20,7 @@ from torch import Tensor
 from peft_elp.saved.card import describe
 from peft_elp.speech.inference import SpeechAdapter
 from peft_elp.speech.metrics import equal_error_threshold
+from peft_elp_options import DTYPES
 
 from . import report as measured
 from .features import Base, check_base, fit_window
@@ -32,7 +33,6 @@ from .split import Fold, make_folds
 from .transcribe import transcribe
 
 SHOWN = 20  # candidates in the report
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass(frozen=True)

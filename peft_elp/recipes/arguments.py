@@ -45,7 +45,7 @@ class ModelArguments(MethodArguments, ELPArguments):
         return ELPConfig.preset(self.preset, **given) if self.preset else ELPConfig(**given)
 
 
-@dataclass
+@dataclass  # Some types differ from Transformers' own, since the rates may be left open.
 class RecipeTrainingArguments(TrainingOptions, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Transformers' own training arguments, with defaults for small data sets."""
 

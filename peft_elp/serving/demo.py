@@ -56,7 +56,7 @@ def make_page(engine: Engine) -> Any:
     Beside the answer are the layer weights of the L-adapter.
 
     Args:
-        engine: Answers for its adapters, whose names are those of the tabs.
+        engine: The engine with the adapters. Each adapter gets a tab with its name.
 
     Returns:
         A `gradio.Blocks`. Serve it with `launch(max_file_size=MAX_UPLOAD)`: without a limit, gradio takes uploads of
